@@ -1,0 +1,38 @@
+# Flags for a script go into ARGS: make mae ARGS="--mask-ratio 0.5 --steps 5000"
+PYTHON ?= python3
+ARGS   ?=
+SCRIPTS = mae
+ENV     = .venv/installed
+BENCH   = .venv-bench/installed
+
+help: ## list what can be made
+	@echo "make SCRIPT [ARGS=\"--flag value ...\"]"
+	@for s in $(SCRIPTS); do sed -n "1s/^\"\"\"\(.*\)/  $$s: \1/p" $$s.py; done
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1: \2/p' Makefile
+
+$(SCRIPTS): $(ENV)
+	.venv/bin/python $@.py $(ARGS)
+
+test: $(ENV) ## run the tests
+	.venv/bin/python -m pytest -q tests $(ARGS)
+
+runs: $(ENV) ## show all finished runs as one table
+	.venv/bin/python common.py
+
+bench: $(BENCH) ## measure our training step beside another package's
+	.venv-bench/bin/python benchmarks/bench_mae.py $(ARGS)
+
+clean: ## remove the environments; runs and downloaded data stay
+	rm -rf .venv .venv-bench
+
+$(ENV): requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(BENCH): benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	@touch $@
+
+.PHONY: help test runs bench clean $(SCRIPTS)

@@ -1,0 +1,880 @@
+"""Everything the seven scripts share and nobody needs to copy: settings, data, the training loop's
+surroundings, few-label evaluation and pictures. No model, loss, mask or augmentation lives here.
+
+    settings     Args, start            a dataclass becomes the command line
+    data         load_images            uint8 images that live on the device, with their labels
+                 draw, shapes           the embedded world: ten figures, drawn in a second
+    training     Run                    optimizer, schedule, bar, log, checkpoint, exact resume
+    evaluation   few, encode, probe, finetune     what do k labels a class buy?
+    output       save_png, table, report
+
+`python common.py` prints one table of all runs under runs/.
+Letters: B batch, C channels, S side of an image in pixels; images are (B, 3, S, S).
+"""
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import gzip
+import hashlib
+import http.client
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import signal
+import struct
+import sys
+import tarfile
+import textwrap
+import threading
+import time
+import typing
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. `start` prints it as one sentence, without a traceback."""
+
+
+# ---------------------------------------------------------------------------------- settings
+
+
+@dataclass
+class Args:
+    """Settings of every script. One line each: name, type, default, and its --help as a comment."""
+    steps: int = 4000            # training steps
+    batch: int = 256             # examples a step
+    lr: float = 1e-3             # peak learning rate
+    warmup: float = 0.05         # fraction of the steps in which the learning rate rises
+    weight_decay: float = 0.05   # AdamW's decay, on matrices only
+    clip: float = 1.0            # longest gradient that is let through unshortened
+    seed: int = 0                # seed of the weights and of every step's randomness
+    data: str = "shapes"         # shapes, cifar10, fashion-mnist, mnist, an .npz file or a folder
+    data_dir: str = os.environ.get("DATA_DIR", "data")   # where downloads are kept ($DATA_DIR)
+    out: str = ""                # folder for what the run writes (default runs/<script>)
+    device: str = "auto"         # cuda, mps or cpu; auto takes the first that is there
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # auto: bfloat16 where it is native
+    compile: bool = False        # compile the model first (pays on a GPU, in longer runs)
+    resume: bool = False         # go on from the checkpoint in --out, with its settings
+    save_every: float = 30.0     # seconds between checkpoints
+
+    cpu = {}                     # no annotation, so no setting: defaults that differ without a GPU
+
+    def check(self):
+        """Raises UserError where a value makes no sense. Scripts extend it."""
+        require(self.steps >= 0, f"--steps must be 0 or more, not {self.steps}")
+        require(self.batch >= 1, f"--batch must be 1 or more, not {self.batch}")
+        require(0 <= self.warmup <= 1, f"--warmup is a fraction from 0 to 1, not {self.warmup}")
+        for name in "lr", "weight_decay", "clip", "save_every":
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{flag(name)} must be 0 or more, not {value}")
+
+
+def require(condition, sentence):
+    """Raises UserError(sentence) unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One sentence and exit status 2; for an unknown flag, the nearest that exists."""
+        if message.startswith("unrecognized arguments: "):
+            word = message.split(": ")[1].split()[0]
+            near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, 1)
+            message = f"unknown flag {word}" + (f", did you mean {near[0]}?" if near else "")
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def help_of(Args):
+    """{setting: the comment on its line}, read from the source of the class and its parents."""
+    text = {}
+    for cls in reversed(Args.__mro__[:-1]):
+        text.update(re.findall(r"^    (\w+):.*?\S\s+# (.*)$", inspect.getsource(cls), re.M))
+    return text
+
+
+def parser_of(Args):
+    """An argparse parser with a flag for each field; the help of one is the comment on its line."""
+    doc, text = sys.modules[Args.__module__].__doc__ or "", help_of(Args)
+    parser = Parser(
+        allow_abbrev=False, argument_default=argparse.SUPPRESS, usage="%(prog)s [--flag value ...]",
+        description=doc.split("\n\n")[0],
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=80))
+    own = parser.add_argument_group(f"settings of {script()}")
+    shared = parser.add_argument_group("settings of every script")
+    for f in dataclasses.fields(Args):
+        kind, many = f.type, typing.get_origin(f.type) is tuple
+        kind = typing.get_args(kind)[0] if many else kind
+        how = dict(type=kind, metavar={int: "N", float: "X"}.get(kind, "NAME"))
+        if kind is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif typing.get_origin(kind) is Literal:
+            how = dict(choices=typing.get_args(kind), metavar="|".join(typing.get_args(kind)))
+        if many:
+            how["nargs"] = "+"
+        help = text.get(f.name, "").replace("%", "%%")
+        if kind is not bool and f.default not in ("", "auto"):
+            smaller = f"; on a CPU {words(Args.cpu[f.name])}" if f.name in Args.cpu else ""
+            help += f" [{words(f.default)}{smaller}]"
+        group = shared if f.name in Args.__mro__[-2].__annotations__ else own
+        group.add_argument(flag(f.name), help=help, **how)
+    return parser
+
+
+def words(value):
+    """A setting as one would type it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def cli(Args, argv=None):
+    """The command line as an Args. Later wins: default, setting for CPUs, --resume's, given flag.
+
+    Exits with status 2 and one sentence where a flag is unknown or its value makes no sense.
+    """
+    parser = parser_of(Args)
+    given = vars(parser.parse_args(argv))
+    args = Args(**given)
+    args.out = args.out or f"runs/{Path(script()).stem}"
+    try:
+        args.device = device(args.device)
+        saved = read_checkpoint(args.out, script())["args"] if args.resume else {}
+        smaller = Args.cpu if args.device == "cpu" and not saved else {}
+        mine = {f.name for f in dataclasses.fields(Args)} - {"resume", "out", "device", "data_dir"}
+        for name, value in {**smaller, **saved, **given}.items():
+            if name in mine:
+                setattr(args, name, tuple(value) if isinstance(value, list) else value)
+        args.check()
+    except UserError as error:
+        parser.error(str(error))
+    used = " ".join(f"{flag(k)} {words(v)}" for k, v in smaller.items() if k not in given)
+    if used:
+        say(f"No GPU here, so the settings for a CPU: {used} (flags you give win).")
+    return args
+
+
+def device(name):
+    """'auto' or a name -> the name of a device that is there."""
+    there = ["cuda"] if torch.cuda.is_available() else []
+    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    name = there[0] if name == "auto" else name
+    require(name.split(":")[0] in there, f"there is no {name} here: --device takes auto or one of "
+            + ", ".join(there))
+    return name
+
+
+@contextlib.contextmanager
+def autocast(args):
+    """bfloat16 where it is native, or as --dtype says; the weights stay float32."""
+    kind, native = args.device.split(":")[0], False
+    if kind == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif kind == "cpu":
+        able = torch.cpu.get_capabilities()
+        native = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    on = native if args.dtype == "auto" else args.dtype == "bfloat16"
+    # PyTorch 2.13's fused attention is slow in bfloat16 on CPUs: backward takes thrice as long as
+    # the same in plain products, at 65 tokens
+    plain = sdpa_kernel(SDPBackend.MATH) if on and kind == "cpu" else contextlib.nullcontext()
+    with torch.autocast(kind, torch.bfloat16, enabled=on), plain:
+        yield
+
+
+def say(text):
+    """Prints, wrapped to 80 columns."""
+    print("\n".join(textwrap.wrap(text, 80, break_on_hyphens=False, break_long_words=False)))
+
+
+def start(main, Args, argv=None):
+    """Reads the flags, seeds, runs main(args), and turns a user's mistake into one sentence."""
+    args = cli(Args, argv)
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")          # TF32 on GPUs that have it
+    try:
+        main(args)
+    except UserError as error:
+        sys.exit(f"{script()}: {error}")
+    except OSError as error:                            # a full disk, a folder that is gone
+        sys.exit(f"{script()}: {error.strerror or error} ({error.filename or args.out})")
+    except KeyboardInterrupt:
+        saved = f": go on with python {script()} --resume --out {args.out}"
+        sys.exit(f"\nStopped{saved if (Path(args.out) / 'checkpoint.pt').exists() else ''}")
+
+
+# -------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class Images:
+    """A labelled set of images on the device, as uint8; `labels` has a row of ids per attribute."""
+    train: torch.Tensor                       # (n, 3, S, S) uint8
+    test: torch.Tensor                        # (m, 3, S, S) uint8
+    train_labels: dict[str, torch.Tensor]     # attribute -> (n,) int64
+    test_labels: dict[str, torch.Tensor]      # attribute -> (m,) int64
+    names: dict[str, list[str]]               # attribute -> name of each id; the first is THE class
+
+    def __post_init__(self):
+        sample = self.train[:5000].float() / 255
+        self.size = self.train.shape[-1]
+        self.mean = sample.mean((0, 2, 3)).view(3, 1, 1)
+        self.std = sample.std((0, 2, 3)).view(3, 1, 1).clamp(min=1e-3)
+
+    def normalize(self, x):
+        """uint8 -> float with mean 0 and variance 1, so that always guessing the mean costs 1."""
+        return (x.float() / 255 - self.mean) / self.std
+
+    def denormalize(self, x):
+        """The way back, to [0, 1]."""
+        return (x.float() * self.std + self.mean).clamp(0, 1)
+
+
+SHAPES = "circle ring half square bar triangle star cross heart moon".split()
+COLOURS = {"red": (.86, .16, .16), "orange": (.96, .55, .10), "yellow": (.95, .87, .20),
+           "green": (.18, .65, .25), "cyan": (.25, .80, .85), "blue": (.17, .30, .85),
+           "purple": (.50, .20, .65), "pink": (.97, .55, .75)}
+
+
+def distance_to(kind, x, y):
+    """Signed distance from (x, y), y upwards, to the edge of a figure of area about pi; inside it
+    is negative. x and y (...) in units of the figure's radius."""
+    box = lambda x, y, a, b: torch.maximum(x.abs() - a, y.abs() - b)
+    disc = lambda x, y, r: (x * x + y * y).sqrt() - r
+    if kind == "circle":
+        return disc(x, y, 1)
+    if kind == "ring":
+        return disc(x, y, .85).abs() - .3
+    if kind == "half":
+        return torch.maximum(disc(x, y + .6, 1.42), -.6 - y)
+    if kind == "square":
+        return box(x, y, .89, .89)
+    if kind == "bar":
+        return box(x, y, .52, 1.5)
+    if kind == "triangle":
+        return torch.maximum(x.abs() * .866 + y * .5, -y) - .78
+    if kind == "cross":
+        return torch.minimum(box(x, y, .4, 1.25), box(x, y, 1.25, .4))
+    if kind == "moon":
+        return torch.maximum(disc(x - .4, y, 1.4), -disc(x - 1.05, y, 1.05))
+    if kind == "heart":                       # a square on its corner, and discs on two sides
+        u, v = (x + y + .35) * .707, (y - x + .35) * .707
+        return torch.minimum(box(u, v, .64, .64),
+                             torch.minimum(disc(u, v - .64, .64), disc(u - .64, v, .64)))
+    fifth = 2 * math.pi / 5                   # star: fold the plane into half a point: one edge
+    angle = (torch.remainder(torch.atan2(x, y) + fifth / 2, fifth) - fifth / 2).abs()
+    r, tip, notch = (x * x + y * y).sqrt(), 1.6, .7
+    nx, ny = tip - notch * math.cos(fifth / 2), notch * math.sin(fifth / 2)
+    return (r * angle.sin() * nx + (r * angle.cos() - tip) * ny) / math.hypot(nx, ny)
+
+
+def draw(canvas, shape, colour, radius, x, y, turn):
+    """Paints one anti-aliased figure on each image of canvas (n, 3, S, S), in place.
+
+    shape (n,) ids into SHAPES; colour (n, 3) in [0, 1]; radius of the disc of equal area and centre
+    x, y (n,) in pixels; turn (n,) in radians, counter-clockwise.
+    """
+    at = torch.arange(canvas.shape[-1], device=canvas.device) + .5
+    for kind in range(len(SHAPES)):
+        for i in (shape == kind).nonzero().flatten().split(256):     # chunks that fit the cache
+            cos, sin, r, px, py = (t[i, None, None] for t in (turn.cos(), turn.sin(), radius, x, y))
+            u, v = (at - px) / r, (py - at[:, None]) / r
+            d = distance_to(SHAPES[kind], cos * u + sin * v, cos * v - sin * u) * r
+            cover = (.5 - d).clamp(0, 1)[:, None]                    # share of the pixel inside
+            canvas[i] = torch.lerp(canvas[i], colour[i, :, None, None], cover)
+    return canvas
+
+
+def shapes(n, seed=0, size=32, device="cpu"):
+    """n images of the shapes world: one figure on a plain, shaded ground.
+
+    Returns images (n, 3, size, size) uint8 and {attribute: (n,) int64}: shape (10), colour (8),
+    size (3), place (9, a 3 x 3 grid) and turn (8 directions), drawn independently of each other.
+    """
+    u = torch.rand(16, n, generator=torch.Generator().manual_seed(seed)).to(device)
+    between = lambda row, low, high: (low + (high - low) * u[row])[:, None, None]
+    labels = {"shape": (u[0] * len(SHAPES)).long(), "colour": (u[1] * len(COLOURS)).long(),
+              "size": (u[2] * 3).long(), "place": (u[4] * 3).long() * 3 + (u[3] * 3).long(),
+              "turn": (u[5] * 8).long()}
+    radius = size * between(2, .13, .25).flatten()
+    x, y = (1.5 * radius + u[row] * (size - 3 * radius) for row in (3, 4))   # wholly in the frame
+    colour = torch.tensor(list(COLOURS.values()), device=device)[labels["colour"]]
+    colour = (colour * between(6, .85, 1.15)[:, 0] + .08 * (u[7:10].T - .5)).clamp(0, 1)
+    ramp, angle = (torch.arange(size, device=device) + .5) / size - .5, between(10, 0, 2 * math.pi)
+    slope = between(11, 0, .3) * (angle.cos() * ramp + angle.sin() * ramp[:, None])
+    shade = (between(12, .35, .75) + slope)[:, None] + .12 * (u[13:16].T - .5)[..., None, None]
+    canvas = draw(shade.clamp(0, 1), labels["shape"], colour, radius, x, y, 2 * math.pi * u[5])
+    return (canvas * 255).round().byte(), labels
+
+
+def load_images(name, data_dir="data", size=32, device="cpu"):
+    """A data set by name -> Images.
+
+    `shapes` is drawn at `size` pixels. `fashion-mnist`, `mnist` and `cifar10` are read from
+    data_dir, and fetched there first if they are missing. `x.npz` holds x_train, y_train, x_test,
+    y_test, with images (n, S, S) or (n, S, S, 3) uint8. A folder holds one folder of pictures per
+    class, or train/ and test/ of that form; without these, every fifth picture is for the test.
+    Raises UserError for anything that is missing, broken or of another form.
+    """
+    if name == "shapes":
+        train, test = shapes(20_000, 0, size, device), shapes(2_000, 1, size, device)
+        rows, columns = ("top", "middle", "bottom"), ("left", "centre", "right")
+        names = dict(shape=SHAPES, colour=list(COLOURS), size=["small", "medium", "large"],
+                     place=[f"{row} {column}" for row in rows for column in columns],
+                     turn=[f"{45 * i} degrees" for i in range(8)])
+        return Images(train[0], test[0], train[1], test[1], names)
+    if name in MIRRORS:
+        read = read_cifar10 if name == "cifar10" else read_idx
+        *arrays, classes = read(name, Path(data_dir))
+    elif name.endswith(".npz"):
+        *arrays, classes = read_npz(Path(name))
+    elif Path(name).is_dir():
+        *arrays, classes = read_folder(Path(name), size)
+    else:
+        raise UserError(f"there is no data set {name!r}: --data takes shapes, {', '.join(MIRRORS)},"
+                        " an .npz file, or a folder with one folder of pictures per class")
+    x_train, y_train, x_test, y_test = arrays
+    for split, x, y in ("train", x_train, y_train), ("test", x_test, y_test):
+        x_name, y_name = f"{name}: x_{split} is {x.dtype} {x.shape}", f"y_{split}"
+        require(x.dtype == np.uint8 and x.ndim in (3, 4) and x.shape[3:] in ((), (3,))
+                and x.shape[1] == x.shape[2],
+                f"{x_name}, not square uint8 images (n, S, S) or (n, S, S, 3)")
+        require(len(x) > 0 and y.shape == (len(x),) and y.dtype.kind in "iu",
+                f"{x_name}, and {y_name} is {y.dtype} {y.shape}: one integer for each image is due")
+        require(0 <= y.min() and y.max() < len(classes), f"{name}: labels of {y_name} reach from "
+                f"{y.min()} to {y.max()}, but there are {len(classes)} classes")
+    require(x_train.shape[1] == x_test.shape[1], f"{name}: train and test differ in size")
+
+    def images(x):
+        x = torch.from_numpy(np.array(x)).to(device)
+        if x.ndim == 3:
+            return x[:, None].expand(-1, 3, -1, -1)       # grey is stored once and seen three times
+        return x.permute(0, 3, 1, 2).contiguous()
+
+    labels = [{"class": torch.from_numpy(y.astype(np.int64)).to(device)} for y in (y_train, y_test)]
+    return Images(images(x_train), images(x_test), *labels, {"class": [str(c) for c in classes]})
+
+
+MNIST = list("0123456789")
+FASHION = "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+IDX = ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
+       "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"]
+MIRRORS = {   # the first that has the file is taken
+    "fashion-mnist": [
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+        "https://fashion-mnist.s3.eu-central-1.amazonaws.com/"],
+    "mnist": ["https://ossci-datasets.s3.amazonaws.com/mnist/",
+              "https://storage.googleapis.com/cvdf-datasets/mnist/"],
+    "cifar10": ["https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/",
+                "https://www.cs.toronto.edu/~kriz/"]}
+SHA256 = {    # of each file or, for Fashion-MNIST, of what its gzip holds: mirrors compress anew
+    "fashion-mnist": dict(zip(IDX, [
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"])),
+    "mnist": dict(zip(IDX, [
+        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"])),
+    "cifar10": {"cifar-10-binary.tar.gz":
+                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}}
+
+
+def fetch(name, file, data_dir):
+    """The path data_dir/name/file, downloaded from a mirror if it is not there. The name appears
+    only once the SHA-256 fits: a broken or foreign download never enters the cache."""
+    path = data_dir / name / file
+    if path.exists():
+        return path
+    part, wrong = path.with_name(f"{file}.{os.getpid()}.part"), []
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for mirror in MIRRORS[name]:
+            with open(part, "wb") as f:
+                try:
+                    download(mirror + file, f)
+                except (urllib.error.URLError, http.client.HTTPException, TimeoutError) as error:
+                    wrong.append(f"{mirror}: {getattr(error, 'reason', error)}")
+                    continue
+            if SHA256[name][file] in digests(part):
+                os.replace(part, path)
+                return path
+            wrong.append(f"{mirror}: not the SHA-256 that is due, so it was thrown away")
+    except OSError as error:
+        why = f"cannot write {path} ({error.strerror}): choose another --data-dir"
+        raise UserError(why) from None
+    finally:
+        part.unlink(missing_ok=True)
+    raise UserError(f"could not download {file} ({'; '.join(wrong)}). Put the file at {path} "
+                    "yourself, or use the embedded data, which needs no network: --data shapes")
+
+
+def download(url, file):
+    """Copies a page into an open file, under a progress bar."""
+    with urllib.request.urlopen(url, timeout=20) as page:
+        size = int(page.headers.get("Content-Length") or 0) or None
+        with tqdm(desc=url.split("/")[-1], total=size, unit="B", unit_scale=True, ncols=80) as bar:
+            while chunk := page.read(1 << 16):
+                file.write(chunk)
+                bar.update(len(chunk))
+
+
+def digests(path):
+    """SHA-256 of a file and, if it is a gzip file, of what it holds."""
+    found = []
+    for opener in open, gzip.open:
+        with contextlib.suppress(OSError, EOFError, zlib.error), opener(path, "rb") as f:
+            found.append(hashlib.file_digest(f, "sha256").hexdigest())
+    return found
+
+
+def read_idx(name, data_dir):
+    """The four gzipped IDX files of MNIST's layout -> x_train, y_train, x_test, y_test, classes."""
+    arrays = []
+    for file in IDX:
+        path, dims = fetch(name, file, data_dir), 3 if "images" in file else 1
+        try:
+            raw = gzip.decompress(path.read_bytes())
+            require(raw[:4] == bytes([0, 0, 8, dims]),
+                    f"{path} is not an IDX file of {dims} dimensions")
+            shape = np.frombuffer(raw, ">u4", dims, 4)            # after the magic number
+            arrays.append(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape))
+        except (OSError, EOFError, ValueError, zlib.error):
+            raise UserError(f"{path} is truncated or broken: delete it to fetch it anew") from None
+    return *arrays, FASHION if name == "fashion-mnist" else MNIST
+
+
+def read_cifar10(name, data_dir):
+    """CIFAR-10's binary archive, read in place: records of a label and the planes R, G and B."""
+    path = fetch(name, "cifar-10-binary.tar.gz", data_dir)
+    parts = {"data": [], "test": []}
+    try:
+        with tarfile.open(path) as tar:
+            for member in sorted(tar, key=lambda m: m.name):
+                if member.name.endswith(".bin"):
+                    raw = np.frombuffer(tar.extractfile(member).read(), np.uint8)
+                    parts[Path(member.name).name[:4]].append(raw.reshape(-1, 3073))
+        train, test = (np.concatenate(parts[key]) for key in ("data", "test"))
+    except (OSError, EOFError, ValueError, KeyError, tarfile.TarError, zlib.error):
+        raise UserError(f"{path} is truncated or not CIFAR-10's binary archive: delete it to fetch "
+                        "it anew") from None
+    split = lambda a: (a[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), a[:, 0])
+    return *split(train), *split(test), CIFAR10
+
+
+def read_npz(path):
+    """x_train, y_train, x_test, y_test and, if there, classes. Nothing is ever unpickled."""
+    due = "x_train", "y_train", "x_test", "y_test"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            require(set(due) <= set(file.files),
+                    f"{path} holds {', '.join(file.files)}; due are {', '.join(due)}")
+            arrays = [file[key] for key in due]
+            classes = file["classes"] if "classes" in file else np.arange(arrays[1].max() + 1)
+            return *arrays, classes.tolist()
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        why = "it holds pickled objects" if "pickle" in str(error) else "it is truncated or no .npz"
+        raise UserError(f"cannot read {path}: {why}") from None
+
+
+def read_folder(path, size):
+    """folder/<class>/<picture>, or folder/{train,test}/<class>/<picture>, cropped and scaled."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise UserError("a folder of pictures is read with Pillow: pip install pillow") from None
+
+    def square(file):
+        try:
+            picture = Image.open(file).convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            raise UserError(f"cannot read the picture {file}: mend it or move it away") from None
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        box = left, top, left + side, top + side
+        return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box))
+
+    parts = ["train", "test"] if (path / "train").is_dir() and (path / "test").is_dir() else [""]
+    classes = sorted(p.name for p in (path / parts[0]).iterdir() if p.is_dir())
+    x, y = {"train": [], "test": []}, {"train": [], "test": []}
+    for part in parts:
+        for label, name in enumerate(classes):
+            files = sorted(p for p in (path / part / name).glob("**/[!.]*") if p.is_file())
+            for i, file in enumerate(files):
+                split = part or ("test" if i % 5 == 4 else "train")
+                x[split].append(square(file))
+                y[split].append(label)
+    require(len(classes) > 1 and x["train"] and x["test"], f"{path} needs two or more folders, one "
+            "per class, with at least five pictures each")
+    return *(np.array(a) for a in (x["train"], y["train"], x["test"], y["test"])), classes
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+def schedule(step, steps, warmup):
+    """Share of the peak learning rate at a step: a line up, then half a cosine down to 0."""
+    rise = max(1, round(steps * warmup))
+    if step < rise:
+        return (step + 1) / rise
+    return .5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def adamw(parameters, lr, weight_decay, betas=(.9, .95)):
+    """Fused AdamW over the trainable tensors; vectors (biases, norms) do not decay."""
+    parameters = [p for p in parameters if p.requires_grad]
+    groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
+              dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr, betas, fused=True)
+
+
+class Run:
+    """What surrounds a training loop, so that the loop itself stays in view:
+
+        run = Run(args, model)                  # optimizer, schedule, bar, log, checkpoint
+        for step in run:                        # under autocast; goes on where it stopped
+            x = run.batch(images.train)
+            run.update(distance(model(x), x))   # backward, clip, step
+
+    Each step's randomness depends on (seed, step) alone: a run that was killed and resumed ends
+    with the same weights, bit for bit, as one that was not (on a CPU; on a GPU with deterministic
+    algorithms). Ctrl-C saves after the step it falls in. A loss that is not finite stops the run
+    and leaves the last good checkpoint.
+    """
+
+    def __init__(self, args, model, optimizer=None):
+        self.args, self.model = args, model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = optimizer or adamw(self.parameters, args.lr, args.weight_decay)
+        self.step, self.wrote, self.seconds = 0, None, 0.     # wrote: step of the newest checkpoint
+        self.order, self.pending, self.stop = (None, None), None, False
+        self.out = Path(args.out)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / ".try").write_text("")
+            (self.out / ".try").unlink()
+        except OSError as error:
+            raise UserError(f"cannot write to {self.out} ({error.strerror}): "
+                            "choose another --out") from None
+        if args.resume:
+            self.load()
+        if args.compile:
+            model.compile()
+
+    def __iter__(self):
+        args, before = self.args, self.seconds
+        began = saved = time.time()
+        ctrl_c = threading.current_thread() is threading.main_thread()
+        if ctrl_c:
+            usual = signal.signal(signal.SIGINT, self.interrupt)
+        line = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self.bar = tqdm(total=args.steps, initial=self.step, ncols=80, disable=None, leave=False,
+                        bar_format=line)
+        log = self.open_log()
+        try:
+            while self.step < args.steps:
+                torch.manual_seed(args.seed * 1_000_003 + self.step)
+                with autocast(args):
+                    yield self.step
+                self.step += 1
+                self.seconds = before + time.time() - began
+                self.bar.update()
+                last = self.step == args.steps
+                if last or self.stop or time.time() - saved > args.save_every:
+                    self.check()
+                    self.save()
+                    saved = time.time()
+                if last or self.step % -(-args.steps // 200) == 0:
+                    self.check()
+                    self.show(log)
+                if self.stop:
+                    raise KeyboardInterrupt
+        finally:
+            self.bar.close()
+            log.close()
+            if ctrl_c:
+                signal.signal(signal.SIGINT, usual)
+
+    def batch(self, data):
+        """The next args.batch rows of data, (B, ...): each row once an epoch, in a new order."""
+        n, size = len(data), self.args.batch
+        require(size <= n, f"--batch {size} is more than the {n} training examples")
+        epoch, i = divmod(self.step, n // size)
+        if self.order[0] != (epoch, n):
+            g = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
+            self.order = (epoch, n), torch.randperm(n, generator=g).to(data.device)
+        return data[self.order[1][i * size:(i + 1) * size]]
+
+    def update(self, loss):
+        """Backward, clip, one step of the optimizer at this step's learning rate."""
+        args = self.args
+        with torch.autocast(loss.device.type, enabled=False):
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, args.clip or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = args.lr * schedule(self.step, args.steps, args.warmup)
+        self.check()                            # the step before: its loss is there without waiting
+        self.pending = self.step, loss.detach(), norm
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        torch.clear_autocast_cache()            # it holds bfloat16 copies of the old weights
+
+    def check(self):
+        """Stops the run if the last update's loss or gradient was not finite."""
+        if self.pending:
+            step, loss, norm = self.pending
+            self.pending, self.loss, self.norm = None, loss.item(), norm.item()
+            if not math.isfinite(self.loss + self.norm):
+                kept = "no checkpoint was written yet"
+                if self.wrote is not None:
+                    kept = f"the checkpoint of step {self.wrote} is kept"
+                raise UserError(f"at step {step} the loss was {self.loss:.4g} and its gradient "
+                                f"{self.norm:.4g}; {kept}. Try a smaller --lr")
+
+    def save(self):
+        """Writes checkpoint.pt in one motion: whoever looks sees the old one or the new one, whole.
+        A finished or foreign checkpoint that was there before this run is kept as previous.pt."""
+        path, part = self.out / "checkpoint.pt", self.out / "checkpoint.pt.part"
+        state = dict(script=script(), args=dataclasses.asdict(self.args), step=self.step,
+                     seconds=self.seconds, model=self.model.state_dict(),
+                     optimizer=self.optimizer.state_dict())
+        try:
+            with open(part, "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+            if path.exists() and self.wrote is None:
+                os.replace(path, self.out / "previous.pt")
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:       # torch.save wraps a full disk in either
+            part.unlink(missing_ok=True)
+            kept = "" if self.wrote is None else f"; the one of step {self.wrote} is kept"
+            why = getattr(error, "strerror", None) or "is the disk full?"
+            raise UserError(f"cannot write a checkpoint to {self.out} at step {self.step} "
+                            f"({why}){kept}") from None
+        self.wrote = self.step
+
+    def load(self):
+        """Takes up the checkpoint in --out; raises UserError where it is of another model."""
+        state, path = read_checkpoint(self.args.out, script()), self.out / "checkpoint.pt"
+        here, there = ({k: tuple(v.shape) for k, v in weights.items()}
+                       for weights in (self.model.state_dict(), state["model"]))
+        for name in {**here, **there}:
+            a, b = there.get(name, "missing"), here.get(name, "missing")
+            require(a == b, f"{path} does not fit this model: {name} is {a} there and {b} here; "
+                    "leave out the flags that change the model, or choose another --out")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.wrote = state["step"], state["seconds"], state["step"]
+        print(f"Going on from step {self.step} of {path}.")
+
+    def interrupt(self, *_):
+        self.stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)     # a second Ctrl-C stops at once
+
+    def open_log(self):
+        """log.jsonl, a line every half per cent; what is later than the checkpoint is dropped."""
+        path = self.out / "log.jsonl"
+        lines = path.read_text().split("\n") if self.step and path.exists() else []
+        step = lambda line: int(re.match(r'\{"step": (\d+),.*\}$|', line)[1] or self.step + 1)
+        path.write_text("".join(line + "\n" for line in lines if step(line) <= self.step))
+        return open(path, "a", buffering=1)
+
+    def show(self, log):
+        """The newest loss and the speed: into the log, and behind the bar or as a line of text."""
+        args, lr = self.args, self.optimizer.param_groups[0]["lr"]
+        rate = self.step * args.batch / max(self.seconds, 1e-9)
+        log.write(json.dumps(dict(step=self.step, loss=self.loss, gradient=self.norm, lr=lr,
+                                  seconds=round(self.seconds, 2))) + "\n")
+        self.bar.set_postfix_str(f"loss {self.loss:.4f}, {rate:,.0f}/s", refresh=False)
+        if self.bar.disable and self.step % -(-args.steps // 10) < -(-args.steps // 200):
+            print(f"step {self.step}/{args.steps}  loss {self.loss:.4f}  {rate:,.0f}/s", flush=True)
+
+
+def script():
+    return Path(sys.argv[0]).name
+
+
+def read_checkpoint(out, due):
+    """The newest checkpoint of a run, on the CPU. Raises UserError if there is none, if it is
+    broken, or if a script other than the one that is due wrote it."""
+    path = Path(out) / "checkpoint.pt"
+    require(path.exists(), f"there is no {path} to go on from: leave out --resume to start anew")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        by = state["script"]
+    except Exception as error:                          # torch raises many kinds for a broken file
+        why = f"{path} is not a checkpoint that can be read ({type(error).__name__})"
+        raise UserError(why) from None
+    require(by == due, f"{path} was written by {by}, not by {due}: choose another --out")
+    return state
+
+
+# -------------------------------------------------------------------------------- evaluation
+
+
+def few(labels, k, seed=0):
+    """Indices of k random examples of each class (all if k is 0): (k * classes,) on labels' device.
+    Raises UserError where a class has fewer."""
+    least = int(labels.bincount().min())
+    require(k <= least, f"--labels {k} is too many: a class has only {least} labelled images here")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order.to(labels.device)
+    return torch.cat([order[labels[order] == c][:k or None] for c in labels.unique()])
+
+
+@torch.no_grad()
+def encode(f, images, x, batch=500):
+    """f of every image of x (n, 3, S, S) uint8, normalised, without gradients: (n, C) float."""
+    return torch.cat([f(images.normalize(part)).float() for part in x.split(batch)])
+
+
+def probe(train, labels, test, test_labels, k=0, seed=0, decay=1e-2):
+    """Accuracy in % of a linear classifier on frozen features: logistic regression on k examples of
+    each class (0: all), fitted to its optimum with L-BFGS.
+
+    train (n, C), labels (n,), test (m, C), test_labels (m,). Features are standardised over all of
+    train, labelled or not; a square of a weight costs decay / 2.
+    """
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    i = few(labels, k, seed)
+    x, y, test = (train[i] - mean) / std, labels[i], (test - mean) / std
+    head = nn.Linear(x.shape[1], int(labels.max()) + 1, device=x.device)
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(x), y) + decay / 2 * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return 100 * (head(test).argmax(1) == test_labels).float().mean().item()
+
+
+def finetune(f, images, x, labels, test_labels, args, steps, lr, batch=64, seed=0):
+    """Accuracy in % on images.test after training a new linear head and what of f takes gradients.
+
+    f maps normalised images (B, 3, S, S) to features (B, C) and is changed in place; x (n, 3, S, S)
+    uint8 with labels (n,) are the few labelled images; test_labels (m,).
+    """
+    torch.manual_seed(seed)
+    dim = encode(f, images, x[:1]).shape[1]
+    head = nn.Linear(dim, int(labels.max()) + 1)
+    nn.init.zeros_(head.weight)                  # at first all classes are equally likely
+    norm = nn.BatchNorm1d(dim, affine=False)     # as in MAE, A.1: features differ widely in scale
+    model = nn.Sequential(f, norm, head).to(x.device).train()
+    optimizer = adamw(model.parameters(), lr, weight_decay=.05)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * schedule(step, steps, .1)
+        i = torch.randint(len(x), (min(batch, len(x)),), device=x.device)
+        with autocast(args):
+            loss = F.cross_entropy(model(images.normalize(x[i])), labels[i])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with autocast(args):
+        scores = encode(model.eval(), images, images.test)
+    return 100 * (scores.argmax(1) == test_labels).float().mean().item()
+
+
+# ------------------------------------------------------------------------------------ output
+
+
+def save_png(path, pictures, columns, group=0, zoom=3):
+    """Writes pictures (n, 3, S, S) in [0, 1] as one PNG, row by row, each pixel zoom times as
+    large. A wider gap parts every `group` pictures."""
+    n, _, S, _ = pictures.shape
+    rows, side = -(-n // columns), S * zoom
+    left = [c * (side + 4) + (c // group * 12 if group else 0) for c in range(columns)]
+    sheet = np.full((rows * (side + 4) - 4, left[-1] + side, 3), 255, np.uint8)
+    large = (pictures * 255).round().byte().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    for i, picture in enumerate(large.permute(0, 2, 3, 1).cpu().numpy()):
+        y, x = i // columns * (side + 4), left[i % columns]
+        sheet[y:y + side, x:x + side] = picture
+    lines = b"".join(b"\0" + line.tobytes() for line in sheet)       # 0: this line is not filtered
+    chunk = lambda kind, data: (struct.pack(">I", len(data)) + kind + data
+                                + struct.pack(">I", zlib.crc32(kind + data)))
+    head = struct.pack(">IIBBBBB", sheet.shape[1], sheet.shape[0], 8, 2, 0, 0, 0)     # 8-bit RGB
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
+                           + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
+
+
+def table(rows):
+    """Rows of texts -> aligned lines: the first column to the left, the others to the right."""
+    wide = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([row[0].ljust(wide[0]), *map(str.rjust, row[1:], wide[1:])])
+                     for row in rows)
+
+
+def spread(values):
+    """'61.2', or '61.2 +- 0.8' (mean and sample standard deviation) of several values."""
+    text = f"{np.mean(values):.1f}"
+    return text + f" +- {np.std(values, ddof=1):.1f}" if len(values) > 1 else text
+
+
+def progress(things, what):
+    """The things, one by one, under a bar that vanishes at the end (none without a terminal)."""
+    return tqdm(things, what, ncols=80, leave=False, disable=None)
+
+
+def machine():
+    """What the figures were measured on, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1] or cpu
+    return f"{cpu}, {os.cpu_count()} cores"
+
+
+def report(run, summary, figures):
+    """Writes result.json: what was run, on what, and what came out. `summary` is its line in the
+    table of all runs."""
+    args = run.args
+    result = dict(script=script(), summary=summary, figures=figures, seconds=round(run.seconds, 1),
+                  settings=dataclasses.asdict(args), machine=machine(),
+                  versions=dict(python=platform.python_version(), torch=torch.__version__))
+    (run.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main():
+    """All runs under a folder (runs/ if none is given) as one table."""
+    root = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
+    rows = [("run", "data", "steps", "minutes", "what came out")]
+    for path in sorted(root.glob("**/result.json")):
+        r = json.loads(path.read_text())
+        rows.append((str(path.parent.relative_to(root)), Path(r["settings"]["data"]).name,
+                     str(r["settings"]["steps"]), f"{r['seconds'] / 60:.1f}", r["summary"]))
+    if len(rows) == 1:
+        sys.exit(f"There is no finished run under {root}/ yet: python mae.py makes one.")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,373 @@
+"""Masked autoencoder (MAE): hide 75 % of an image's patches, encode the rest, paint the hidden.
+
+Paper    He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377
+Run      python mae.py --mask-ratio 0.75
+"""
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+# -------------------------------------------------------------------------------------- settings
+
+
+@dataclass
+class Args(common.Args):
+    steps: int = 4000               # training steps
+    batch: int = 512                # images a step
+    lr: float = 1e-3                # peak learning rate (MAE, table 8: 1.5e-4 per 256 images)
+    weight_decay: float = 0.05      # AdamW's decay, on matrices only (MAE, table 8)
+    mask_ratio: float = 0.75        # share of the patches hidden from the encoder (MAE, fig. 5)
+    norm_pix: bool = False          # predict each patch with its own mean and variance taken out
+    image_size: int = 32            # side in pixels of drawn shapes, and of a folder's pictures
+    patch: int = 4                  # side of a patch in pixels
+    dim: int = 192                  # channels of the encoder (ViT-Tiny)
+    depth: int = 12                 # blocks of the encoder
+    heads: int = 3                  # attention heads of the encoder
+    decoder_dim: int = 96           # channels of the decoder
+    decoder_depth: int = 4          # blocks of the decoder
+    decoder_heads: int = 3          # attention heads of the decoder
+    tune: Literal["linear", "last", "all"] = "all"  # what a few labels train: head, last block, all
+    labels: tuple[int, ...] = (1, 5, 20, 100)        # labelled images a class that it gets for this
+    tune_steps: int = 1000          # steps of each fine-tuning
+    tune_lr: float = 1e-3           # its peak learning rate
+    draws: int = 1                  # repeats with other labelled images, for mean and spread
+
+    cpu = dict(steps=2000, batch=64, lr=3e-3, dim=128, depth=4, heads=2, decoder_dim=64,
+               decoder_depth=2, decoder_heads=2, labels=(20, 100), tune_steps=150)
+
+    def check(self):
+        super().check()
+        need = common.require
+        need(0 < self.mask_ratio < 1, f"--mask-ratio {self.mask_ratio} must lie between 0 and 1: "
+             "some patches have to stay visible, and some hidden")
+        need(self.patch > 0 and self.image_size > 0, "--patch and --image-size must be 1 or more")
+        need(self.depth > 0 and self.decoder_depth > 0, "--depth, --decoder-depth: 1 or more")
+        for dim, heads in ("dim", "heads"), ("decoder_dim", "decoder_heads"):
+            d, h = getattr(self, dim), getattr(self, heads)
+            need(d > 0 and h > 0 and d % h == 0 and d % 4 == 0, f"{common.flag(dim)} {d} must be a "
+                 f"multiple of 4 (sines and cosines of x and y) and of {common.flag(heads)} {h}")
+        need(min(self.labels) > 0 and self.draws > 0, "--labels and --draws must be 1 or more")
+
+
+# ------------------------------------------------------------------------------------- the model
+# B batch, N patches, T tokens, C channels, H heads, D = C / H, P = 3 p^2 pixel values of a patch.
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, every token to every token: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        H, D = self.heads, C // self.heads
+        q, k, v = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)    # each (B, H, T, D)
+        x = F.scaled_dot_product_attention(q, k, v)                  # softmax(q k^T / sqrt(D)) v
+        return self.proj(x.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Two layers, each token for itself: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def sincos(side, dim):
+    """Fixed position code of a side x side grid, row by row: (1, 1 + side^2, dim).
+
+    Half the channels tell the column, half the row, each by sines then cosines of falling frequency
+    10000^(-4 i / dim). The row in front is the cls token's: zeros.
+    """
+    frequency = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) * 4 / dim)
+    angle = torch.arange(side)[:, None] * frequency                         # (side, dim / 4)
+    code = torch.cat([angle.sin(), angle.cos()], 1)                         # (side, dim / 2)
+    column, row = code.repeat(side, 1), code.repeat_interleave(side, 0)     # each (side^2, dim / 2)
+    return F.pad(torch.cat([column, row], 1), (0, 0, 1, 0)).float()[None]
+
+
+def take(x, at):
+    """The tokens of x (B, T, C) at places (B, n), another choice for each image: (B, n, C)."""
+    return x.gather(1, at[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+class ViT(nn.Module):
+    """Vision Transformer over any of the patches: (B, n, P) at places (B, n) -> (B, 1 + n, C).
+
+    Token 0 is cls. Without `places`, the patches are all N in order. grid: patches to a side.
+    """
+
+    def __init__(self, grid, pixels, dim, depth, heads):
+        super().__init__()
+        self.patch_embed = nn.Linear(pixels, dim)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * .02)
+        self.register_buffer("pos_embed", sincos(grid, dim), persistent=False)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, patches, places=None):
+        B = len(patches)
+        position = self.pos_embed[:, 1:].expand(B, -1, -1)
+        x = self.patch_embed(patches) + (position if places is None else take(position, places))
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)
+        x = torch.cat([cls, x], 1)                                          # (B, 1 + n, C)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class MAE(nn.Module):
+    """Encoder for what is visible, and a smaller decoder that paints the rest (MAE, fig. 1)."""
+
+    def __init__(self, grid, pixels, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads):
+        super().__init__()
+        self.encoder = ViT(grid, pixels, dim, depth, heads)
+        self.decoder_embed = nn.Linear(dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_dim) * .02)
+        self.register_buffer("decoder_pos_embed", sincos(grid, decoder_dim), persistent=False)
+        blocks = (Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
+        self.decoder_blocks = nn.ModuleList(blocks)
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_dim, pixels)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, masked):
+        """(visible (B, n, P), order (B, N)) -> the hidden patches as guessed, (B, N - n, P)."""
+        visible, order = masked
+        n = visible.shape[1]
+        latent = self.encoder(visible, order[:, :n])                 # (B, 1 + n, C)
+        tokens = self.fill(self.decoder_embed(latent), order)        # (B, 1 + N, decoder_dim)
+        return self.decode(tokens, order[:, n:])
+
+    def fill(self, latent, order):
+        """The visible tokens go back to their places, the mask token to all others."""
+        cls, seen = latent[:, :1], latent[:, 1:]
+        blank = self.mask_token.to(seen.dtype).expand(len(seen), order.shape[1] - seen.shape[1], -1)
+        return torch.cat([cls, restore(torch.cat([seen, blank], 1), order)], 1)
+
+    def decode(self, tokens, hidden):
+        """(B, 1 + N, decoder_dim) -> pixels of the hidden patches only: nothing else is owed."""
+        x = tokens + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(take(self.decoder_norm(x)[:, 1:], hidden))
+
+
+# ------------------------------------------------------------------------------------ the method
+
+
+def patchify(x, p):
+    """Images (B, 3, S, S) -> patches (B, N, P), row by row; inside, too: (row, column, colour)."""
+    B, _, S, _ = x.shape
+    n = S // p
+    return x.view(B, 3, n, p, n, p).permute(0, 2, 4, 3, 5, 1).reshape(B, n * n, 3 * p * p)
+
+
+def unpatchify(patches, p):
+    """The way back: (B, N, P) -> (B, 3, S, S)."""
+    B, N, _ = patches.shape
+    n = math.isqrt(N)
+    return patches.view(B, n, n, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(B, 3, n * p, n * p)
+
+
+def hide(patches, ratio):
+    """Shuffles the patches and cuts: -> visible (B, n, P), hidden (B, N - n, P), order (B, N).
+
+    order[b, i] is the place that the i-th patch after the shuffle had; the first n are visible.
+    """
+    B, N, _ = patches.shape
+    n = N - round(N * ratio)
+    order = torch.rand(B, N, device=patches.device).argsort(1)              # a shuffle per image
+    return take(patches, order[:, :n]), take(patches, order[:, n:]), order
+
+
+def restore(tokens, order):
+    """Undoes the shuffle: (B, N, C) -> the same tokens in their places. restore(hide(x)) = x."""
+    places = order[:, :, None].expand_as(tokens)
+    return torch.empty_like(tokens).scatter_(1, places, tokens)
+
+
+def standardize(patches):
+    """Each patch with its own mean and variance taken out (--norm-pix; MAE, sec. 4.1)."""
+    mean, var = patches.mean(2, keepdim=True), patches.var(2, keepdim=True)
+    return (patches - mean) / (var + 1e-6).sqrt()
+
+
+def mask(x, patch, ratio, norm_pix=False):
+    """A. Images (B, 3, S, S) -> what the model may see, and what it owes."""
+    visible, hidden, order = hide(patchify(x, patch), ratio)
+    return (visible, order), standardize(hidden) if norm_pix else hidden
+
+
+def distance(prediction, target):
+    """C. Mean squared error over the hidden patches (B, N - n, P), the only ones predicted."""
+    return F.mse_loss(prediction.float(), target)
+
+
+# ------------------------------------------------------------------------------------------ look
+
+
+POOL = 5000      # the training images that lend the few labels: enough, and quick to encode
+
+
+class Features(nn.Module):
+    """What a classifier reads, the mean of all patches' tokens: (B, 3, S, S) -> (B, C)."""
+
+    def __init__(self, encoder, patch):
+        super().__init__()
+        self.encoder, self.patch = encoder, patch
+
+    def forward(self, x):
+        return self.encoder(patchify(x, self.patch))[:, 1:].mean(1)
+
+
+def build(args, size):
+    """The MAE of these settings for images of size x size pixels, on the device."""
+    p, N = args.patch, (size // args.patch) ** 2
+    common.require(size % p == 0, f"--patch {p} does not divide the {size} x {size} images of "
+                   f"--data {args.data}: try --patch {4 if size % 4 == 0 else 1}")
+    common.require(0 < round(N * args.mask_ratio) < N, f"--mask-ratio {args.mask_ratio} of {N} "
+                   "patches leaves none hidden or none visible: try 0.75, or a smaller --patch")
+    return MAE(size // p, 3 * p * p, args.dim, args.depth, args.heads, args.decoder_dim,
+               args.decoder_depth, args.decoder_heads).to(args.device)
+
+
+@torch.no_grad()
+def look(args, model, images):
+    """Paints test images: writes reconstructions.png, and returns the error on hidden patches."""
+    torch.manual_seed(args.seed)
+    error = 0.
+    for part in images.test.split(500):
+        masked, target = mask(images.normalize(part), args.patch, args.mask_ratio, args.norm_pix)
+        error += distance(model(masked), target).item() * len(part) / len(images.test)
+
+    x = images.normalize(images.test[:24])
+    visible, hidden, order = hide(patchify(x, args.patch), args.mask_ratio)
+    painted = model((visible, order)).float()
+    if args.norm_pix:      # it never learned a patch's own mean and variance: lend it the true ones
+        mean, var = hidden.mean(2, keepdim=True), hidden.var(2, keepdim=True)
+        painted = painted * (var + 1e-6).sqrt() + mean
+
+    def whole(rest):
+        return unpatchify(restore(torch.cat([visible, rest], 1), order), args.patch)
+    triples = torch.stack([whole(torch.zeros_like(hidden)), whole(painted), x], 1).flatten(0, 1)
+    common.save_png(f"{args.out}/reconstructions.png", images.denormalize(triples), 12, group=3)
+    return error
+
+
+def tune(args, f, images, labels, test_labels, k, draw):
+    """Accuracy in % of a copy of f with a new head, tuned on k images a class as --tune says."""
+    f = copy.deepcopy(f).requires_grad_(args.tune == "all")
+    if args.tune == "last":
+        f.encoder.blocks[-1].requires_grad_(True)
+        f.encoder.norm.requires_grad_(True)
+    few = common.few(labels[:POOL], k, draw)
+    return common.finetune(f, images, images.train[few], labels[few], test_labels, args,
+                           args.tune_steps, args.tune_lr, seed=draw)
+
+
+def evaluate(args, model, images):
+    """What a few labels buy: {who: accuracies in %, a list per label count, one for each draw}, and
+    what a linear probe with the most labels reads: {attribute: accuracy in %}."""
+    what = next(iter(images.names))
+    labels, test_labels = images.train_labels[what], images.test_labels[what]
+    torch.manual_seed(args.seed)
+    blank, trained = (Features(m.encoder, args.patch) for m in (build(args, images.size), model))
+    rows, knows, draws = {}, {}, range(args.draws)
+    for who, f in ("raw pixels", nn.Flatten()), ("untrained ViT", blank), ("MAE", trained):
+        with common.autocast(args):
+            train, test = (common.encode(f, images, x) for x in (images.train[:POOL], images.test))
+        rows[f"{who}, linear"] = [
+            [common.probe(train, labels[:POOL], test, test_labels, k, draw) for draw in draws]
+            for k in args.labels]
+    for name, y in images.train_labels.items():
+        test_y = images.test_labels[name]
+        knows[name] = common.probe(train, y[:POOL], test, test_y, max(args.labels))
+    fits = [(who, f, k, draw) for who, f in (("untrained ViT", blank), ("MAE", trained))
+            for k in args.labels for draw in draws if args.tune != "linear"]
+    for who, f, k, draw in common.progress(fits, "fine-tuning"):
+        row = rows.setdefault(f"{who}, tune {args.tune}", [[] for _ in args.labels])
+        row[args.labels.index(k)].append(tune(args, f, images, labels, test_labels, k, draw))
+    return rows, knows
+
+
+def tell(args, images, run, error, rows, knows):
+    """The end of the run, in words and in result.json."""
+    what, names = next(iter(images.names.items()))
+    print()
+    common.say(f"Squared error on the hidden patches of {len(images.test):,} new images: "
+               f"{error:.3f} (always guessing the mean: 1.000).")
+    lines = [[f"{what}, accuracy in %", *(f"{k} a class" for k in args.labels)],
+             ["chance", *[f"{100 / len(names):.1f}"] * len(args.labels)]]
+    lines += [[who, *map(common.spread, row)] for who, row in rows.items()]
+    print(f"\n{common.table(lines)}\n")
+
+    how = "linear" if args.tune == "linear" else f"tune {args.tune}"
+    k = max(args.labels)
+    ours, blank = (common.spread(rows[f"{who}, {how}"][args.labels.index(k)])
+                   for who in ("MAE", "untrained ViT"))
+    summary = f"{what} with {k} labels a class ({how}): MAE {ours} %, untrained {blank} %"
+    known = ", ".join(f"{name} {got:.0f} % (chance {100 / len(images.names[name]):.0f})"
+                      for name, got in knows.items())
+    common.say(f"From MAE's features, a linear probe with {k} labels a class reads: {known}.")
+    common.say(f"{summary[0].upper()}{summary[1:]}, chance {100 / len(names):.1f} %.")
+    print(f"Picture: {args.out}/reconstructions.png (masked | painted | original)")
+    common.report(run, summary, dict(error=error, labels=args.labels, accuracy=rows, linear=knows))
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def main(args):
+    images = common.load_images(args.data, args.data_dir, args.image_size, args.device)
+    common.few(next(iter(images.train_labels.values()))[:POOL], max(args.labels))    # too many? now
+    model = build(args, images.size)
+    run = common.Run(args, model)
+    for step in run:
+        x = images.normalize(run.batch(images.train))
+        masked, target = mask(x, args.patch, args.mask_ratio, args.norm_pix)
+        prediction = model(masked)
+        loss = distance(prediction, target)
+        run.update(loss)
+
+    model.eval()
+    error = look(args, model, images)
+    tell(args, images, run, error, *evaluate(args, model, images))
+
+
+if __name__ == "__main__":
+    common.start(main, Args)

@@ -1,0 +1,51 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+DATA = Path(os.environ.get("DATA_DIR") or ROOT.parent / "shared/data")       # real data, where it exists
+
+SMALL = ("--dim 16 --heads 2 --depth 1 --decoder-dim 8 --decoder-heads 2 --decoder-depth 1 --batch 8 "
+         "--tune linear --labels 1 --dtype float32 --device cpu").split()    # seconds instead of minutes
+
+
+def command(*flags, script="mae.py"):
+    return [sys.executable, str(ROOT / script), *map(str, flags)]
+
+
+def run(*flags, script="mae.py", **how):
+    """The finished process of a script, with what it printed as text."""
+    how = dict(capture_output=True, text=True, timeout=300, cwd=ROOT, stdin=subprocess.DEVNULL) | how
+    return subprocess.run(command(*flags, script=script), **how)
+
+
+def refused(process, status, *words):
+    """Asserts that a run ended with one plain sentence that has these words in it."""
+    text = process.stderr.strip()
+    assert process.returncode == status, text
+    assert "Traceback" not in text and text.startswith("mae.py: ") and len(text.splitlines()) == 1, text
+    for word in words:
+        assert word in text, (word, text)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """An .npz of 64 + 20 images of 8 x 8 in two classes: dark and light."""
+    r = np.random.default_rng(0)
+    y = np.arange(84) % 2
+    x = (r.integers(0, 120, (84, 8, 8, 3)) + 120 * y[:, None, None, None]).astype(np.uint8)
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, x_train=x[:64], y_train=y[:64], x_test=x[64:], y_test=y[64:])
+    return path
+
+
+@pytest.fixture(scope="session")
+def scripts():
+    """The scripts of the seven that are there."""
+    names = "simclr autoencoder mae bert gpt lora flamingo".split()
+    return [f"{name}.py" for name in names if (ROOT / f"{name}.py").exists()]

@@ -1,0 +1,436 @@
+"""common.py: the shapes world, the readers, the settings, the schedule, the probe, the PNG."""
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import math
+import struct
+import tarfile
+import threading
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DATA, run
+from torch import nn
+
+import common
+from common import UserError
+
+
+# ------------------------------------------------------------------------------- the shapes world
+
+
+def test_shapes_are_a_function_of_the_seed():
+    (a, la), (b, lb), (c, _) = common.shapes(50, 3), common.shapes(50, 3), common.shapes(50, 4)
+    assert a.shape == (50, 3, 32, 32) and a.dtype == torch.uint8
+    assert torch.equal(a, b) and all(torch.equal(la[k], lb[k]) for k in la)
+    assert not torch.equal(a, c)
+
+
+def test_every_figure_has_the_area_of_its_disc():
+    """Within 12 %, so that the amount of paint does not give the kind away; the edge is where d = 0."""
+    n = len(common.SHAPES)
+    black = torch.zeros(n, 3, 128, 128)
+    ones = torch.ones(n)
+    common.draw(black, torch.arange(n), torch.ones(n, 3), 20 * ones, 64 * ones, 64 * ones, .3 * ones)
+    area = black[:, 0].sum((1, 2)) / (math.pi * 400)
+    assert ((area - 1).abs() < .12).all(), dict(zip(common.SHAPES, area.tolist()))
+    edge = torch.cat([black[:, :, 0], black[:, :, -1], black[..., 0], black[..., -1]], 2)
+    assert edge.sum() == 0
+
+
+def test_a_disc_is_anti_aliased_to_its_exact_area():
+    canvas = common.draw(torch.zeros(1, 3, 32, 32), torch.tensor([0]), torch.ones(1, 3), torch.tensor([9.]),
+                         torch.tensor([15.3]), torch.tensor([16.8]), torch.tensor([0.]))
+    assert canvas[0, 0].sum().item() == pytest.approx(math.pi * 81, rel=.01)
+    at = torch.arange(32) + .5
+    x, y = (canvas[0, 0].sum(0) * at).sum() / canvas[0, 0].sum(), (canvas[0, 0].sum(1) * at).sum() / canvas[0, 0].sum()
+    assert x.item() == pytest.approx(15.3, abs=.05) and y.item() == pytest.approx(16.8, abs=.05)
+
+
+def test_turning_is_counter_clockwise():
+    """A half disc lies above its straight side; a quarter turn brings it to the left of the centre."""
+    half = torch.tensor([common.SHAPES.index("half")] * 2)
+    two = lambda v: torch.full((2,), float(v))
+    canvas = common.draw(torch.zeros(2, 3, 64, 64), half, torch.ones(2, 3), two(16), two(32), two(32),
+                         torch.tensor([0., math.pi / 2]))[:, 0]
+    assert canvas[0, 22].sum() > 0 and canvas[0, 42].sum() == 0          # reaches up, not down
+    assert canvas[1, :, 22].sum() > 0 and canvas[1, :, 42].sum() == 0    # reaches left, not right
+
+
+def test_attributes_are_balanced_and_independent():
+    _, labels = common.shapes(5000, 0)
+    for name, y in labels.items():
+        share = y.bincount() / len(y)
+        assert (share * len(share) - 1).abs().max() < .25, name
+    for a in labels:
+        for b in labels:
+            if a != b:       # chi-squared of the contingency table stays near its degrees of freedom
+                table = torch.zeros(int(labels[a].max()) + 1, int(labels[b].max()) + 1)
+                table.index_put_((labels[a], labels[b]), torch.ones(5000), accumulate=True)
+                due = table.sum(1, keepdim=True) * table.sum(0) / 5000
+                freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
+                assert ((table - due) ** 2 / due).sum() < freedom + 5 * (2 * freedom) ** .5, (a, b)
+
+
+def test_what_is_easy_and_what_is_hard():
+    """A linear probe on pixels reads the colour, and not the shape: honest work for a representation."""
+    images = common.load_images("shapes")
+    train, test = images.train[:3000].flatten(1).float(), images.test.flatten(1).float()
+    got = {k: common.probe(train, images.train_labels[k][:3000], test, images.test_labels[k])
+           for k in ("shape", "colour")}
+    assert got["shape"] < 20 and got["colour"] > 90, got                 # chance: 10 and 12.5
+
+
+# ------------------------------------------------------------------------------------- readers
+
+
+def idx(array):
+    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    """The four IDX files, small."""
+    r, arrays = np.random.default_rng(0), {}
+    (tmp_path / "fashion-mnist").mkdir()
+    for split, n in ("train", 30), ("t10k", 10):
+        arrays[split] = r.integers(0, 256, (n, 28, 28), np.uint8), r.integers(0, 10, n, np.uint8)
+        for kind, a in zip(("images-idx3", "labels-idx1"), arrays[split]):
+            (tmp_path / f"fashion-mnist/{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(idx(a)))
+    return tmp_path, arrays
+
+
+def test_idx(fashion):
+    folder, arrays = fashion
+    images = common.load_images("fashion-mnist", folder)
+    assert images.names["class"][9] == "boot" and images.size == 28
+    for split, x, y in ("train", images.train, images.train_labels), ("t10k", images.test, images.test_labels):
+        assert x.shape[1:] == (3, 28, 28)
+        assert all(np.array_equal(x[:, c], arrays[split][0]) for c in range(3))
+        assert np.array_equal(y["class"], arrays[split][1])
+
+
+def test_broken_idx(fashion):
+    path = fashion[0] / "fashion-mnist/train-images-idx3-ubyte.gz"
+    whole = path.read_bytes()
+    for broken in whole[:len(whole) // 2], gzip.compress(gzip.decompress(whole)[:-5]), b"", b"<html>":
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=f"{path.name} is (truncated or broken|not an IDX file)"):
+            common.load_images("fashion-mnist", fashion[0])
+    path.write_bytes(gzip.compress(idx(np.zeros(30, np.uint8))))
+    with pytest.raises(UserError, match="not an IDX file of 3 dimensions"):
+        common.load_images("fashion-mnist", fashion[0])
+
+
+def test_cifar10_binary_archive(tmp_path):
+    """A small archive in the official layout: 5 + 1 files of records <label><1024 R><1024 G><1024 B>."""
+    r = np.random.default_rng(0)
+    (tmp_path / "cifar10").mkdir()
+    path, records = tmp_path / "cifar10/cifar-10-binary.tar.gz", {}
+    with tarfile.open(path, "w:gz") as tar:
+        for name in ["batches.meta.txt", "readme.html", "data_batch_4.bin", "data_batch_1.bin", "data_batch_2.bin",
+                     "data_batch_3.bin", "data_batch_5.bin", "test_batch.bin"]:
+            data = b"text"
+            if name.endswith(".bin"):
+                records[name] = np.concatenate([r.integers(0, 10, (4, 1)), r.integers(0, 256, (4, 3072))], 1)
+                data = records[name].astype(np.uint8).tobytes()
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    images = common.load_images("cifar10", tmp_path)
+    assert images.train.shape == (20, 3, 32, 32) and images.test.shape == (4, 3, 32, 32)
+    assert images.names["class"][:2] == ["airplane", "automobile"]
+    third = records["data_batch_3.bin"][1]                               # the tenth training image
+    assert images.train_labels["class"][9] == third[0]
+    assert images.train[9, 2, 5, 7] == third[1 + 2 * 1024 + 5 * 32 + 7]
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(UserError, match="truncated or not CIFAR-10's binary archive"):
+        common.load_images("cifar10", tmp_path)
+
+
+def test_npz(tmp_path):
+    path, x, y = tmp_path / "x.npz", np.zeros((6, 8, 8, 3), np.uint8), np.arange(6) % 3
+    good = dict(x_train=x, y_train=y, x_test=x, y_test=y)
+    np.savez(path, **good, classes=np.array(["a", "b", "c"]))
+    assert common.load_images(str(path)).names == {"class": ["a", "b", "c"]}
+    bad = [(dict(x=x, y=y), "holds x, y; due are x_train, y_train, x_test, y_test"),
+           (good | dict(x_train=np.array([{}, "pickled"], object)), "it holds pickled objects"),
+           (good | dict(x_train=x.astype(np.float32)), "float32 .* not square uint8 images"),
+           (good | dict(x_train=x[:, :, :5]), r"\(6, 8, 5, 3\), not square"),
+           (good | dict(y_train=y[:3]), "and y_train is int64 .3,.: one integer for each image"),
+           (good | dict(y_test=y + 5), "labels of y_test reach from 5 to 7, but there are 3 classes"),
+           (good | dict(x_test=np.zeros((6, 4, 4, 3), np.uint8)), "train and test differ in size")]
+    for arrays, message in bad:
+        np.savez(path, **arrays)
+        with pytest.raises(UserError, match=message):
+            common.load_images(str(path))
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(UserError, match="truncated or no .npz"):
+        common.load_images(str(path))
+    with pytest.raises(UserError, match="there is no file"):
+        common.load_images(str(tmp_path / "none.npz"))
+
+
+def test_no_such_data():
+    with pytest.raises(UserError, match="there is no data set 'nowhere': --data takes shapes, "):
+        common.load_images("nowhere")
+
+
+def test_folder_of_pictures(tmp_path):
+    Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
+    for c, grey in ("cat", 40), ("dog", 200):
+        (tmp_path / c).mkdir()
+        for i in range(5):
+            Image.new("RGB", (20, 12), (grey, grey, grey)).save(tmp_path / c / f"{i}.png")
+    images = common.load_images(str(tmp_path), size=8)
+    assert images.train.shape == (8, 3, 8, 8) and images.names == {"class": ["cat", "dog"]}
+    assert images.test[:, 0, 4, 4].tolist() == [40, 200] and images.test_labels["class"].tolist() == [0, 1]
+    (tmp_path / "dog/3.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match="cannot read the picture .*dog/3.png"):
+        common.load_images(str(tmp_path), size=8)
+
+
+def test_folder_without_pillow(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "PIL", None)
+    with pytest.raises(UserError, match="pip install pillow"):
+        common.load_images(str(tmp_path))
+
+
+@pytest.mark.skipif(not (DATA / "fashion-mnist").exists(), reason="no Fashion-MNIST at hand")
+def test_the_real_fashion_mnist():
+    for file in (DATA / "fashion-mnist").glob("*.gz"):
+        digest = hashlib.sha256(gzip.decompress(file.read_bytes())).hexdigest()
+        assert digest == common.SHA256["fashion-mnist"][file.name]
+    images = common.load_images("fashion-mnist", DATA)
+    assert images.train.shape == (60000, 3, 28, 28) and images.test.shape == (10000, 3, 28, 28)
+    assert images.train_labels["class"].bincount().tolist() == [6000] * 10
+    x = images.normalize(images.train[:5000])
+    assert x.mean().abs() < 1e-3 and abs(x.std() - 1) < 1e-3
+    torch.testing.assert_close(images.denormalize(x[:9]), images.train[:9] / 255)
+
+
+# ----------------------------------------------------------------------------------- downloads
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A mirror on this machine, and a file that is due from it."""
+    content, pages = b"what is due" * 1000, {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path in pages else 404)
+            self.end_headers()
+            self.wfile.write(pages.get(self.path, b""))
+
+        def log_message(self, *_):
+            pass
+
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    at = f"http://127.0.0.1:{web.server_port}"
+    monkeypatch.setitem(common.MIRRORS, "mnist", [f"{at}/first/", f"{at}/second/"])
+    monkeypatch.setitem(common.SHA256["mnist"], "x.gz", hashlib.sha256(content).hexdigest())
+    yield content, pages
+    web.shutdown()
+
+
+def test_a_download_is_checked_before_use(server, tmp_path, capfd):
+    content, pages = server
+    path = tmp_path / "mnist/x.gz"
+    pages["/first/x.gz"] = content[:-1]
+    with pytest.raises(UserError, match="not the SHA-256 that is due") as e:
+        common.fetch("mnist", "x.gz", tmp_path)
+    assert f"Put the file at {path} yourself" in str(e.value) and "--data shapes" in str(e.value)
+    assert not list(path.parent.iterdir())                               # kept out of the cache, no rest
+    pages["/second/x.gz"] = content                                      # the next mirror is asked
+    assert common.fetch("mnist", "x.gz", tmp_path) == path and path.read_bytes() == content
+    pages.clear()
+    assert common.fetch("mnist", "x.gz", tmp_path) == path               # there already: no download
+
+
+def test_a_file_that_was_compressed_anew_is_the_same_file(server, tmp_path):
+    content, pages = server
+    pages["/first/x.gz"] = gzip.compress(content, 1)
+    assert gzip.decompress(common.fetch("mnist", "x.gz", tmp_path).read_bytes()) == content
+
+
+def test_no_network(tmp_path, monkeypatch):
+    monkeypatch.setitem(common.MIRRORS, "mnist", ["http://127.0.0.1:9/"])
+    with pytest.raises(UserError) as e:
+        common.load_images("mnist", tmp_path)
+    for word in "train-images-idx3-ubyte.gz", "refused", f"Put the file at {tmp_path}", "--data shapes":
+        assert word in str(e.value)
+
+
+# ------------------------------------------------------------------------------------ settings
+
+
+@dataclass
+class Args(common.Args):
+    rate: float = 0.5        # share of 100 % of it
+    names: tuple[int, ...] = (1, 2)      # some numbers
+    norm: bool = True
+    cpu = dict(batch=7, rate=0.25)
+
+
+def test_settings_and_their_order(capsys):
+    args = common.cli(Args, "--lr 1 --no-norm --names 3 4 5 --device cpu".split())
+    assert (args.lr, args.norm, args.names, args.batch, args.rate) == (1.0, False, (3, 4, 5), 7, .25)
+    assert "--batch 7 --rate 0.25 (flags you give win)" in capsys.readouterr().out.replace("\n", " ")
+    assert common.cli(Args, "--batch 9 --device cpu".split()).batch == 9
+
+
+def test_help_is_the_comments(capsys):
+    with pytest.raises(SystemExit) as e:
+        common.cli(Args, ["--help"])
+    text = capsys.readouterr().out
+    assert e.value.code == 0 and max(map(len, text.splitlines())) <= 80
+    assert "share of 100 % of it [0.5; on a CPU 0.25]" in text and "training steps [4000]" in text
+
+
+def test_every_setting_of_every_script_has_a_help(scripts):
+    for name in scripts:
+        module = __import__(name.removesuffix(".py"))
+        text = common.help_of(module.Args)
+        for field in module.Args.__dataclass_fields__:
+            assert text.get(field), f"{name}: --{field} has no comment"
+        assert set(module.Args.cpu) <= set(module.Args.__dataclass_fields__)
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def test_schedule():
+    lr = [common.schedule(s, 100, .1) for s in range(101)]
+    assert lr[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert lr[10] == 1 and lr[55] == pytest.approx(.5) and lr[100] == pytest.approx(0)
+    assert common.schedule(0, 1, 0) == 1 and common.schedule(0, 2, 1) == .5
+
+
+def test_adamw_equals_the_published_update():
+    """Two steps by hand (Loshchilov & Hutter 2019, algorithm 2); vectors do not decay."""
+    w, b = nn.Parameter(torch.tensor([[2.]])), nn.Parameter(torch.tensor([2.]))
+    optimizer = common.adamw([w, b], lr=.1, weight_decay=.5)
+    theirs = {True: 2., False: 2.}
+    m = v = 0.
+    for t, g in enumerate([.3, -.2], 1):
+        w.grad, b.grad = torch.tensor([[g]]), torch.tensor([g])
+        optimizer.step()
+        m, v = .9 * m + .1 * g, .95 * v + .05 * g * g
+        move = .1 * (m / (1 - .9 ** t)) / ((v / (1 - .95 ** t)) ** .5 + 1e-8)
+        theirs = {decays: x - (.1 * .5 * x if decays else 0) - move for decays, x in theirs.items()}
+    assert w.item() == pytest.approx(theirs[True], rel=1e-5) and b.item() == pytest.approx(theirs[False], rel=1e-5)
+
+
+def test_an_epoch_shows_every_example_once(tmp_path):
+    args = common.Args(steps=20, batch=10, out=str(tmp_path), device="cpu", dtype="float32")
+    model = nn.Linear(1, 1)
+    run, seen = common.Run(args, model), []
+    for step in run:
+        x = run.batch(torch.arange(100.)[:, None])
+        seen.append(x.flatten().tolist())
+        run.update(model(x).square().mean() * 0)
+    first, second = sum(seen[:10], []), sum(seen[10:], [])
+    assert sorted(first) == sorted(second) == list(range(100)) and first != second
+
+
+def test_clipping_and_the_learning_rate_of_a_step(tmp_path):
+    args = common.Args(steps=4, batch=1, lr=.1, warmup=.5, clip=1., weight_decay=0., out=str(tmp_path),
+                       device="cpu", dtype="float32")
+    model = nn.Linear(1, 1, bias=False)
+    run = common.Run(args, model, torch.optim.SGD(model.parameters(), 1.))
+    for step in run:
+        before = model.weight.item()
+        run.update(1000 * model.weight.sum())                            # gradient 1000, cut to 1
+        due = .1 * common.schedule(step, 4, .5)
+        assert before - model.weight.item() == pytest.approx(due, rel=1e-3)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3, 4] and log[0]["gradient"] == 1000
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_autocast_computes_in_the_dtype_and_sees_new_weights(tmp_path, dtype):
+    """Within a step bfloat16 copies of the weights are kept; after the update they must be new ones."""
+    args = common.Args(steps=3, batch=1, lr=.5, warmup=0, out=str(tmp_path), device="cpu", dtype=dtype)
+    model = nn.Linear(4, 4)
+    run, x = common.Run(args, model), torch.ones(1, 4)
+    for step in run:
+        before = model(x)
+        assert str(before.dtype) == f"torch.{dtype}"
+        run.update(before.float().square().mean())
+        after = F.linear(x, model.weight, model.bias)
+        assert not torch.allclose(before.float(), after.float(), atol=.05)
+
+
+# ---------------------------------------------------------------------------------- evaluation
+
+
+def test_few():
+    labels = torch.arange(60) % 3
+    i = common.few(labels, 4, seed=1)
+    assert labels[i].tolist() == [0] * 4 + [1] * 4 + [2] * 4 and len(set(i.tolist())) == 12
+    assert torch.equal(i, common.few(labels, 4, seed=1)) and not torch.equal(i, common.few(labels, 4, seed=2))
+    assert sorted(common.few(labels, 0).tolist()) == list(range(60))
+    with pytest.raises(UserError, match="--labels 21 is too many: a class has only 20"):
+        common.few(labels, 21)
+
+
+def test_the_probe_finds_the_optimum():
+    """Its loss has no gradient left: checked by training the same head with plain gradient descent."""
+    torch.manual_seed(0)
+    y = torch.arange(90) % 3
+    x = torch.randn(90, 5) + F.one_hot(y, 5) * 1.5
+    test_y = torch.arange(300) % 3
+    test = torch.randn(300, 5) + F.one_hot(test_y, 5) * 1.5
+    got = common.probe(x, y, test, test_y)
+    z, zt = ((a - x.mean(0)) / x.std(0) for a in (x, test))
+    w, b = torch.zeros(3, 5, requires_grad=True), torch.zeros(3, requires_grad=True)
+    for _ in range(3000):
+        loss = F.cross_entropy(z @ w.T + b, y) + .01 / 2 * w.square().sum()
+        gw, gb = torch.autograd.grad(loss, [w, b])
+        w.data -= .5 * gw
+        b.data -= .5 * gb
+    due = 100 * ((zt @ w.T + b).argmax(1) == test_y).float().mean().item()
+    assert got == pytest.approx(due, abs=.4) and 60 < got < 100
+    shuffled = y[torch.randperm(90)]
+    assert common.probe(x, shuffled, test, test_y) < 50                  # no label, no knowledge
+
+
+# -------------------------------------------------------------------------------------- output
+
+
+def test_png_can_be_read_back(tmp_path):
+    r = torch.rand(5, 3, 4, 4)
+    common.save_png(tmp_path / "x.png", r, columns=2, zoom=2)
+    data = (tmp_path / "x.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    at, chunks = 8, {}
+    while at < len(data):
+        (n,), kind = struct.unpack(">I", data[at:at + 4]), data[at + 4:at + 8]
+        chunks[kind] = data[at + 8:at + 8 + n]
+        assert struct.unpack(">I", data[at + 8 + n:at + 12 + n])[0] == zlib.crc32(kind + chunks[kind])
+        at += 12 + n
+    w, h = struct.unpack(">II", chunks[b"IHDR"][:8])
+    sheet = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(h, 1 + 3 * w)
+    assert (sheet[:, 0] == 0).all()
+    sheet = sheet[:, 1:].reshape(h, w, 3)
+    assert (h, w) == (3 * 8 + 2 * 4, 2 * 8 + 4)
+    due = (r[3] * 255).round().byte().permute(1, 2, 0).numpy()           # second row, second column
+    assert np.array_equal(sheet[12:20:2, 12:20:2], due) and (sheet[8:12] == 255).all()
+
+
+def test_table_and_spread():
+    assert common.table([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc   d"
+    assert common.spread([61.24]) == "61.2" and common.spread([60., 62.]) == "61.0 +- 1.4"
+
+
+def test_no_runs_yet(tmp_path):
+    done = run(tmp_path, script="common.py")
+    assert done.returncode == 1 and "python mae.py makes one" in done.stderr

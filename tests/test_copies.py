@@ -1,0 +1,59 @@
+"""Repetition is the design, drift its danger: a part that stands in several scripts is the same code,
+comments and docstrings aside, in each script of its family."""
+import ast
+
+import pytest
+from conftest import ROOT
+
+FAMILIES = {   # part -> groups of scripts in which it is one and the same
+    "Attention": [("mae.py", "flamingo.py:eye"), ("gpt.py", "lora.py", "flamingo.py")],
+    "MLP": [("mae.py", "flamingo.py:eye"), ("gpt.py", "lora.py", "flamingo.py")],
+    "Block": [("mae.py", "flamingo.py:eye"), ("gpt.py", "lora.py", "flamingo.py")],
+    "Cache": [("gpt.py", "lora.py", "flamingo.py")],
+    "GPT": [("gpt.py", "lora.py", "flamingo.py")],
+    "ViT": [("mae.py", "flamingo.py")],
+    "sincos": [("mae.py", "flamingo.py")],
+    "take": [("mae.py", "flamingo.py")],
+    "patchify": [("mae.py", "flamingo.py")],
+}
+
+
+class Bare(ast.NodeTransformer):
+    """Without docstrings; comments are not in a syntax tree anyway."""
+
+    def visit(self, node):
+        self.generic_visit(node)
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        return node
+
+
+def part(source, name):
+    """The syntax tree, as text, of a class or function at the top of a source; None if there is none."""
+    found = [n for n in ast.parse(source).body if getattr(n, "name", None) == name]
+    return ast.dump(Bare().visit(found[0])) if found else None
+
+
+def differences(sources, name):
+    """The scripts, of {script: source}, whose copy differs from that of the first that has one."""
+    copies = {script: part(source, name) for script, source in sources.items()}
+    copies = {script: copy for script, copy in copies.items() if copy}
+    return [script for script, copy in copies.items() if copy != next(iter(copies.values()))]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_copies_are_equal(name):
+    for family in FAMILIES[name]:
+        paths = [ROOT / script for script in family if ":" not in script]
+        sources = {path.name: path.read_text() for path in paths if path.exists()}
+        assert not differences(sources, name), f"{name}: mend the copy, or give it another name"
+
+
+def test_a_drifted_copy_is_found():
+    source = (ROOT / "mae.py").read_text()
+    assert part(source, "Attention") and not part(source, "Nothing")
+    line = "x = x + self.attn(self.norm1(x))"
+    assert line in source
+    comment = source.replace(line, line + "     # residual").replace('"""Pre-norm Transformer block', '"""A block')
+    assert not differences({"mae.py": source, "copy.py": comment}, "Block")
+    assert differences({"mae.py": source, "copy.py": source.replace(line, line.replace("x + ", ""))}, "Block")

@@ -1,0 +1,71 @@
+"""The model and the method of each script can be pasted elsewhere: they run with torch alone."""
+import ast
+import math
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+
+SECTIONS = ["settings", "the model", "the method", "look", "main"]
+TRIALS = {   # a training step with what was pasted: it must give a finite loss and gradients
+    "mae.py": """
+        model = MAE(grid=4, pixels=12, dim=16, depth=1, heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2)
+        masked, target = mask(torch.randn(2, 3, 8, 8), patch=2, ratio=.75)
+        loss = distance(model(masked), target)
+    """,
+}
+
+
+def sections(script):
+    """{ruler: the source under it}"""
+    parts = re.split(r"^# -{9,} ([\w ]+)$", (ROOT / script).read_text(), flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def test_same_sections_in_the_same_order(scripts):
+    for script in scripts:
+        assert list(sections(script)) == SECTIONS, script
+
+
+def test_what_scripts_import(scripts):
+    for script in scripts:
+        for node in ast.walk(ast.parse((ROOT / script).read_text())):
+            for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else
+                         [node.module] if isinstance(node, ast.ImportFrom) else []):
+                top = name.split(".")[0]
+                assert f"{top}.py" not in scripts, f"{script} imports {name}"
+                assert top in {"torch", "numpy", "common", "copy", "math", "dataclasses", "typing"}, (script, name)
+
+
+def test_the_model_and_the_method_need_torch_alone(scripts):
+    for script in scripts:
+        source = sections(script)["the model"] + sections(script)["the method"]
+        names = {n.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)}
+        assert not names & {"args", "common"}, script
+        pasted = dict(torch=torch, math=math, nn=torch.nn, F=torch.nn.functional)
+        exec(source, pasted)
+        exec("\n".join(line.strip() for line in TRIALS[script].splitlines()), pasted)
+        loss = pasted["loss"]
+        loss.backward()
+        assert loss.isfinite() and all(p.grad is not None for p in pasted["model"].parameters())
+
+
+def test_importing_has_no_side_effect(scripts, capsys):
+    for script in scripts:
+        before = torch.random.get_rng_state()
+        exec(compile((ROOT / script).read_text(), script, "exec"), {"__name__": "pasted"})
+        assert capsys.readouterr().out == "" and torch.equal(before, torch.random.get_rng_state())
+
+
+def test_style(scripts):
+    """Lines to 100 columns, functions to 45 lines, a docstring on what is public in model and method."""
+    for script in [*scripts, "common.py"]:
+        text = (ROOT / script).read_text()
+        long = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 100]
+        assert not long, f"{script}: lines {long} are over 100 columns"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 50, f"{script}: {node.name} is long"
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node in ast.parse(text).body:
+                assert ast.get_docstring(node) or node.name in ("main",), f"{script}: {node.name} has no docstring"
