@@ -22,6 +22,9 @@ runs: $(ENV) ## show all finished runs as one table
 bench: $(BENCH) ## measure our training step beside another package's
 	.venv-bench/bin/python benchmarks/bench_mae.py $(ARGS)
 
+results: $(ENV) ## write the figures of results/ into the README and the docstrings
+	.venv/bin/python tests/test_readme.py
+
 clean: ## remove the environments; runs and downloaded data stay
 	rm -rf .venv .venv-bench
 
@@ -35,4 +38,4 @@ $(BENCH): benchmarks/requirements.txt
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	@touch $@
 
-.PHONY: help test runs bench clean $(SCRIPTS)
+.PHONY: help test runs bench results clean $(SCRIPTS)

@@ -1,7 +1,32 @@
 """Masked autoencoder (MAE): hide 75 % of an image's patches, encode the rest, paint the hidden.
 
 Paper    He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377
+
+Idea     An autoencoder that sees all it has to rebuild can copy. So hide most of the image: what is
+         hidden follows only from knowing what things look like. The encoder works on the visible
+         patches alone, which makes it cheap (a quarter of the tokens) and keeps it honest; a small
+         decoder paints the hidden patches and is thrown away after training.
+
+Loss     L = 1 / (|M| P) sum_{i in M} || x_i - decode(encode(x_V), M)_i ||^2
+         over the hidden patches M only, from the visible ones V; P pixel values in a patch.
+         Pixels have mean 0 and variance 1, so that always guessing the mean costs about 1.
+
+Flow     images (B, 3, S, S)
+         A. mask      patchify, hide      -> visible (B, n, P), their places, hidden (B, N - n, P)
+         B. predict   encode              -> (B, 1 + n, C)     cls and the visible patches
+                      fill in mask tokens -> (B, 1 + N, C')    all places, C' channels
+                      decode              -> (B, N - n, P)     the hidden patches
+         C. compare   squared error on the hidden patches
+
 Run      python mae.py --mask-ratio 0.75
+Expect   EXPECT
+Differs  Small images, so small patches (4 px of 32); features are the mean of the patch tokens, for
+         the linear probe too (the paper's reads cls); fine-tuning without augmentation, layer decay
+         or drop path; pixels predicted as they are unless --norm-pix says otherwise.
+
+Try      --mask-ratio 0.25, 0.5, 0.9: which error is lowest, and which features are best?
+         --tune linear, last, all: how much of the encoder has to move before it is good?
+         --norm-pix: the pictures get worse. Do the features?
 """
 import copy
 import math
@@ -175,7 +200,7 @@ class MAE(nn.Module):
 
     def fill(self, latent, order):
         """The visible tokens go back to their places, the mask token to all others."""
-        cls, seen = latent[:, :1], latent[:, 1:]
+        cls, seen = latent.tensor_split([1], 1)
         blank = self.mask_token.to(seen.dtype).expand(len(seen), order.shape[1] - seen.shape[1], -1)
         return torch.cat([cls, restore(torch.cat([seen, blank], 1), order)], 1)
 
@@ -184,7 +209,7 @@ class MAE(nn.Module):
         x = tokens + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(take(self.decoder_norm(x)[:, 1:], hidden))
+        return self.decoder_pred(self.decoder_norm(take(x, 1 + hidden)))    # cls is token 0
 
 
 # ------------------------------------------------------------------------------------ the method
@@ -317,11 +342,11 @@ def evaluate(args, model, images):
     for name, y in images.train_labels.items():
         test_y = images.test_labels[name]
         knows[name] = common.probe(train, y[:POOL], test, test_y, max(args.labels))
-    fits = [(who, f, k, draw) for who, f in (("untrained ViT", blank), ("MAE", trained))
-            for k in args.labels for draw in draws if args.tune != "linear"]
-    for who, f, k, draw in common.progress(fits, "fine-tuning"):
+    fits = [(who, f, i, draw) for who, f in (("untrained ViT", blank), ("MAE", trained))
+            for i in range(len(args.labels)) for draw in draws if args.tune != "linear"]
+    for who, f, i, draw in common.progress(fits, "fine-tuning"):
         row = rows.setdefault(f"{who}, tune {args.tune}", [[] for _ in args.labels])
-        row[args.labels.index(k)].append(tune(args, f, images, labels, test_labels, k, draw))
+        row[i].append(tune(args, f, images, labels, test_labels, args.labels[i], draw))
     return rows, knows
 
 
@@ -340,10 +365,12 @@ def tell(args, images, run, error, rows, knows):
     k = max(args.labels)
     ours, blank = (common.spread(rows[f"{who}, {how}"][args.labels.index(k)])
                    for who in ("MAE", "untrained ViT"))
-    summary = f"{what} with {k} labels a class ({how}): MAE {ours} %, untrained {blank} %"
+    summary = (f"{what} with {k} label{'s' * (k > 1)} a class ({how}): MAE {ours} %, "
+               f"untrained {blank} %")
     known = ", ".join(f"{name} {got:.0f} % (chance {100 / len(images.names[name]):.0f})"
                       for name, got in knows.items())
-    common.say(f"From MAE's features, a linear probe with {k} labels a class reads: {known}.")
+    if len(knows) > 1:
+        common.say(f"From MAE's features, a linear probe with {k} labels a class reads: {known}.")
     common.say(f"{summary[0].upper()}{summary[1:]}, chance {100 / len(names):.1f} %.")
     print(f"Picture: {args.out}/reconstructions.png (masked | painted | original)")
     common.report(run, summary, dict(error=error, labels=args.labels, accuracy=rows, linear=knows))

@@ -434,3 +434,37 @@ def test_table_and_spread():
 def test_no_runs_yet(tmp_path):
     done = run(tmp_path, script="common.py")
     assert done.returncode == 1 and "python mae.py makes one" in done.stderr
+
+
+def test_attention_stays_float32_under_bfloat16_on_a_cpu():
+    q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.bfloat16).unbind()
+    args = common.Args(device="cpu", dtype="bfloat16")
+    with common.autocast(args):
+        got = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    due = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, due.to(torch.bfloat16))                      # one rounding, at the end
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("shape", [(7, 12), (3, 5, 12), (12,), (0, 12)])
+def test_onednn_linear_equals_torchs(shape):
+    """To the rounding of float32, against float64; gradients, too, and only where they are asked for."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape), torch.randn(8, 12), torch.randn(8)]
+    for asked in (1, 1, 1), (0, 1, 1), (1, 0, 0), (0, 1, 0):
+        mine = [t.clone().requires_grad_(bool(a)) for t, a in zip(tensors, asked)]
+        twin = [t.double().requires_grad_(bool(a)) for t, a in zip(tensors, asked)]
+        with common.OneDNN():
+            y = F.linear(*mine)
+        due = F.linear(*twin)
+        torch.testing.assert_close(y, due.float(), rtol=1e-5, atol=1e-5)
+        grad = torch.randn(y.shape)
+        y.backward(grad)
+        due.backward(grad.double())
+        for a, b in zip(mine, twin):
+            assert (a.grad is None) == (b.grad is None)
+            if a.grad is not None:
+                torch.testing.assert_close(a.grad, b.grad.float(), rtol=1e-4, atol=1e-5)
+    with common.OneDNN():
+        torch.testing.assert_close(nn.Linear(12, 8, bias=False)(tensors[0]).shape, y.shape)

@@ -218,6 +218,8 @@ def test_the_whole_script(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "class with 1 labels" not in done.stdout and "reconstructions.png" in done.stdout
     result = json.loads((out / "result.json").read_text())
+    assert result["command"].startswith(f"python mae.py --steps 30 --batch 8 --data {tiny} --dtype float32")
+    assert "--dim 16 --depth 1" in result["command"] and "out" not in result["settings"]
     assert set(result["figures"]["accuracy"]) == {
         "raw pixels, linear", "untrained ViT, linear", "MAE, linear", "untrained ViT, tune all", "MAE, tune all"}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -340,6 +342,12 @@ def test_a_full_disk_keeps_the_older_checkpoint(tiny, tmp_path):
     refused(done, 1, "cannot write a checkpoint", "the one of step 3 is kept")
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_disk_that_is_full_from_the_start(tiny, tmp_path):
+    done = run_after("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))",
+                     "--data", tiny, *SMALL, "--out", tmp_path, "--steps", 9)
+    refused(done, 1, "File too large", str(tmp_path))
 
 
 def test_killed_in_the_middle_of_a_write_the_older_checkpoint_still_loads(tiny, tmp_path):
