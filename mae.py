@@ -219,14 +219,14 @@ def patchify(x, p):
     """Images (B, 3, S, S) -> patches (B, N, P), row by row; inside, too: (row, column, colour)."""
     B, _, S, _ = x.shape
     n = S // p
-    return x.view(B, 3, n, p, n, p).permute(0, 2, 4, 3, 5, 1).reshape(B, n * n, 3 * p * p)
+    return x.reshape(B, 3, n, p, n, p).permute(0, 2, 4, 3, 5, 1).reshape(B, n * n, 3 * p * p)
 
 
 def unpatchify(patches, p):
     """The way back: (B, N, P) -> (B, 3, S, S)."""
     B, N, _ = patches.shape
     n = math.isqrt(N)
-    return patches.view(B, n, n, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(B, 3, n * p, n * p)
+    return patches.reshape(B, n, n, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(B, 3, n * p, n * p)
 
 
 def hide(patches, ratio):
@@ -361,18 +361,17 @@ def tell(args, images, run, error, rows, knows):
     lines += [[who, *map(common.spread, row)] for who, row in rows.items()]
     print(f"\n{common.table(lines)}\n")
 
-    how = "linear" if args.tune == "linear" else f"tune {args.tune}"
-    k = max(args.labels)
+    how, k = "linear" if args.tune == "linear" else f"tune {args.tune}", max(args.labels)
     ours, blank = (common.spread(rows[f"{who}, {how}"][args.labels.index(k)])
                    for who in ("MAE", "untrained ViT"))
-    summary = (f"{what} with {k} label{'s' * (k > 1)} a class ({how}): MAE {ours} %, "
-               f"untrained {blank} %")
-    known = ", ".join(f"{name} {got:.0f} % (chance {100 / len(images.names[name]):.0f})"
-                      for name, got in knows.items())
     if len(knows) > 1:
+        known = ", ".join(f"{name} {got:.0f} % (chance {100 / len(images.names[name]):.0f})"
+                          for name, got in knows.items())
         common.say(f"From MAE's features, a linear probe with {k} labels a class reads: {known}.")
-    common.say(f"{summary[0].upper()}{summary[1:]}, chance {100 / len(names):.1f} %.")
+    common.say(f"With {k} labels a class ({how}) the {what} is right in {ours} % with "
+               f"pre-training, {blank} % without, {100 / len(names):.1f} % by chance.")
     print(f"Picture: {args.out}/reconstructions.png (masked | painted | original)")
+    summary = f"{what} at {k} labels: {ours} %, untrained {blank} %"
     common.report(run, summary, dict(error=error, labels=args.labels, accuracy=rows, linear=knows))
 
 
