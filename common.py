@@ -412,6 +412,7 @@ def load_images(name, data_dir="data", size=32, device="cpu"):
         require(0 <= y.min() and y.max() < len(classes), f"{name}: labels of {y_name} reach from "
                 f"{y.min()} to {y.max()}, but there are {len(classes)} classes")
     require(x_train.shape[1] == x_test.shape[1], f"{name}: train and test differ in size")
+    require(len(set(y_train.tolist())) > 1, f"{name}: all training images are of one class")
 
     def images(x):
         x = torch.from_numpy(np.array(x)).to(device)
@@ -789,7 +790,7 @@ def read_checkpoint(out, due):
 def few(labels, k, seed=0):
     """Indices of k random examples of each class (all if k is 0): (k * classes,) on labels' device.
     Raises UserError where a class has fewer."""
-    least = int(labels.bincount().min())
+    least = labels.unique(return_counts=True)[1].min()
     require(k <= least, f"--labels {k} is too many: a class has only {least} labelled images here")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order.to(labels.device)
