@@ -93,12 +93,14 @@ def require(condition, sentence):
 
 
 def flag(name):
+    """The flag of a setting: mask_ratio -> --mask-ratio."""
     return "--" + name.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, with exit status 2; knows the nearest flag that exists."""
+
     def error(self, message):
-        """One sentence and exit status 2; for an unknown flag, the nearest that exists."""
         if message.startswith("unrecognized arguments: "):
             word = message.split(": ")[1].split()[0]
             near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, 1)
@@ -766,6 +768,7 @@ class Run:
 
 
 def script():
+    """The name of the script that runs, such as mae.py."""
     return Path(sys.argv[0]).name
 
 

@@ -45,6 +45,7 @@ import common
 
 @dataclass
 class Args(common.Args):
+    """Settings of mae.py: sized for a GPU, and under `cpu` what two cores do in three minutes."""
     steps: int = 4000               # training steps
     batch: int = 512                # images a step
     lr: float = 1e-3                # peak learning rate (MAE, table 8: 1.5e-4 per 256 images)

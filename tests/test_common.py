@@ -165,7 +165,7 @@ def test_npz(tmp_path):
            (good | dict(x_train=x[:, :, :5]), r"\(6, 8, 5, 3\), not square"),
            (good | dict(y_train=y[:3]), "and y_train is int64 .3,.: one integer for each image"),
            (good | dict(y_test=y + 5), "labels of y_test reach from 5 to 7, but there are 3 classes"),
-           (good | dict(y_train=0 * y), "all training images are of one class"),
+           (good | dict(y_train=0 * y, y_test=0 * y), "all training images are of one class"),
            (good | dict(x_test=np.zeros((6, 4, 4, 3), np.uint8)), "train and test differ in size")]
     for arrays, message in bad:
         np.savez(path, **arrays)

@@ -64,8 +64,10 @@ def test_style(scripts):
         text = (ROOT / script).read_text()
         long = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 100]
         assert not long, f"{script}: lines {long} are over 100 columns"
-        for node in ast.walk(ast.parse(text)):
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 50, f"{script}: {node.name} is long"
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node in ast.parse(text).body:
-                assert ast.get_docstring(node) or node.name in ("main",), f"{script}: {node.name} has no docstring"
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name != "main":
+                assert ast.get_docstring(node), f"{script}: {node.name} has no docstring"

@@ -12,9 +12,10 @@ import pytest
 from conftest import DATA, ROOT, run
 
 FENCES = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-COMMANDS = [line.split(" #")[0] for block in FENCES for line in block.replace("\\\n", " ").splitlines()
+COMMANDS = [line.split(" #")[0].strip() for block in FENCES for line in block.replace("\\\n", " ").splitlines()
             if line.startswith("python ")]
-QUICK = {"mae.py": "--steps 2 --tune-steps 2 --labels 1 --draws 1"}      # the same command, in seconds
+QUICK = {   # added to a command, so that it takes seconds
+    "mae.py": "--steps 2 --tune-steps 2 --labels 1 --draws 1 --dim 16 --heads 1 --depth 1"}
 
 
 def spread(values):
