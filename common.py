@@ -98,7 +98,7 @@ def flag(name):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, with exit status 2; knows the nearest flag that exists."""
+    """Says what is wrong in one sentence, with exit status 2, and the nearest flag that exists."""
 
     def error(self, message):
         if message.startswith("unrecognized arguments: "):
@@ -670,6 +670,8 @@ class Run:
             log.close()
             if ctrl_c:
                 signal.signal(signal.SIGINT, usual)
+        if self.seconds > before:
+            print(f"{args.steps} steps in {self.seconds:.0f} s, the last with loss {self.loss:.4f}.")
 
     def batch(self, data):
         """The next args.batch rows of data, (B, ...): each row once an epoch, in a new order."""

@@ -30,16 +30,23 @@ def load(pattern):
     return found
 
 
-def few_labels(pattern):
-    """Accuracy by label count, over seeds and draws."""
-    runs = load(pattern)
-    figures = [r["figures"] for r in runs]
-    labels, rows = figures[0]["labels"], figures[0]["accuracy"]
+def few_labels(patterns):
+    """Accuracy by label count, over seeds and draws; later patterns add the rows that earlier lack."""
+    lines, seen = [], set()
+    for pattern in reversed(patterns.split(",")):
+        runs = load(pattern)
+        figures = [r["figures"] for r in runs]
+        labels = figures[0]["labels"]
+        for i, who in enumerate(figures[0]["accuracy"]):
+            cells = [spread([v for f in figures for v in f["accuracy"][who][j]]) for j in range(len(labels))]
+            line = f"| {who} | " + " | ".join(cells) + " |"
+            assert (line in lines) == (who in seen), f"two measurements of {who} differ"
+            if who not in seen:
+                lines.append(line)
+            seen.add(who)
+    lines.sort(key=lambda line: [line.count(f", {how} ") for how in ("linear", "tune last", "tune all")][::-1])
     lines = ["| accuracy in % | " + " | ".join(f"{k} a class" for k in labels) + " |",
-             "|---|" + "---:|" * len(labels)]
-    for who in rows:
-        cells = [spread([v for f in figures for v in f["accuracy"][who][i]]) for i in range(len(labels))]
-        lines.append(f"| {who} | " + " | ".join(cells) + " |")
+             "|---|" + "---:|" * len(labels)] + lines
     n = len(figures) * len(figures[0]["accuracy"]["MAE, linear"][0])
     how = "pre-training seeds" if len(figures) > 1 else "draws of the labelled images and of the head's batches"
     lines.append(f"\nMean ± standard deviation over {n} {how}; {runs[0]['machine']}, torch "
