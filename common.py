@@ -671,7 +671,7 @@ class Run:
             if ctrl_c:
                 signal.signal(signal.SIGINT, usual)
         if self.seconds > before:
-            print(f"{args.steps} steps in {self.seconds:.0f} s, the last with loss {self.loss:.4f}.")
+            print(f"{self.step} steps in {self.seconds:.0f} s, loss {self.loss:.4f} in the last.")
 
     def batch(self, data):
         """The next args.batch rows of data, (B, ...): each row once an epoch, in a new order."""
