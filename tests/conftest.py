@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-DATA = Path(os.environ.get("DATA_DIR") or ROOT.parent / "shared/data")       # real data, where it exists
+DATA = ROOT / os.environ.get("DATA_DIR", "data")                     # real data, where it exists
 
 SMALL = ("--dim 16 --heads 2 --depth 1 --decoder-dim 8 --decoder-heads 2 --decoder-depth 1 --batch 8 "
          "--tune linear --labels 1 --dtype float32 --device cpu").split()    # seconds instead of minutes

@@ -299,8 +299,17 @@ def test_a_checkpoint_of_another_shape_or_script_is_refused(tiny, tmp_path):
     ("--device tpu", ["there is no tpu here", "cpu"]),
     ("--batch 0", ["--batch"]),
 ])
-def test_a_bad_flag_gets_one_sentence(flags, words):
-    refused(run(*flags.split()), 2, *words)
+def test_a_bad_flag_gets_one_sentence(flags, words, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["mae.py"])
+    with pytest.raises(SystemExit) as stop:
+        common.start(mae.main, mae.Args, flags.split())
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and text.startswith("mae.py: ") and text.count("\n") == 1
+    assert all(word in text for word in words), text
+
+
+def test_a_bad_flag_in_a_process_of_its_own():
+    refused(run("--mask-ratio", 1.5), 2, "--mask-ratio 1.5 must lie between 0 and 1")
 
 
 @pytest.mark.parametrize("flags, words", [
