@@ -370,6 +370,15 @@ def test_killed_in_the_middle_of_a_write_the_older_checkpoint_still_loads(tiny, 
     assert common.read_checkpoint(tmp_path, "mae.py")["step"] == 3
 
 
+def test_a_checkpoint_is_replaced_and_never_written_over(tiny, tmp_path):
+    """A second name of the old file shows that no byte of it was touched by the new one."""
+    assert run("--data", tiny, *SMALL, "--out", tmp_path, "--steps", 3).returncode == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "second-name").hardlink_to(tmp_path / "checkpoint.pt")
+    assert run("--resume", "--out", tmp_path, "--steps", 9).returncode == 0
+    assert (tmp_path / "second-name").read_bytes() == before != (tmp_path / "checkpoint.pt").read_bytes()
+
+
 def test_an_earlier_run_is_kept_as_previous(tiny, tmp_path):
     for seed in 1, 2:
         assert run("--data", tiny, *SMALL, "--out", tmp_path, "--steps", 3, "--seed", seed).returncode == 0
