@@ -216,7 +216,7 @@ class Float32Attention(torch.overrides.TorchFunctionMode):
 
 class OneDNN(torch.overrides.TorchFunctionMode):
     """Sends float32 nn.Linear to oneDNN instead of MKL, which leaves half of an AMD processor's
-    AVX-512 idle: 1.7 to 2 times as fast there, forward and backward, equal to rounding."""
+    AVX-512 idle: 1.3 to 2 times as fast there, forward and backward, equal to rounding."""
 
     @staticmethod
     def pays():
