@@ -132,7 +132,8 @@ def parser_of(Args):
         if kind is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(kind) is Literal:
-            how = dict(choices=typing.get_args(kind), metavar="|".join(typing.get_args(kind)))
+            choices = typing.get_args(kind)
+            how = dict(type=type(choices[0]), choices=choices, metavar="|".join(map(str, choices)))
         if many:
             how["nargs"] = "+"
         help = text.get(f.name, "").replace("%", "%%")
@@ -292,8 +293,9 @@ class Images:
         self.std = sample.std((0, 2, 3)).view(3, 1, 1).clamp(min=1e-3)
 
     def normalize(self, x):
-        """uint8 -> float with mean 0 and variance 1, so that always guessing the mean costs 1."""
-        return (x.float() / 255 - self.mean) / self.std
+        """uint8, or floats in [0, 1] -> mean 0 and variance 1: always guessing the mean costs 1."""
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        return (x - self.mean) / self.std
 
     def denormalize(self, x):
         """The way back, to [0, 1]."""
@@ -356,12 +358,13 @@ def draw(canvas, shape, colour, radius, x, y, turn):
 
 
 def shapes(n, seed=0, size=32, device="cpu"):
-    """n images of the shapes world: one figure on a plain, shaded ground.
+    """n images of the shapes world: one figure on a plain ground, lit from above in all of them. (A
+    slope of each image's own would be a shortcut: SimCLR learned it, and no shapes.)
 
     Returns images (n, 3, size, size) uint8 and {attribute: (n,) int64}: shape (10), colour (8),
     size (3), place (9, a 3 x 3 grid) and turn (8 directions), drawn independently of each other.
     """
-    u = torch.rand(16, n, generator=torch.Generator().manual_seed(seed)).to(device)
+    u = torch.rand(14, n, generator=torch.Generator().manual_seed(seed)).to(device)
     between = lambda row, low, high: (low + (high - low) * u[row])[:, None, None]
     labels = {"shape": (u[0] * len(SHAPES)).long(), "colour": (u[1] * len(COLOURS)).long(),
               "size": (u[2] * 3).long(), "place": (u[4] * 3).long() * 3 + (u[3] * 3).long(),
@@ -370,9 +373,8 @@ def shapes(n, seed=0, size=32, device="cpu"):
     x, y = (1.5 * radius + u[row] * (size - 3 * radius) for row in (3, 4))   # wholly in the frame
     colour = torch.tensor(list(COLOURS.values()), device=device)[labels["colour"]]
     colour = (colour * between(6, .85, 1.15)[:, 0] + .08 * (u[7:10].T - .5)).clamp(0, 1)
-    ramp, angle = (torch.arange(size, device=device) + .5) / size - .5, between(10, 0, 2 * math.pi)
-    slope = between(11, 0, .3) * (angle.cos() * ramp + angle.sin() * ramp[:, None])
-    shade = (between(12, .35, .75) + slope)[:, None] + .12 * (u[13:16].T - .5)[..., None, None]
+    ramp = torch.linspace(.075, -.075, size, device=device)[:, None].expand(size, size)
+    shade = (between(10, .35, .75) + ramp)[:, None] + .12 * (u[11:14].T - .5)[..., None, None]
     canvas = draw(shade.clamp(0, 1), labels["shape"], colour, radius, x, y, 2 * math.pi * u[5])
     return (canvas * 255).round().byte(), labels
 
@@ -618,8 +620,8 @@ class Run:
     and leaves the last good checkpoint.
     """
 
-    def __init__(self, args, model, optimizer=None):
-        self.args, self.model = args, model
+    def __init__(self, args, model, optimizer=None, chance=None):
+        self.args, self.model, self.chance = args, model, chance    # chance: the loss of guessing
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer or adamw(self.parameters, args.lr, args.weight_decay)
         self.step, self.wrote, self.seconds = 0, None, 0.     # wrote: step of the newest checkpoint
@@ -638,22 +640,22 @@ class Run:
             model.compile()
 
     def __iter__(self):
-        args, before = self.args, self.seconds
-        began = saved = time.time()
+        args, began = self.args, self.seconds
+        self.began, saved = time.time() - began, time.time()
         ctrl_c = threading.current_thread() is threading.main_thread()
         if ctrl_c:
             usual = signal.signal(signal.SIGINT, self.interrupt)
         line = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         self.bar = tqdm(total=args.steps, initial=self.step, ncols=80, disable=None, leave=False,
                         bar_format=line)
-        log = self.open_log()
+        self.log = self.open_log()
         try:
             while self.step < args.steps:
                 torch.manual_seed(args.seed * 1_000_003 + self.step)
                 with autocast(args):
                     yield self.step
                 self.step += 1
-                self.seconds = before + time.time() - began
+                self.seconds = time.time() - self.began
                 self.bar.update()
                 last = self.step == args.steps
                 if last or self.stop or time.time() - saved > args.save_every:
@@ -662,16 +664,16 @@ class Run:
                     saved = time.time()
                 if last or self.step % -(-args.steps // 200) == 0:
                     self.check()
-                    self.show(log)
+                    self.show()
                 if self.stop:
                     raise KeyboardInterrupt
         finally:
             self.bar.close()
-            log.close()
+            self.log.close()
             if ctrl_c:
                 signal.signal(signal.SIGINT, usual)
-        if self.seconds > before:
-            print(f"{self.step} steps in {self.seconds:.0f} s, loss {self.loss:.4f} in the last.")
+        if self.seconds > began:
+            print(f"{self.step} steps in {self.seconds:.0f} s, {self.words()} in the last.")
 
     def batch(self, data):
         """The next args.batch rows of data, (B, ...): each row once an epoch, in a new order."""
@@ -746,6 +748,26 @@ class Run:
         self.step, self.seconds, self.wrote = state["step"], state["seconds"], state["step"]
         print(f"Going on from step {self.step} of {path}.")
 
+    @contextlib.contextmanager
+    def aside(self):
+        """After update: a look at the model in evaluation mode, whose time does not
+        count as training. It leaves no trace in the steps to come."""
+        start, kind = time.time(), self.args.device.split(":")[0]
+        self.model.eval()
+        with torch.autocast(kind, enabled=False):
+            yield
+        self.model.train()
+        self.began += time.time() - start
+
+    def note(self, **figures):
+        """Keeps figures of the step that is being done in log.jsonl, for `notes`."""
+        self.log.write(json.dumps(dict(step=self.step + 1, note=figures)) + "\n")
+
+    def notes(self):
+        """{step: figures} of all that `note` kept, before a resume, too."""
+        lines = map(json.loads, (self.out / "log.jsonl").read_text().splitlines())
+        return {line["step"]: line["note"] for line in lines if "note" in line}
+
     def interrupt(self, *_):
         self.stop = True
         signal.signal(signal.SIGINT, signal.default_int_handler)     # a second Ctrl-C stops at once
@@ -758,15 +780,20 @@ class Run:
         path.write_text("".join(line + "\n" for line in lines if step(line) <= self.step))
         return open(path, "a", buffering=1)
 
-    def show(self, log):
+    def show(self):
         """The newest loss and the speed: into the log, and behind the bar or as a line of text."""
         args, lr = self.args, self.optimizer.param_groups[0]["lr"]
         rate = self.step * args.batch / max(self.seconds, 1e-9)
-        log.write(json.dumps(dict(step=self.step, loss=self.loss, gradient=self.norm, lr=lr,
+        self.log.write(json.dumps(dict(step=self.step, loss=self.loss, gradient=self.norm, lr=lr,
                                   seconds=round(self.seconds, 2))) + "\n")
-        self.bar.set_postfix_str(f"loss {self.loss:.4f}, {rate:,.0f}/s", refresh=False)
+        self.bar.set_postfix_str(f"{self.words()}, {rate:,.0f}/s", refresh=False)
         if self.bar.disable and self.step % -(-args.steps // 10) < -(-args.steps // 200):
-            print(f"step {self.step}/{args.steps}  loss {self.loss:.4f}  {rate:,.0f}/s", flush=True)
+            print(f"step {self.step}/{args.steps}  {self.words()}  {rate:,.0f}/s", flush=True)
+
+    def words(self):
+        """The newest loss and, where it is known, what guessing would cost."""
+        chance = "" if self.chance is None else f" (chance {self.chance:.3f})"
+        return f"loss {self.loss:.4f}{chance}"
 
 
 def script():
@@ -828,7 +855,9 @@ def probe(train, labels, test, test_labels, k=0, seed=0, decay=1e-2):
         loss.backward()
         return loss
 
-    optimizer.step(closure)
+    pays = x.device.type == "cpu" and OneDNN.pays()
+    with OneDNN() if pays else contextlib.nullcontext():
+        optimizer.step(closure)
     return 100 * (head(test).argmax(1) == test_labels).float().mean().item()
 
 
@@ -839,7 +868,7 @@ def finetune(f, images, x, labels, test_labels, args, steps, lr, batch=64, seed=
     uint8 with labels (n,) are the few labelled images; test_labels (m,).
     """
     torch.manual_seed(seed)
-    dim = encode(f, images, x[:1]).shape[1]
+    dim = encode(f.eval(), images, x[:1]).shape[1]
     head = nn.Linear(dim, int(labels.max()) + 1)
     nn.init.zeros_(head.weight)                  # at first all classes are equally likely
     norm = nn.BatchNorm1d(dim, affine=False)     # as in MAE, A.1: features differ widely in scale
@@ -894,6 +923,27 @@ def spread(values):
     return text + f" +- {np.std(values, ddof=1):.1f}" if len(values) > 1 else text
 
 
+def comparison(images, labels, rows):
+    """The table of who knows what. rows {who: {attribute: [accuracies of the draws, per column]}}:
+    the class of the images at each of labels (0: all), then other attributes with all labels."""
+    what, *others = images.names
+    others = [name for name in others if all(name in knows for knows in rows.values())]
+    count = lambda k: f"{k} a class" if k else "all labels"
+    lines = [[f"{what}, accuracy in %", *map(count, labels), *(f"{name}, all" for name in others)]]
+    guess = [f"{100 / len(images.names[name]):.1f}" for name in [what] * len(labels) + others]
+    lines += [["chance", *guess]]
+    lines += [[who, *map(spread, knows[what]), *(spread(knows[name][0]) for name in others)]
+              for who, knows in rows.items()]
+    return table(lines)
+
+
+def known(images, knows):
+    """One row of `comparison` in words, with all labels: 'shape 45 % (chance 10), colour ...'."""
+    chance = {name: 100 / len(images.names[name]) for name in knows}
+    return ", ".join(f"{name} {np.mean(scores[-1]):.0f} % (chance {chance[name]:.0f})"
+                     for name, scores in knows.items())
+
+
 def progress(things, what):
     """The things, one by one, under a bar that vanishes at the end (none without a terminal)."""
     return tqdm(things, what, ncols=80, leave=False, disable=None)
@@ -931,7 +981,7 @@ def report(run, summary, figures):
     for name in "out", "data_dir", "resume":            # where it was done, not what
         del settings[name]
     result = dict(command=command(run.args), summary=summary, figures=figures, machine=machine(),
-                  seconds=round(run.seconds, 1), settings=settings,
+                  threads=torch.get_num_threads(), seconds=round(run.seconds, 1), settings=settings,
                   versions=dict(python=platform.python_version(), torch=torch.__version__))
     (run.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
 

@@ -24,11 +24,11 @@ def run(*flags, script="mae.py", **how):
     return subprocess.run(command(*flags, script=script), **how)
 
 
-def refused(process, status, *words):
+def refused(process, status, *words, script="mae.py"):
     """Asserts that a run ended with one plain sentence that has these words in it."""
     text = process.stderr.strip()
     assert process.returncode == status, text
-    assert "Traceback" not in text and text.startswith("mae.py: ") and len(text.splitlines()) == 1, text
+    assert "Traceback" not in text and text.startswith(f"{script}: ") and len(text.splitlines()) == 1, text
     for word in words:
         assert word in text, (word, text)
 

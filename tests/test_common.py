@@ -8,6 +8,7 @@ import math
 import struct
 import tarfile
 import threading
+import time
 import zlib
 from dataclasses import dataclass
 
@@ -370,6 +371,41 @@ def test_autocast_computes_in_the_dtype_and_sees_new_weights(tmp_path, dtype):
         assert not torch.allclose(before.float(), after.float(), atol=.05)
 
 
+def test_a_look_aside_leaves_no_trace_and_its_notes_survive_a_resume(tmp_path):
+    def train(out, stop=None, resume=False, looks=True):
+        args = common.Args(steps=8, batch=4, lr=.1, out=str(out), device="cpu", dtype="float32", resume=resume)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(.5))
+        run, data = common.Run(args, model, chance=1.25), torch.arange(60.).view(20, 3) / 60
+        try:
+            for step in run:
+                run.update(model(run.batch(data)).square().mean())
+                if looks and step % 2:
+                    with run.aside():
+                        assert not model.training
+                        torch.rand(step)                                 # uses up random numbers
+                        time.sleep(.05)
+                        run.note(twice=2 * (step + 1))
+                assert model.training
+                run.stop = step == stop
+        except KeyboardInterrupt:
+            pass
+        return run, model[0].weight.detach()
+
+    run, whole = train(tmp_path / "a")
+    assert run.notes() == {i: {"twice": 2 * i} for i in (2, 4, 6, 8)}
+    assert run.seconds < .1                                              # four looks took .2 s
+    assert torch.equal(whole, train(tmp_path / "b", looks=False)[1])
+    train(tmp_path / "c", stop=4)
+    log = tmp_path / "c/log.jsonl"
+    log.write_text(log.read_text() + json.dumps(dict(step=6, note="of a step that was lost")) + "\n")
+    state = torch.load(tmp_path / "c/checkpoint.pt", weights_only=True)
+    assert state["step"] == 5
+    run, resumed = train(tmp_path / "c", resume=True)
+    assert torch.equal(whole, resumed) and run.notes() == {i: {"twice": 2 * i} for i in (2, 4, 6, 8)}
+    assert "(chance 1.250)" in run.words()
+
+
 # ---------------------------------------------------------------------------------- evaluation
 
 
@@ -431,6 +467,26 @@ def test_png_can_be_read_back(tmp_path):
 def test_table_and_spread():
     assert common.table([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc   d"
     assert common.spread([61.24]) == "61.2" and common.spread([60., 62.]) == "61.0 +- 1.4"
+
+
+def test_the_table_of_who_knows_what():
+    images = common.Images(*[torch.zeros(2, 3, 4, 4, dtype=torch.uint8)] * 2, {}, {},
+                           {"shape": list("abcd"), "colour": list("xy"), "size": list("uvw")})
+    rows = {"pixels": {"shape": [[30., 32.], [50.]], "colour": [[99.]]},
+            "ours": {"shape": [[60., 70.], [80.]], "colour": [[55.]], "size": [[44.]]}}
+    assert common.comparison(images, [5, 0], rows).splitlines() == [
+        "shape, accuracy in %    5 a class  all labels  colour, all",
+        "chance                       25.0        25.0         50.0",
+        "pixels                31.0 +- 1.4        50.0         99.0",
+        "ours                  65.0 +- 7.1        80.0         55.0"]         # size: not all rows have it
+    assert common.known(images, rows["ours"]) == "shape 80 % (chance 25), colour 55 % (chance 50), size 44 % (chance 33)"
+
+
+def test_normalize_takes_bytes_and_shares():
+    x = torch.randint(0, 256, (50, 3, 4, 4), dtype=torch.uint8)
+    images = common.Images(x, x, {}, {}, {})
+    torch.testing.assert_close(images.normalize(x), images.normalize(x / 255))
+    assert images.normalize(x).mean().abs() < 1e-3 and images.normalize(x).std() == pytest.approx(1, abs=.01)
 
 
 def test_no_runs_yet(tmp_path):
