@@ -1,7 +1,7 @@
 # Flags for a script go into ARGS: make mae ARGS="--mask-ratio 0.5 --steps 5000"
 PYTHON ?= python3
 ARGS   ?=
-SCRIPTS = mae
+SCRIPTS = simclr autoencoder mae
 ENV     = .venv/installed
 BENCH   = .venv-bench/installed
 
@@ -19,8 +19,12 @@ test: $(ENV) ## run the tests
 runs: $(ENV) ## show all finished runs as one table
 	.venv/bin/python common.py
 
-bench: $(BENCH) ## measure our training step beside another package's
-	.venv-bench/bin/python benchmarks/bench_mae.py $(ARGS)
+bench: $(BENCH) ## measure our speed beside other packages
+	.venv-bench/bin/python benchmarks/bench_mae.py
+	.venv-bench/bin/python benchmarks/bench_simclr.py
+
+bench-%: $(BENCH)
+	.venv-bench/bin/python benchmarks/bench_$*.py $(ARGS)
 
 results: $(ENV) ## write the figures of results/ into the README and the docstrings
 	.venv/bin/python tests/test_readme.py

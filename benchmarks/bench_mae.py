@@ -1,7 +1,7 @@
 """Our MAE training step beside ViTMAEForPreTraining of the `transformers` package.
 
-    make bench                                  all cases, about 3 minutes on 2 cores
-    make bench ARGS="--cases tiny --rounds 30"
+    make bench-mae                              all cases, about 3 minutes on 2 cores
+    make bench-mae ARGS="--cases tiny --rounds 30"
 
 Both sides hold the same weights, get the same images and the same order of patches, and must agree
 on the loss before the clock starts. A step is: hide, forward, loss, backward, fused AdamW. The steps
@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +24,7 @@ import transformers
 
 import common
 import mae
+from pairs import compare, pair
 
 CASES = {   # side, patch, batch, (dim, depth, heads), (dim, depth, heads) of the decoder
     "tiny": ("ViT-Tiny, patch 2, 32 px", 32, 2, 32, (192, 12, 3), (128, 4, 4)),
@@ -82,16 +82,12 @@ def measure(case, dtype, rounds, plain):
         return theirs(x).loss
 
     def step(loss, optimizer):
-        began = time.perf_counter()
         usual = torch.autocast(args.device, torch.bfloat16, enabled=dtype == "bfloat16")
         with common.autocast(args) if loss is our_loss and not plain else usual:
             value = loss()
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
 
     with torch.no_grad():                    # the same noise on both sides, so the same patches hidden
         torch.manual_seed(1)
@@ -99,13 +95,8 @@ def measure(case, dtype, rounds, plain):
         torch.manual_seed(1)
         b = their_loss().item()
     assert abs(a - b) < 1e-4 * abs(b), f"the two sides disagree: {a} and {b}"
-    times = [], []
-    for r in range(-3, rounds):              # three rounds to warm up, and turns in who goes first
-        for side in (0, 1) if r % 2 else (1, 0):
-            seconds = step((our_loss, their_loss)[side], optimizers[side])
-            if r >= 0:
-                times[side].append(seconds)
-    return *times, (a, b)
+    steps = [lambda side=side: step((our_loss, their_loss)[side], optimizers[side]) for side in (0, 1)]
+    return *pair(*steps, rounds), (a, b)
 
 
 def main():
@@ -123,20 +114,16 @@ def main():
     for case in args.cases:
         for dtype in args.dtypes:
             ours, theirs, losses = measure(case, dtype, args.rounds, args.plain)
-            ratios = [b / a for a, b in zip(ours, theirs)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            text = lambda t: f"{statistics.median(t):.0f} ({min(t):.0f} to {max(t):.0f})"
-            ours, theirs = ([1000 * s for s in t] for t in (ours, theirs))
+            found = compare(ours, theirs)
+            text = lambda t: f"{1000 * statistics.median(t):.0f} ({1000 * min(t):.0f} to {1000 * max(t):.0f})"
             rows.append((f"{CASES[case][0]}, batch {CASES[case][3]}", dtype, text(ours), text(theirs),
-                         f"{middle:.2f} [{low:.2f} to {high:.2f}]"))
-            results.append(dict(case=rows[-1][0], dtype=dtype, losses=losses, rounds=args.rounds,
-                                ours_ms=statistics.median(ours), theirs_ms=statistics.median(theirs),
-                                ratio=middle, quartiles=[low, high], range=[min(ratios), max(ratios)]))
+                         "{:.2f} [{:.2f} to {:.2f}]".format(found["ratio"], *found["quartiles"])))
+            results.append(dict(case=rows[-1][0], dtype=dtype, losses=losses, rounds=args.rounds, **found))
             print(f"  {' | '.join(rows[-1])}", file=sys.stderr, flush=True)
     print(common.table(rows))
     if args.json:
         args.json.write_text(json.dumps(dict(
-            command="make bench" + " ARGS=--plain" * args.plain, machine=common.machine(), threads=torch.get_num_threads(),
+            command="make bench-mae" + " ARGS=--plain" * args.plain, machine=common.machine(), threads=torch.get_num_threads(),
             versions=dict(torch=torch.__version__, transformers=transformers.__version__),
             figures=results), indent=1) + "\n")
 

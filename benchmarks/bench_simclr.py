@@ -1,0 +1,145 @@
+"""The parts of simclr.py in which its time goes, beside what people would use instead.
+
+    make bench-simclr                           all cases, about 3 minutes on 2 cores
+    make bench-simclr ARGS="--cases loss --rounds 50"
+
+loss      NT-Xent forward and backward, 512 x 2 views of 128 dimensions, float32, beside NTXentLoss
+          of the lightly package on the same tensors
+layout    a training step of ResNet-18 on 64 x 2 views of 32 pixels in channels_last, beside the same
+          step in PyTorch's usual layout (NCHW): all else is equal, so the ratio is the layout's part
+augment   512 views of 32 pixels: crop, mirror, jitter, grey, beside kornia's same pipeline
+
+Before the clock starts both sides must agree: on the loss and its gradient, on the loss of a step,
+and on each transform with the same random numbers (kornia draws one order of the jitter for a whole
+batch, ours one for each image: the comparison gives ours kornia's). Timed in turns; the ratio is the
+median over rounds of theirs / ours (above 1: ours is faster), the middle half in brackets.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from torch import nn
+
+import common
+import simclr
+from pairs import compare, pair
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def agree(what, a, b, tolerance):
+    """Stops the benchmark unless two tensors are equal to within a tolerance."""
+    error = (a - b).abs().max().item()
+    assert error < tolerance, f"{what}: the two sides differ by {error}"
+
+
+def loss(dtype):
+    """Ours and lightly's: two functions that run forward and backward."""
+    from lightly.loss import NTXentLoss
+    theirs, z = NTXentLoss(temperature=.2), torch.randn(1024, 128, device=DEVICE, requires_grad=True)
+
+    def run(f):
+        z.grad = None
+        value = f()
+        value.backward()
+        return value.detach(), z.grad
+
+    sides = [lambda: run(lambda: simclr.ntxent(z, .2)), lambda: run(lambda: theirs(z[:512], z[512:]))]
+    (a, da), (b, db) = (side() for side in sides)
+    agree("NT-Xent", a, b, 1e-5), agree("its gradient", da, db, 1e-8)
+    return "NT-Xent, 512 x 2 views, 128 dimensions", "lightly", *sides
+
+
+def layout(dtype):
+    """A step in channels_last and one in NCHW, with the same weights and images."""
+    def side(layout):
+        torch.manual_seed(0)
+        model = simclr.SimCLR(18, 64, 128).to(DEVICE).to(memory_format=layout)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+        x = torch.randn(128, 3, 32, 32, device=DEVICE).contiguous(memory_format=layout)
+
+        def step():
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
+                value = simclr.ntxent(model(x), .2)
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return value.detach()
+        return step
+
+    sides = [side(torch.channels_last), side(torch.contiguous_format)]
+    a, b = (step() for step in sides)
+    agree("the loss of a step", a, b, 1e-3 if dtype == "float32" else .05)
+    return "ResNet-18 step, 64 x 2 views, 32 px", "NCHW", *sides
+
+
+def kornias(x, scale, strength, hue, p):
+    """Kornia's transforms of our pipeline; p: how often it jitters, and drops the colours."""
+    import kornia.augmentation as K
+    s = .8 * strength
+    return [K.RandomResizedCrop(x.shape[-2:], (scale, 1.), (3 / 4, 4 / 3), p=1., cropping_mode="resample",
+                                align_corners=False),
+            K.RandomHorizontalFlip(p=.5), K.ColorJitter(s, s, s, hue, p=p[0]), K.RandomGrayscale(p=p[1])]
+
+
+def same_transforms(x):
+    """Kornia's transforms and ours, given kornia's random numbers, make the same images."""
+    n, S = len(x), x.shape[-1]
+    crop, flip, jitter, grey = kornias(x, .5, 1., .5, (1., 1.))
+    theirs, box = crop(x), crop._params["src"].to(x)
+    step = (box[:, 2] - box[:, 0]) / (S - 1)             # it lays the outer pixels' centres on each other
+    centre = (box[:, 0] + .5 + step * (S - 1) / 2) / S
+    agree("crop", theirs, simclr.crop(x, centre, step, torch.zeros(n, dtype=torch.bool, device=x.device)), 1e-4)
+    theirs, mirrored = flip(x), flip._params["batch_prob"].to(x.device) > .5
+    whole = torch.ones(n, 2, device=x.device)
+    agree("mirror", theirs, simclr.crop(x, whole / 2, whole, mirrored), 1e-5)
+    theirs, q = jitter(x), jitter._params
+    factors = torch.stack([q[f"{name}_factor"] for name in ("brightness", "contrast", "saturation", "hue")], 1)
+    agree("jitter", theirs, simclr.jitter(x.clone(), factors.to(x), q["order"].repeat(n, 1).to(x.device)), 1e-4)
+    agree("grey", grey(x), simclr.grey(x).expand_as(x), 1e-5)
+
+
+def augment(dtype):
+    """Our view of 512 images and kornia's."""
+    x = torch.rand(512, 3, 32, 32, device=DEVICE)
+    for _ in range(8):                                   # each time in another order of the jitter
+        same_transforms(x[:64])
+    pipeline = nn.Sequential(*kornias(x, .5, 1., .2, (.8, .2)))
+    return "augmentation of 512 images, 32 px", "kornia", lambda: simclr.augment(x, .5, 1., .2), lambda: pipeline(x)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=["loss", "layout", "augment"], choices=["loss", "layout", "augment"])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    print(f"{common.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
+          f"{args.rounds} rounds; milliseconds")
+    rows, figures = [("case", "dtype", "ours", "theirs", "theirs / ours")], []
+    for case in args.cases:
+        for dtype in ["float32", "bfloat16"] if case == "layout" else ["float32"]:
+            torch.manual_seed(0)
+            name, other, *sides = {"loss": loss, "layout": layout, "augment": augment}[case](dtype)
+            found = compare(*pair(*sides, args.rounds if case == "layout" else 2 * args.rounds))
+            rows.append((f"{name}, beside {other}", dtype, f"{found['ours_ms']:.1f}", f"{found['theirs_ms']:.1f}",
+                         "{:.2f} [{:.2f} to {:.2f}]".format(found["ratio"], *found["quartiles"])))
+            figures.append(dict(case=name, beside=other, dtype=dtype, **found))
+            if case == "augment":
+                figures[-1]["images_per_second"] = 512_000 / found["ours_ms"]
+                print(f"  ours: {figures[-1]['images_per_second']:,.0f} augmented images a second", file=sys.stderr)
+            print(f"  {' | '.join(rows[-1])}", file=sys.stderr, flush=True)
+    print(common.table(rows))
+    if args.json:
+        import importlib.metadata
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "lightly", "kornia")}
+        args.json.write_text(json.dumps(dict(command="make bench-simclr", machine=common.machine(), rounds=args.rounds,
+                                             threads=torch.get_num_threads(), versions=versions, figures=figures), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
