@@ -15,6 +15,8 @@ FAMILIES = {   # part -> groups of scripts in which it is one and the same
     "sincos": [("mae.py", "flamingo.py")],
     "take": [("mae.py", "flamingo.py")],
     "patchify": [("mae.py", "flamingo.py")],
+    "few_shot": [("simclr.py", "autoencoder.py")],
+    "supervised": [("simclr.py", "autoencoder.py")],
 }
 
 

@@ -9,6 +9,17 @@ from conftest import ROOT
 
 SECTIONS = ["settings", "the model", "the method", "look", "main"]
 TRIALS = {   # a training step with what was pasted: it must give a finite loss and gradients
+    "simclr.py": """
+        model = SimCLR(depth=10, width=4, dim=8)
+        z = model(augment(torch.rand(4, 3, 16, 16).repeat(2, 1, 1, 1)) - .5)
+        loss = ntxent(z, temperature=.5) + triplet(z, margin=.5)
+    """,
+    "autoencoder.py": """
+        model = Autoencoder(size=16, width=4, code=6, bottleneck="noise")
+        masked, target = mask(torch.randn(2, 3, 16, 16), corrupt=.3)
+        prediction, nats = model(masked)
+        loss = distance(prediction, target, nats, price=.1)
+    """,
     "mae.py": """
         model = MAE(grid=4, pixels=12, dim=16, depth=1, heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2)
         masked, target = mask(torch.randn(2, 3, 8, 8), patch=2, ratio=.75)

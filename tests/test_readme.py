@@ -15,7 +15,9 @@ FENCES = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 COMMANDS = [line.split(" #")[0].strip() for block in FENCES for line in block.replace("\\\n", " ").splitlines()
             if line.startswith("python ")]
 QUICK = {   # added to a command, so that it takes seconds
-    "mae.py": "--steps 2 --tune-steps 2 --labels 1 --draws 1 --dim 16 --heads 1 --depth 1"}
+    "mae.py": "--steps 2 --tune-steps 2 --labels 1 --draws 1 --dim 16 --heads 1 --depth 1",
+    "simclr.py": "--steps 2 --labels 1 --draws 1 --width 4 --depth 10 --image-size 12",
+    "autoencoder.py": "--steps 2 --labels 1 --draws 1 --width 4 --code 4 --keep 4 --image-size 12"}
 
 
 def spread(values):
@@ -56,31 +58,102 @@ def few_labels(patterns):
 
 
 def speed(pattern):
-    """Our step beside the other package's."""
+    """Our time beside the other package's."""
     (bench,) = load(pattern)
-    lines = ["| model | dtype | ours, ms | theirs, ms | theirs / ours |", "|---|---|---:|---:|---:|"]
+    lines = ["| what | dtype | ours, ms | theirs, ms | theirs / ours |", "|---|---|---:|---:|---:|"]
+    digits = lambda ms: f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}"
     for f in bench["figures"]:
         low, high = f["quartiles"]
-        lines.append(f"| {f['case']} | {f['dtype']} | {f['ours_ms']:.0f} | {f['theirs_ms']:.0f} "
+        name = f["case"] + (f", beside {f['beside']}" if "beside" in f else "")
+        lines.append(f"| {name} | {f['dtype']} | {digits(f['ours_ms'])} | {digits(f['theirs_ms'])} "
                      f"| {f['ratio']:.2f} [{low:.2f} to {high:.2f}] |")
-    lines.append(f"\n{bench['machine']}, {bench['threads']} threads, torch {bench['versions']['torch']}, "
-                 f"transformers {bench['versions']['transformers']}.")
+    versions = ", ".join(f"{name} {version}" for name, version in bench["versions"].items())
+    lines.append(f"\n{bench['machine']}, {bench['threads']} threads, {versions}.")
     return "\n".join(lines)
 
 
-def expect(pattern):
-    """The line of a script's docstring."""
+def over_seeds(runs, get):
+    """Mean and spread over runs of get(figures), a list of draws each."""
+    return spread([statistics.mean(get(r["figures"])) for r in runs])
+
+
+def measured_on(runs, what):
+    """The line under a table."""
+    return (f"\nMean ± standard deviation over {len(runs)} {what} (the draws of the few labels are the same in each); {runs[0]['machine']}, torch "
+            f"{runs[0]['versions']['torch']}.")
+
+
+def knows(patterns):
+    """Who knows what: the class at each label count, then what else is there, with all labels."""
+    lines = []
+    for pattern in patterns.split(","):
+        runs = load(pattern)
+        figures = runs[0]["figures"]
+        rows = figures["accuracy"]
+        what, *others = [name for name in rows["raw pixels"]]
+        if not lines:
+            head = [f"{k} a class" if k else "all labels" for k in figures["labels"]]
+            lines = [f"| {what}, accuracy in % | " + " | ".join(head + [f"{name}, all" for name in others]) + " |",
+                     "|---|" + "---:|" * (len(head) + len(others))]
+        for who in rows:
+            if who == "raw pixels" and len(lines) > 2:
+                continue
+            name = f"{who} {list(rows)[1].split()[1]}" if who == "supervised" else who
+            cells = [over_seeds(runs, lambda f: f["accuracy"][who][what][k]) for k in range(len(figures["labels"]))]
+            cells += [over_seeds(runs, lambda f: f["accuracy"][who][other][0]) for other in others]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" + measured_on(runs, "seeds")
+
+
+def while_training(pattern):
+    """The autoencoder's error and what probes read, along the way."""
     runs = load(pattern)
-    k, who = runs[0]["figures"]["labels"][-1], "{}, tune all"
-    ours, blank = (spread([v for r in runs for v in r["figures"]["accuracy"][who.format(name)][-1]])
-                   for name in ("MAE", "untrained ViT"))
-    text = (f"the shape, from {k} labels a class: {ours} % fine-tuned, {blank} % from scratch, chance 10 % "
-            f"({len(runs)} seeds; {statistics.mean(r['seconds'] for r in runs):.0f} s of training on "
-            f"{runs[0]['machine']}, torch {runs[0]['versions']['torch']})")
+    what = list(runs[0]["figures"]["accuracy"]["raw pixels"])
+    lines = [f"| step | squared error | {what[0]}, 20 a class, % | {what[1]}, all labels, % |", "|---:|---:|---:|---:|"]
+    for step in runs[0]["figures"]["notes"]:
+        error = statistics.mean(r["figures"]["notes"][step]["error"] for r in runs)
+        cells = [over_seeds(runs, lambda f: f["notes"][step]["probes"][i]) for i in (0, 1)]
+        lines.append(f"| {step} | {error:.3f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" + measured_on(runs, "seeds")
+
+
+def flags(patterns):
+    """One line for each measurement, by the command that made it."""
+    runs = [r for pattern in patterns.split(",") for r in load(pattern)]
+    priced = "error" in runs[0]["figures"]
+    lines = ["| `" + re.search(r"\w+\.py", runs[0]["command"])[0] + "` |" + " squared error |" * priced
+             + " shape, 20 a class, % | shape, all labels, % | colour, all labels, % |", "|---|" + "---:|" * (3 + priced)]
+    for r in runs:
+        f = r["figures"]
+        ours = f["accuracy"]["autoencoder" if priced else "SimCLR"]
+        few, everything = (ours["shape"][f["labels"].index(k)] for k in (20, 0))
+        lines.append(f"| {' '.join(r['command'].split()[2:]) or 'as it is'} |"
+                     + (f" {f['error']:.3f} |" if priced else "") + f" {spread(few)} | {spread(everything)} | {spread(ours['colour'][0])} |")
+    return "\n".join(lines) + (f"\n\nOne run each; at 20 labels the mean ± standard deviation over 3 draws of the labels; "
+                              f"{r['machine']}, torch {r['versions']['torch']}.")
+
+
+def expect(name):
+    """The lines of a script's docstring that say what its plain command gives."""
+    runs = load(f"{name}-shapes-*.json")
+    r, seconds = runs[0], statistics.mean(r["seconds"] for r in runs)
+    where = (f"({len(runs)} seeds; {seconds:.0f} s of training on {r['machine']}, torch {r['versions']['torch']})")
+    if name == "mae":
+        k, who = r["figures"]["labels"][-1], "{}, tune all"
+        ours, blank = (spread([v for r in runs for v in r["figures"]["accuracy"][who.format(name)][-1]])
+                       for name in ("MAE", "untrained ViT"))
+        text = f"the shape, from {k} labels a class: {ours} % fine-tuned, {blank} % from scratch, chance 10 % {where}"
+    else:
+        who = {"simclr": "SimCLR", "autoencoder": "autoencoder"}[name]
+        few = lambda who: over_seeds(runs, lambda f: f["accuracy"][who]["shape"][f["labels"].index(20)])
+        colour = lambda who: over_seeds(runs, lambda f: f["accuracy"][who]["colour"][0])
+        text = (f"a linear probe on {'h' if name == 'simclr' else 'the code'} reads the shape, from 20 labels a class, "
+                f"at {few(who)} % (raw pixels {few('raw pixels')} %, chance 10 %), and the colour, from all labels, at "
+                f"{colour(who)} % {where}")
     return textwrap.fill(text, 91, subsequent_indent=" " * 9)
 
 
-FIGURES = {"few_labels": few_labels, "speed": speed}
+FIGURES = {f.__name__: f for f in (few_labels, speed, knows, while_training, flags)}
 
 
 def written(text):
@@ -92,7 +165,7 @@ def written(text):
 def expected(text):
     """A script with the Expect line of its docstring filled in anew."""
     name = re.search(r"Run      python (\w+)\.py", text)[1]
-    return re.sub(r"^Expect   .*?(?=\n\w)", lambda m: "Expect   " + expect(f"{name}-shapes-*.json"), text,
+    return re.sub(r"^Expect   .*?(?=\n\w)", lambda m: "Expect   " + expect(name), text,
                   count=1, flags=re.M | re.S)
 
 
@@ -145,5 +218,5 @@ def test_links_and_files_exist():
 
 
 if __name__ == "__main__":
-    for path, fill in (ROOT / "README.md", written), (ROOT / "mae.py", expected):
-        path.write_text(fill(path.read_text()))
+    for path in ROOT / "README.md", *(ROOT / script for script in QUICK):
+        path.write_text((written if path.suffix == ".md" else expected)(path.read_text()))
