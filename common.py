@@ -4,6 +4,8 @@ surroundings, few-label evaluation and pictures. No model, loss, mask or augment
     settings     Args, start            a dataclass becomes the command line
     data         load_images            uint8 images that live on the device, with their labels
                  draw, shapes           the embedded world: ten figures, drawn in a second
+                 load_text              documents as bytes; the embedded one is Python's own manual
+                 Bytes, Words           tokenizers: a token a byte, or a token a word
     training     Run                    optimizer, schedule, bar, log, checkpoint, exact resume
     evaluation   few, encode, probe, finetune     what do k labels a class buy?
     output       save_png, table, report
@@ -12,6 +14,7 @@ surroundings, few-label evaluation and pictures. No model, loss, mask or augment
 Letters: B batch, C channels, S side of an image in pixels; images are (B, 3, S, S).
 """
 import argparse
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -27,6 +30,7 @@ import re
 import signal
 import struct
 import sys
+import sysconfig
 import tarfile
 import textwrap
 import threading
@@ -187,15 +191,16 @@ def device(name):
 
 
 @contextlib.contextmanager
-def autocast(args):
-    """bfloat16 where it is native, or as --dtype says; the weights stay float32."""
+def autocast(args, dtype=None):
+    """bfloat16 where it is native, or as dtype or --dtype says; the weights stay float32."""
     kind, native = args.device.split(":")[0], False
     if kind == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif kind == "cpu":
         able = torch.cpu.get_capabilities()
         native = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
-    on = native if args.dtype == "auto" else args.dtype == "bfloat16"
+    dtype = dtype or args.dtype
+    on = native if dtype == "auto" else dtype == "bfloat16"
     kernels = contextlib.nullcontext()
     if kind == "cpu" and not args.compile:
         kernels = Float32Attention() if on else OneDNN() if OneDNN.pays() else kernels
@@ -227,7 +232,8 @@ class OneDNN(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.linear and not kwargs and args[0].ndim > 1 and args[0].numel() > 0 \
                 and args[0].dtype == args[1].dtype == torch.float32:
-            return Linear.apply(*args, *[None] * (3 - len(args)))
+            f = Linear.apply if torch.is_grad_enabled() else onednn
+            return f(*args, *[None] * (3 - len(args)))
         return function(*args, **(kwargs or {}))
 
 
@@ -395,7 +401,7 @@ def load_images(name, data_dir="data", size=32, device="cpu"):
                      place=[f"{row} {column}" for row in rows for column in columns],
                      turn=[f"{45 * i} degrees" for i in range(8)])
         return Images(train[0], test[0], train[1], test[1], names)
-    if name in MIRRORS:
+    if name in IMAGE_SETS:
         read = read_cifar10 if name == "cifar10" else read_idx
         *arrays, classes = read(name, Path(data_dir))
     elif name.endswith(".npz"):
@@ -403,7 +409,7 @@ def load_images(name, data_dir="data", size=32, device="cpu"):
     elif Path(name).is_dir():
         *arrays, classes = read_folder(Path(name), size)
     else:
-        raise UserError(f"there is no data set {name!r}: --data takes shapes, {', '.join(MIRRORS)},"
+        raise UserError(f"there is no data set {name!r}: --data takes shapes, {', '.join(IMAGE_SETS)},"
                         " an .npz file, or a folder with one folder of pictures per class")
     x_train, y_train, x_test, y_test = arrays
     for split, x, y in ("train", x_train, y_train), ("test", x_test, y_test):
@@ -428,6 +434,7 @@ def load_images(name, data_dir="data", size=32, device="cpu"):
     return Images(images(x_train), images(x_test), *labels, {"class": [str(c) for c in classes]})
 
 
+IMAGE_SETS = "fashion-mnist", "mnist", "cifar10"
 MNIST = list("0123456789")
 FASHION = "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -440,7 +447,9 @@ MIRRORS = {   # the first that has the file is taken
     "mnist": ["https://ossci-datasets.s3.amazonaws.com/mnist/",
               "https://storage.googleapis.com/cvdf-datasets/mnist/"],
     "cifar10": ["https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/",
-                "https://www.cs.toronto.edu/~kriz/"]}
+                "https://www.cs.toronto.edu/~kriz/"],
+    "shakespeare": ["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
+                    "tinyshakespeare/"]}
 SHA256 = {    # of each file or, for Fashion-MNIST, of what its gzip holds: mirrors compress anew
     "fashion-mnist": dict(zip(IDX, [
         "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -453,16 +462,19 @@ SHA256 = {    # of each file or, for Fashion-MNIST, of what its gzip holds: mirr
         "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
         "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"])),
     "cifar10": {"cifar-10-binary.tar.gz":
-                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}}
+                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
+    "shakespeare": {"input.txt":
+                    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}}
+EMBEDDED = {"shakespeare": "pydocs"}    # what to take instead without a network; else the shapes
 
 
-def fetch(name, file, data_dir):
-    """The path data_dir/name/file, downloaded from a mirror if it is not there. The name appears
-    only once the SHA-256 fits: a broken or foreign download never enters the cache."""
-    path = data_dir / name / file
+def fetch(name, file, data_dir, kept=None):
+    """The path data_dir/name/file (or data_dir/kept), downloaded from a mirror if it is not there.
+    The name appears only once the SHA-256 fits: a broken download never enters the cache."""
+    path = data_dir / (kept or Path(name, file))
     if path.exists():
         return path
-    part, wrong = path.with_name(f"{file}.{os.getpid()}.part"), []
+    part, wrong = path.with_name(f"{path.name}.{os.getpid()}.part"), []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for mirror in MIRRORS[name]:
@@ -482,7 +494,8 @@ def fetch(name, file, data_dir):
     finally:
         part.unlink(missing_ok=True)
     raise UserError(f"could not download {file} ({'; '.join(wrong)}). Put the file at {path} "
-                    "yourself, or use the embedded data, which needs no network: --data shapes")
+                    "yourself, or use the embedded data, which needs no network: --data "
+                    + EMBEDDED.get(name, "shapes"))
 
 
 def download(url, file):
@@ -585,6 +598,129 @@ def read_folder(path, size):
     require(len(classes) > 1 and x["train"] and x["test"], f"{path} needs two or more folders, one "
             "per class, with at least five pictures each")
     return *(np.array(a) for a in (x["train"], y["train"], x["test"], y["test"])), classes
+
+
+@dataclass
+class Text:
+    """Documents as bytes: the first nine tenths of each to train on, the last to validate."""
+    names: list[str]
+    train: list[bytes]
+    val: list[bytes]
+
+
+def load_text(name, data_dir="data"):
+    """A text by name -> Text.
+
+    `pydocs` is the reference manual inside every Python, `pycode` the modules of its standard
+    library, `shakespeare` the 1.1 MB of char-rnn, fetched to data_dir if it is not there. Else a
+    file, or a folder of .txt files. Raises UserError for what is missing, unreadable or empty.
+    """
+    if name == "pydocs":
+        documents = manual()
+    elif name == "pycode":
+        folder = Path(sysconfig.get_paths()["stdlib"])
+        documents = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.py"))}
+        require(documents, f"this Python has no source of its standard library in {folder}")
+    else:
+        path = Path(name)
+        if name == "shakespeare":
+            path = fetch(name, "input.txt", Path(data_dir), "tinyshakespeare.txt")
+        files = sorted(path.glob("**/[!.]*.txt")) if path.is_dir() else [path]
+        require(path.exists(), f"there is no text {name!r}: --data takes pydocs, pycode, "
+                "shakespeare, a file, or a folder of .txt files")
+        require(files, f"{path} holds no .txt file")
+        try:
+            documents = {file.stem if len(files) == 1 else str(file.relative_to(path)):
+                         file.read_bytes() for file in files}
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename} ({error.strerror})") from None
+    documents = {name: raw for name, raw in documents.items() if raw.strip()}
+    require(documents, f"the text of --data {name} is empty")
+    cut = [boundary(raw, len(raw) * 9 // 10) for raw in documents.values()]
+    return Text(list(documents), [raw[:at] for raw, at in zip(documents.values(), cut)],
+                [raw[at:] for raw, at in zip(documents.values(), cut)])
+
+
+def boundary(raw, at):
+    """The place in some bytes where the next character of UTF-8 begins, from `at` on."""
+    while at < len(raw) and raw[at] & 0xC0 == 0x80:
+        at += 1
+    return at
+
+
+def manual():
+    """{topic: bytes} of the manual that help() shows, without its tables. Many topics contain
+    others, word for word; each paragraph is kept once, in the longest, so that no text is trained
+    AND tested on."""
+    from pydoc_data.topics import topics
+    seen, documents = set(), {}
+    for name, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
+        parts = [part for part in re.split(r"\n{2,}", text.strip()) if part[0] not in "+|"]
+        documents[name] = "\n\n".join(part for part in parts if part not in seen).encode()
+        seen.update(part for part in parts if len(part) > 40)
+    return documents
+
+
+class Bytes:
+    """Tokenizer: a token for each byte, 0 to 255, and BOS, which stands where a text begins."""
+    BOS, vocab = 256, 257
+
+    def encode(self, text):
+        """str or bytes -> (n,) int64."""
+        raw = text.encode() if isinstance(text, str) else text
+        return torch.from_numpy(np.frombuffer(raw, np.uint8).astype(np.int64))
+
+    def decode(self, tokens):
+        """(n,) -> str; what is no UTF-8, or would upset a terminal, shows as a question mark."""
+        text = bytes(t for t in map(int, tokens) if t < 256).decode(errors="replace")
+        return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+                       for c in text)
+
+    def stream(self, documents):
+        """All documents behind each other, BOS in front of each: (n,) int64."""
+        bos = torch.tensor([self.BOS])
+        return torch.cat([part for raw in documents for part in (bos, self.encode(raw))])
+
+
+class Words:
+    """Tokenizer: lower-case words and punctuation marks, the most frequent of a text."""
+    SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]           # tokens 0 to 4
+
+    def __init__(self, words):
+        self.words = self.SPECIAL + [word for word in words if word not in self.SPECIAL]
+        self.vocab = len(self.words)
+        self.ids = {word: i for i, word in enumerate(self.words)}
+
+    @classmethod
+    def of(cls, documents, most):
+        """The tokenizer of some documents (bytes): at most `most` tokens, each seen twice."""
+        count = collections.Counter(w for raw in documents for w in cls.split(utf8(raw)))
+        usual = sorted((word for word in count if count[word] > 1), key=lambda w: (-count[w], w))
+        return cls(usual[:most - len(cls.SPECIAL)])
+
+    @staticmethod
+    def split(text):
+        """The words and the marks of a text; a run of the same mark, such as >>>, is one."""
+        return [m[0] for m in re.finditer(r"\w+|([^\w\s])\1*", text.lower())]
+
+    def encode(self, text):
+        """str -> (n,) int64; of the special tokens a text can yield [UNK] alone."""
+        return torch.tensor([self.ids.get(word, 1) for word in self.split(text)], dtype=torch.int64)
+
+    def decode(self, tokens):
+        """(n,) -> str: spaces between words, none before a full stop or inside brackets."""
+        text = " ".join(self.words[int(t)] for t in tokens)
+        text = re.sub(r" (?=[.,;:!?)\]}])|(?<=[(\[{]) ", "", text)
+        return re.sub(r"(?<=\w) ([-_/.'=]) (?=\w)", r"\1", text)
+
+
+def utf8(raw):
+    """bytes -> str. Raises UserError where they are no UTF-8."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the text is not UTF-8 (byte {raw[error.start]:#x} at {error.start}): "
+                        "save it as UTF-8; gpt.py takes any bytes") from None
 
 
 # ---------------------------------------------------------------------------------- training
@@ -746,6 +882,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.wrote = state["step"], state["seconds"], state["step"]
+        self.args.steps = max(self.args.steps, self.step)       # --steps 0: look, do not train
         print(f"Going on from step {self.step} of {path}.")
 
     @contextlib.contextmanager
