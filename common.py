@@ -608,8 +608,8 @@ class Text:
     val: list[bytes]
 
 
-def load_text(name, data_dir="data"):
-    """A text by name -> Text.
+def load_text(name, data_dir="data", parts=1):
+    """A text by name -> Text. A single document is first cut into that many parts.
 
     `pydocs` is the reference manual inside every Python, `pycode` the modules of its standard
     library, `shakespeare` the 1.1 MB of char-rnn, fetched to data_dir if it is not there. Else a
@@ -636,6 +636,10 @@ def load_text(name, data_dir="data"):
             raise UserError(f"cannot read {error.filename} ({error.strerror})") from None
     documents = {name: raw for name, raw in documents.items() if raw.strip()}
     require(documents, f"the text of --data {name} is empty")
+    if len(documents) == 1 and parts > 1:
+        (raw,) = documents.values()
+        at = [boundary(raw, len(raw) * i // parts) for i in range(parts + 1)]
+        documents = {f"part {i}": raw[a:b] for i, (a, b) in enumerate(zip(at, at[1:]), 1)}
     cut = [boundary(raw, len(raw) * 9 // 10) for raw in documents.values()]
     return Text(list(documents), [raw[:at] for raw, at in zip(documents.values(), cut)],
                 [raw[at:] for raw, at in zip(documents.values(), cut)])
@@ -692,11 +696,20 @@ class Words:
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     @classmethod
-    def of(cls, documents, most):
-        """The tokenizer of some documents (bytes): at most `most` tokens, each seen twice."""
+    def of(cls, documents, most, kept=None):
+        """The tokenizer of some documents (bytes): at most `most` tokens, each seen twice; or the
+        one that a run kept in a file, by `save`."""
+        if kept:
+            require(Path(kept).exists(), f"there is no {kept}, so the tokens' meaning is lost: "
+                    "leave out --resume to start anew")
+            return cls(Path(kept).read_text(encoding="utf-8").split())
         count = collections.Counter(w for raw in documents for w in cls.split(utf8(raw)))
         usual = sorted((word for word in count if count[word] > 1), key=lambda w: (-count[w], w))
         return cls(usual[:most - len(cls.SPECIAL)])
+
+    def save(self, path):
+        """Writes the words, one a line."""
+        Path(path).write_text("\n".join(self.words[len(self.SPECIAL):]) + "\n", encoding="utf-8")
 
     @staticmethod
     def split(text):
@@ -708,8 +721,13 @@ class Words:
         return torch.tensor([self.ids.get(word, 1) for word in self.split(text)], dtype=torch.int64)
 
     def decode(self, tokens):
-        """(n,) -> str: spaces between words, none before a full stop or inside brackets."""
-        text = " ".join(self.words[int(t)] for t in tokens)
+        """(n,) -> str."""
+        return self.join([self.words[int(t)] for t in tokens])
+
+    @staticmethod
+    def join(words):
+        """Words as a text: spaces between them, but none before a full stop or in brackets."""
+        text = " ".join(words)
         text = re.sub(r" (?=[.,;:!?)\]}])|(?<=[(\[{]) ", "", text)
         return re.sub(r"(?<=\w) ([-_/.'=]) (?=\w)", r"\1", text)
 
@@ -960,7 +978,7 @@ def few(labels, k, seed=0):
     """Indices of k random examples of each class (all if k is 0): (k * classes,) on labels' device.
     Raises UserError where a class has fewer."""
     least = labels.unique(return_counts=True)[1].min()
-    require(k <= least, f"--labels {k} is too many: a class has only {least} labelled images here")
+    require(k <= least, f"--labels {k} is too many: a class has only {least} labelled examples here")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order.to(labels.device)
     return torch.cat([order[labels[order] == c][:k or None] for c in labels.unique()])

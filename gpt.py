@@ -227,7 +227,7 @@ def distribution(logits, temperature=1., top_k=0, top_p=1.):
     if 0 < top_k < p.shape[1]:
         p = torch.zeros_like(p).scatter_(1, *p.topk(top_k, 1)[::-1])
     if top_p < 1:
-        p, order = (p / p.sum(1, keepdim=True)).sort(1, descending=True, stable=True)
+        p, order = (p / p.sum(1, keepdim=True)).sort(stable=True, dim=1, descending=True)
         p = p * (p.cumsum(1) - p < top_p)                     # what the likelier ones leave to hold
         p = torch.zeros_like(p).scatter_(1, order, p)
     return p / p.sum(1, keepdim=True)

@@ -1,0 +1,481 @@
+"""gpt.py against OpenAI's forward written in numpy, torch's own layer, prefixes, and sampling by hand."""
+import inspect
+import json
+import math
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DATA, command, refused, run
+from torch import nn
+
+import common
+import gpt
+
+BOS = common.Bytes.BOS
+SMALL = "--dim 16 --heads 2 --depth 1 --batch 4 --context 16 --length 20 --dtype float32 --device cpu".split()
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    model = gpt.GPT(vocab=30, context=16, dim=24, depth=2, heads=3)
+    for p in model.parameters():              # biases and norms, too, must matter
+        nn.init.normal_(p, std=.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    return path
+
+
+# ------------------------------------------------------------------------------------- the model
+
+
+def test_block_equals_torchs_transformer_layer():
+    torch.manual_seed(0)
+    block, names = gpt.Block(24, 3).double(), {
+        "attn.qkv.weight": "self_attn.in_proj_weight", "attn.qkv.bias": "self_attn.in_proj_bias",
+        "attn.proj": "self_attn.out_proj", "mlp.fc1": "linear1", "mlp.fc2": "linear2"}
+    layer = nn.TransformerEncoderLayer(24, 3, 96, dropout=0, activation=lambda x: F.gelu(x, approximate="tanh"),
+                                       norm_first=True, batch_first=True, layer_norm_eps=1e-5).double()
+    state = {}
+    for key, value in block.state_dict().items():
+        nn.init.normal_(value, std=.3)
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        state[key] = value
+    layer.load_state_dict(state)
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+    causal = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.float64)
+    torch.testing.assert_close(block(x), layer(x, src_mask=causal, is_causal=True), rtol=1e-9, atol=1e-9)
+
+
+def openai_names(model):
+    """Our tensors under the names and in the layout of OpenAI's release: matrices are (in, out)."""
+    state = {}
+    for name, value in model.state_dict().items():
+        for ours, theirs in [("token_embed.weight", "wte"), ("pos_embed.weight", "wpe"), ("blocks.", "h"),
+                             ("norm1", "ln_1"), ("norm2", "ln_2"), ("norm.", "ln_f."), ("attn.qkv", "attn.c_attn"),
+                             ("attn.proj", "attn.c_proj"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")]:
+            name = name.replace(ours, theirs)
+        norm = "ln_" in name
+        name = name.replace(".weight", ".g" if norm else ".w").replace(".bias", ".b")
+        state[name] = (value.T if value.ndim == 2 and name.startswith("h") else value).double().numpy()
+    return state
+
+
+def openai(p, tokens, heads):
+    """GPT-2's forward from its description, in numpy: tokens (T,) -> logits (T, V)."""
+    norm = lambda x, n: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * p[n + ".g"] + p[n + ".b"]
+    gelu = lambda x: .5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + .044715 * x ** 3)))
+    linear = lambda x, n: x @ p[n + ".w"] + p[n + ".b"]
+    x = p["wte"][tokens] + p["wpe"][:len(tokens)]
+    for i in range(sum(name.endswith("ln_1.g") for name in p)):
+        q, k, v = np.split(linear(norm(x, f"h{i}.ln_1"), f"h{i}.attn.c_attn"), 3, axis=-1)
+        D, out = q.shape[1] // heads, []
+        for h in range(heads):
+            s = slice(h * D, (h + 1) * D)
+            for t in range(len(tokens)):                                 # token t, to those up to itself
+                w = np.exp(q[t, s] @ k[:t + 1, s].T / np.sqrt(D))
+                out.append(w / w.sum() @ v[:t + 1, s])
+        a = np.array(out).reshape(heads, len(tokens), D).transpose(1, 0, 2).reshape(len(tokens), -1)
+        x = x + linear(a, f"h{i}.attn.c_proj")
+        x = x + linear(gelu(linear(norm(x, f"h{i}.ln_2"), f"h{i}.mlp.c_fc")), f"h{i}.mlp.c_proj")
+    return norm(x, "ln_f") @ p["wte"].T
+
+
+def test_logits_equal_openais_by_renaming(small):
+    tokens = torch.randint(30, (2, 16))
+    for row, logits in zip(tokens, small.double()(tokens)):
+        np.testing.assert_allclose(logits.detach().numpy(), openai(openai_names(small), row.numpy(), 3), rtol=1e-9, atol=1e-9)
+
+
+def test_gpt2_has_its_148_tensors_and_124_million_parameters():
+    with torch.device("meta"):
+        model = gpt.GPT(50257, 1024, 768, 12, 12)
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+    assert len(model.state_dict()) == 148 and len(list(model.parameters())) == 148       # the head is tied
+
+
+def test_the_first_weights_are_gpt2s():
+    torch.manual_seed(0)
+    model = gpt.GPT(1000, 400, 64, 8, 4)
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            residual = "proj" in name or "fc2" in name
+            std = .01 if name.startswith("pos") else .02 / math.sqrt(16) if residual else .02
+            assert abs(p.std() / std - 1) < .05, name
+        else:
+            assert torch.equal(p, torch.full_like(p, float("norm" in name and name.endswith("weight")))), name
+    x = torch.randint(1000, (4, 100))
+    assert abs(gpt.distance(model(gpt.mask(x, 0)[0]), x) - math.log(1000)) < .1                           # at chance
+
+
+def test_the_future_cannot_be_seen(small):
+    x = torch.randint(30, (1, 16))
+    before = small(x)
+    for t in range(16):
+        y = x.clone()
+        y[0, t] = (y[0, t] + 1) % 30
+        after = small(y)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert ((after - before)[0, t:].abs().amax(1) > 1e-6).all()                       # all later ones move
+
+
+def test_dropout_falls_on_every_branch_in_training_only(small):
+    x = torch.randint(30, (2, 8))
+    model = gpt.GPT(30, 16, 24, 2, 3, dropout=.3)
+    model.load_state_dict(small.state_dict())
+    assert torch.equal(model.eval()(x), small(x))
+    assert not torch.equal(model.train()(x), model(x))
+    for part, args in (model.blocks[0].attn, (torch.ones(1, 4, 24),)), (model.blocks[0].mlp, (torch.ones(1, 4, 24),)):
+        zeros = (part(*args) == 0).float().mean()                                         # whole channels are gone
+        assert .05 < zeros < .6 and (part.eval()(*args) != 0).all()
+
+
+# ------------------------------------------------------------------------- mask, predict, compare
+
+
+def test_an_autoregressive_model_is_a_masked_autoencoder_with_a_causal_mask(small):
+    """The lecture's claim. The recipe of a masked autoencoder, hide a part and predict it from the rest,
+    done T times by hand, with token t and all after it hidden by cutting them off, owing token t alone:
+    its mean loss is GPT's, and its gradient is GPT's gradient."""
+    small.double()
+    x, T, owed = torch.randint(29, (3, 9)), 9, 0.
+    for t in range(T):
+        visible = torch.cat([torch.full((3, 1), 29), x[:, :t]], 1)                        # BOS is 29 here
+        owed = owed + F.cross_entropy(small(visible)[:, -1], x[:, t]) / T
+    recipe = torch.autograd.grad(owed, list(small.parameters()))
+    masked, target = gpt.mask(x, 29)
+    loss = gpt.distance(small(masked), target)
+    torch.testing.assert_close(loss.double(), owed, rtol=1e-6, atol=1e-6)                 # the loss is float32
+    for a, b in zip(torch.autograd.grad(loss, list(small.parameters())), recipe):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_mask_shifts_and_owes_everything():
+    x = torch.arange(6).view(2, 3)
+    masked, target = gpt.mask(x, 99)
+    assert masked.tolist() == [[99, 0, 1], [99, 3, 4]] and target is x
+
+
+def test_distance_by_hand():
+    logits = torch.tensor([[[0., math.log(3)], [2., 2.]]])
+    loss = gpt.distance(logits, torch.tensor([[1, 0]]))
+    assert abs(loss - (math.log(4 / 3) + math.log(2)) / 2) < 1e-6
+
+
+# ------------------------------------------------------------------------------------- the cache
+
+
+@pytest.mark.parametrize("cuts", [[16], [1] * 16, [5] + [1] * 11, [3, 4, 1, 6, 2], [15, 1], [1, 15]])
+def test_cached_logits_equal_uncached(small, cuts):
+    x = torch.randint(30, (3, 16))
+    whole, cache, found = small(x), small.cache(3), []
+    for chunk in x.split(cuts, 1):
+        found.append(small(chunk, cache))
+        assert {block.length for block in cache} == {sum(f.shape[1] for f in found)}
+    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_the_cache_is_allocated_once_and_holds_keys_and_values(small):
+    cache, x = small.cache(2), torch.randint(30, (2, 9))
+    places = [block.k.data_ptr() for block in cache]
+    small(x[:, :5], cache), small(x[:, 5:], cache)
+    assert [block.k.data_ptr() for block in cache] == places and cache[0].k.shape == (2, 3, 16, 8)
+    block = small.blocks[0]
+    _, k, v = block.attn.qkv(block.norm1(small.token_embed(x) + small.pos_embed.weight[:9])).view(2, 9, 3, 3, 8).unbind(2)
+    torch.testing.assert_close(cache[0].k[:, :, :9], k.transpose(1, 2))
+    torch.testing.assert_close(cache[0].v[:, :, :9], v.transpose(1, 2))
+
+
+def test_more_than_the_context_is_an_error(small):
+    with pytest.raises(ValueError, match="17 tokens are more than the context of 16"):
+        small(torch.zeros(1, 17, dtype=torch.int64))
+    cache = small.cache(1)
+    small(torch.zeros(1, 15, dtype=torch.int64), cache)
+    with pytest.raises(ValueError, match="17 tokens"):                                    # a slice of one place would fit any
+        small(torch.zeros(1, 2, dtype=torch.int64), cache)
+
+
+class Recorder(nn.Module):
+    """A model that keeps the last logits of every call."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.seen, self.sizes = model, [], []
+        self.pos_embed, self.cache = model.pos_embed, model.cache
+
+    def forward(self, tokens, cache=None):
+        logits = self.model(tokens, cache)
+        self.seen.append(logits[:, -1])
+        self.sizes.append(tokens.shape[1])
+        return logits
+
+
+def by_hand(model, prompt, n, bos, pick):
+    """One text, written without a cache: the rule of a full context from its description."""
+    window, new, context = [bos, *prompt], [], len(model.pos_embed.weight)
+    for _ in range(n):
+        token = pick(model(torch.tensor([window]))[0, -1])
+        new.append(token)
+        window.append(token)
+        if len(window) > context:
+            window = [bos] + window[-(context // 2):]
+    return new
+
+
+def test_past_a_full_context_cached_equals_uncached_equals_by_hand(small):
+    prompts, n = [torch.randint(29, (k,)) for k in (3, 9, 5)], 40
+    a, b = Recorder(small), Recorder(small)
+    how = dict(n=n, bos=29, temperature=0.)
+    cached, plain = gpt.sample(a, prompts, **how), gpt.sample(b, prompts, cached=False, **how)
+    assert a.sizes.count(1) > 35 and a.sizes.count(9) == 5 and max(b.sizes) == 16         # read again: BOS and 8
+    torch.testing.assert_close(torch.stack(a.seen), torch.stack(b.seen), rtol=1e-5, atol=1e-5)
+    for prompt, x, y in zip(prompts, cached, plain):
+        assert torch.equal(x, y)
+        assert x.tolist() == by_hand(small, prompt.tolist(), n, 29, lambda logits: int(logits.argmax()))
+
+
+# ------------------------------------------------------------------------------------- sampling
+
+
+def test_distribution_by_hand():
+    logits = torch.tensor([[.1, .2, .4, .3]]).log()
+    p = lambda **how: gpt.distribution(logits, **how)[0].tolist()
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-12)
+    close(p(), [.1, .2, .4, .3])
+    close(p(temperature=.5), np.array([1, 4, 16, 9]) / 30)                                # p^2, to sum 1
+    close(p(temperature=2.), np.sqrt([1, 2, 4, 3]) / np.sqrt([1, 2, 4, 3]).sum())
+    close(p(temperature=0.), [0, 0, 1, 0])
+    close(p(top_k=2), [0, 0, 4 / 7, 3 / 7])
+    close(p(top_k=9), [.1, .2, .4, .3])
+    close(p(top_p=.39), [0, 0, 1, 0])
+    close(p(top_p=.41), [0, 0, 4 / 7, 3 / 7])                                             # the one that crosses p counts
+    close(p(top_p=.89), [0, 2 / 9, 4 / 9, 3 / 9])
+    close(p(top_k=3, top_p=.7), [0, 0, 4 / 7, 3 / 7])                                     # of 4/9, 3/9, 2/9: 7/9 passes .7
+    close(p(temperature=.5, top_k=2), [0, 0, 16 / 25, 9 / 25])
+
+
+def test_rows_of_a_distribution_are_their_own():
+    logits = torch.randn(5, 12)
+    for how in dict(top_k=4), dict(top_p=.6), dict(temperature=0.):
+        rows = torch.cat([gpt.distribution(row[None], **how) for row in logits])
+        torch.testing.assert_close(gpt.distribution(logits, **how), rows)
+
+
+def test_pick_takes_each_token_as_often_as_it_is_likely():
+    p = torch.tensor([[.2, 0., .5, .3, 0.]], dtype=torch.float64)
+    u = (torch.arange(1000, dtype=torch.float64) + .5) / 1000
+    assert gpt.pick(p.expand(1000, -1), u).bincount(minlength=5).tolist() == [200, 0, 500, 300, 0]
+    edges = torch.tensor([0., .2, math.nextafter(1, 0)], dtype=torch.float64)
+    assert gpt.pick(p.expand(3, -1), edges).tolist() == [0, 2, 3]                         # never one without probability
+
+
+def test_greedy_is_deterministic_and_a_seed_is_a_text(small):
+    prompt, how = [torch.tensor([3, 1, 4])], dict(n=30, bos=29)
+    draw = lambda **more: gpt.sample(small, prompt, **how, **more)[0].tolist()
+    assert draw(temperature=0., seed=1) == draw(temperature=0., seed=2) == draw(top_k=1)
+    assert draw(seed=1) == draw(seed=1) != draw(seed=2)
+    before = torch.random.get_rng_state()
+    draw(seed=5)
+    assert torch.equal(before, torch.random.get_rng_state())                              # the rest is left alone
+
+
+def test_a_row_of_a_batch_is_the_text_that_it_is_alone(small):
+    prompts = [torch.randint(29, (k,)) for k in (0, 7, 15, 2)]
+    for how in dict(), dict(top_k=5, temperature=.7), dict(top_p=.8), dict(stop=4):
+        rows = gpt.sample(small, prompts, 25, 29, seed=10, **how)
+        alone = [gpt.sample(small, [prompt], 25, 29, seed=10 + i, **how)[0] for i, prompt in enumerate(prompts)]
+        assert [r.tolist() for r in rows] == [a.tolist() for a in alone]
+    assert gpt.shares(3, 2, 50)[:, :20].tolist() == gpt.shares(3, 2, 20).tolist()         # length changes nothing
+
+
+def test_samples_have_the_frequencies_of_the_model(small):
+    """The first token behind an empty prompt, drawn 4000 times, against its distribution: chi squared."""
+    rows = gpt.sample(small, [[]] * 4000, 1, 29, temperature=1.5)
+    seen = torch.cat(rows).bincount(minlength=30)
+    due = 4000 * gpt.distribution(small(torch.tensor([[29]]))[:, -1], 1.5)[0]
+    likely = due > 5
+    assert likely.sum() > 5
+    chi = ((seen[likely] - due[likely]) ** 2 / due[likely]).sum()
+    assert chi < likely.sum() + 4 * math.sqrt(2 * likely.sum())
+
+
+def test_a_stop_token_ends_a_text_and_is_left_out(small):
+    whole = gpt.sample(small, [torch.tensor([4, 4])], 40, 29, seed=3)[0].tolist()
+    stop = whole[10]
+    cut = gpt.sample(small, [torch.tensor([stop, stop])], 40, 29, seed=3, stop=stop)[0].tolist()
+    free = gpt.sample(small, [torch.tensor([stop, stop])], 40, 29, seed=3)[0].tolist()    # the prompt's do not count
+    assert cut == free[:free.index(stop)] if stop in free else cut == free
+    recorder = Recorder(small)
+    gpt.sample(recorder, [torch.tensor([4, 4])], 40, 29, seed=3, stop=stop)
+    assert len(recorder.seen) == whole.index(stop) + 1                                    # and no work is done after it
+
+
+def test_a_prompt_has_to_fit(small):
+    assert len(gpt.sample(small, [torch.zeros(15, dtype=torch.int64)], 3, 29)[0]) == 3
+    with pytest.raises(ValueError, match="16 tokens and BOS do not fit a context of 16"):
+        gpt.sample(small, [torch.zeros(16, dtype=torch.int64)], 3, 29)
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+def test_windows_and_the_loss_on_them(tmp_path):
+    (tmp_path / "a.txt").write_text("abcdefghij" * 5)
+    (tmp_path / "b.txt").write_text("0123456789" * 4)
+    args = gpt.Args(data=str(tmp_path), context=3, device="cpu", dtype="float32")
+    train, val = gpt.windows(args)
+    decode = lambda row: common.Bytes().decode(row)
+    assert train.shape == (45 + 36 + 2 - 2, 3) and train[0].tolist() == [BOS, 97, 98]     # 90 % of each, and BOS
+    assert decode(train[1]) == "abc" and train[44].tolist() == [ord("d"), ord("e"), BOS]
+    assert val.tolist() == [[BOS, *b"fg"], [*b"hij"], [BOS, *b"67"]]                       # the rest does not fill a window
+    torch.manual_seed(0)
+    model = gpt.GPT(257, 3, 8, 1, 2)
+    nats, bits = gpt.evaluate(args, model, val)
+    losses = [F.cross_entropy(model(torch.tensor([[BOS, *row[:t]]]))[0, -1], row[t]).item() for row in val for t in range(3)]
+    assert abs(nats - np.mean(losses)) < 1e-5 and abs(bits - sum(losses) / math.log(2) / 7) < 1e-5    # 7 bytes, 2 BOS
+
+
+def test_pixels_are_means_of_squares(tiny):
+    args = gpt.Args(data=str(tiny), side=4, device="cpu")
+    train, val = gpt.pixels(args)
+    x = common.load_images(str(tiny)).train
+    assert train.shape == (64, 16) and val.shape == (20, 16) and train.dtype == torch.uint8
+    for i, r, c in (0, 0, 0), (5, 1, 2), (63, 3, 3):
+        mean = x[i, :, 2 * r:2 * r + 2, 2 * c:2 * c + 2].double().mean()
+        assert abs(train[i, 4 * r + c] - mean) <= .51
+
+
+def test_a_model_learns_a_text_by_heart():
+    torch.manual_seed(0)
+    x = common.Bytes().encode("to be, or not to be: ")[None]
+    model = gpt.GPT(257, 24, 32, 2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(150):
+        masked, target = gpt.mask(x, BOS)
+        loss = gpt.distance(model(masked), target)
+        loss.backward(), optimizer.step(), optimizer.zero_grad()
+    (new,) = gpt.sample(model, [x[0, :6]], 15, BOS, temperature=0.)
+    assert loss < .1 and common.Bytes().decode(new) == " or not to be: "
+
+
+# -------------------------------------------------------------------------------------- the whole
+
+
+def test_the_whole_script_and_a_look_without_training(text, tmp_path):
+    out = tmp_path / "run"
+    done = run("--data", text, "--steps", 60, "--lr", .01, "--out", out, *SMALL, "--prompt", "the fox", script="gpt.py")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((out / "result.json").read_text())
+    figures = result["figures"]
+    assert f"\n\n{figures['text']}\n\n" in done.stdout and figures["text"].startswith("the fox")
+    assert f"{figures['loss']:.3f} nats a token (chance 5.549)" in done.stdout
+    assert figures["loss"] < 4 and 0 < min(figures["speed"]) and "tokens a second with the cache" in done.stdout
+    assert figures["bits"] == pytest.approx(figures["loss"] / math.log(2), rel=.1)
+    again = run("--steps", 0, "--resume", "--out", out, "--prompt", "a dog", "--temperature", 0, script="gpt.py")
+    assert again.returncode == 0 and "\n\na dog" in again.stdout, again.stderr
+    after = json.loads((out / "result.json").read_text())
+    assert after["figures"]["loss"] == figures["loss"] and after["settings"]["steps"] == 60    # what was trained
+
+
+def test_pixels_are_completed(tiny, tmp_path):
+    flags = ["--data", tiny, "--side", 4, "--steps", 20, "--out", tmp_path, *SMALL]
+    done = run(*flags, script="gpt.py")
+    assert done.returncode == 0 and "completions.png" in done.stdout and "bits a pixel" in done.stdout, done.stderr
+    assert (tmp_path / "completions.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((tmp_path / "result.json").read_text())["figures"]["text"] is None
+
+
+def test_completions_keep_the_upper_half(tiny, tmp_path, monkeypatch):
+    args = gpt.Args(data=str(tiny), side=4, device="cpu", dtype="float32", out=str(tmp_path))
+    _, val = gpt.pixels(args)
+    sheets = []
+    monkeypatch.setattr(common, "save_png", lambda path, x, *a, **k: sheets.append(x))
+    torch.manual_seed(0)
+    gpt.look(args, gpt.GPT(257, 16, 16, 1, 2), val)
+    given, first, second, whole = (255 * sheets[0][:, 0].view(12, 4, 4, 4)).round().unbind(1)
+    assert torch.equal(whole, val[:12].view(12, 4, 4).float())
+    for x in given, first, second:
+        assert torch.equal(x[:, :2], whole[:, :2]) and not torch.equal(x[:, 2:], whole[:, 2:])
+    assert (given[:, 2:] == 128).all() and not torch.equal(first, second)
+
+
+def test_killed_and_resumed_ends_bit_for_bit_as_one_never_stopped(text, tmp_path, monkeypatch):
+    flags = ["--data", str(text), "--steps", "12", *SMALL, "--dropout", ".2", "--save-every", "0", "--device", "cpu"]
+
+    def weights(*more, stop=None):
+        monkeypatch.setattr("sys.argv", ["gpt.py"])
+        args = common.cli(gpt.Args, [*flags, *more])
+        torch.manual_seed(args.seed)
+        if stop:
+            update = common.Run.update
+
+            def dies(self, loss):
+                update(self, loss)
+                if self.step == stop:
+                    raise RuntimeError("killed")
+            monkeypatch.setattr(common.Run, "update", dies)
+            with pytest.raises(RuntimeError):
+                gpt.main(args)
+            monkeypatch.setattr(common.Run, "update", update)
+            return None
+        gpt.main(args)
+        return torch.load(f"{args.out}/checkpoint.pt", weights_only=True)["model"]
+    whole = weights("--out", str(tmp_path / "whole"))
+    weights("--out", str(tmp_path / "cut"), stop=7)
+    assert torch.load(tmp_path / "cut/checkpoint.pt", weights_only=True)["step"] == 7
+    cut = weights("--out", str(tmp_path / "cut"), "--resume")
+    for name in whole:
+        assert torch.equal(whole[name], cut[name]), name
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--temperature -1", ["--temperature -1.0 must not be below 0", "0 takes the most likely"]),
+    ("--top-k -1", ["--top-k must be 0 (all tokens) or more"]),
+    ("--top-p 0", ["--top-p is a share above 0"]),
+    ("--top-p 1.5", ["--top-p is a share above 0"]),
+    ("--context 1", ["--context must be 2 or more"]),
+    ("--dim 30 --heads 4", ["--dim 30 must be a multiple of --heads 4"]),
+    ("--dropout 1", ["--dropout is a share from 0 to below 1"]),
+    ("--prompt abcdefgh --context 8", ["--prompt has 8 bytes, and --context 8 holds 7", "shorten it"]),
+    ("--length 0", ["--length"]),
+    ("--side 1", ["--side"]),
+    ("--depth 0", ["--depth"]),
+    ("--promt x", ["unknown flag --promt", "did you mean --prompt?"]),
+])
+def test_a_bad_flag_gets_one_sentence(flags, words, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpt.py"])
+    with pytest.raises(SystemExit) as stop:
+        common.start(lambda args: None, gpt.Args, flags.split())
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and text.startswith("gpt.py: ") and text.count("\n") == 1
+    assert all(word in text for word in words), text
+
+
+def test_greedy_and_all_tokens_are_no_bad_flags(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gpt.py"])
+    args = common.cli(gpt.Args, "--temperature 0 --top-k 0 --prompt= --device cpu".split())
+    assert (args.temperature, args.top_k, args.prompt) == (0, 0, "")
+
+
+def test_texts_that_will_not_do(tmp_path):
+    for content, words in (b" \n", ["is empty"]), (b"short", ["fewer than --context 16", "longer text"]):
+        (tmp_path / "x.txt").write_bytes(content)
+        refused(run("--data", tmp_path / "x.txt", "--out", tmp_path, *SMALL, script="gpt.py"), 1, *words, script="gpt.py")
+    refused(run("--data", tmp_path / "none.txt", "--out", tmp_path, *SMALL, script="gpt.py"), 1,
+            "there is no text", "--data takes pydocs", script="gpt.py")
+
+
+def test_bytes_that_are_not_utf8_work(tmp_path):
+    (tmp_path / "x.txt").write_bytes(bytes(range(256)) * 4)
+    done = run("--data", tmp_path / "x.txt", "--out", tmp_path, "--steps", 2, *SMALL, "--prompt", "\\", script="gpt.py")
+    assert done.returncode == 0, done.stderr
