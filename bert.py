@@ -72,7 +72,7 @@ class Args(common.Args):
     tune_lr: float = 5e-4           # its peak learning rate
     draws: int = 3                  # repeats with other labelled passages, for mean and spread
 
-    cpu = dict(steps=1500, batch=32, length=64, dim=128, depth=3, dropout=0., tune_steps=60)
+    cpu = dict(steps=2500, batch=64, length=32, dim=128, depth=2, heads=8, dropout=0., tune_steps=60)
 
     def check(self):
         super().check()
@@ -171,9 +171,10 @@ class BERT(nn.Module):
         self.head = nn.Linear(dim, dim)
         self.head_norm = nn.LayerNorm(dim, eps=1e-12)
         self.head_bias = nn.Parameter(torch.zeros(vocab))
-        for layer in self.modules():
+        std = .02 * math.sqrt(768 / dim)           # BERT's at its width; narrow and at .02, words
+        for layer in self.modules():               # hardly reach each other, and learning is late
             if isinstance(layer, (nn.Linear, nn.Embedding)):
-                nn.init.trunc_normal_(layer.weight, std=.02, a=-.04, b=.04)
+                nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
             if isinstance(layer, nn.Linear):
                 nn.init.zeros_(layer.bias)
 
@@ -346,15 +347,16 @@ def evaluate(args, model, train, val, draws=4):
     return (100 * right / n, perplexity(nats)), (100 * usual_right / n, perplexity(usual_nats))
 
 
-def sentences(words, stream, n, seed):
-    """n sentences of a text (N,), 8 to 16 words without signs, each with two words to be hidden:
-    [(tokens (T,), places (2,))]. Where a text has none, stretches of 12 words."""
+def sentences(words, stream, n, seed, most):
+    """n sentences of a text (N,), 8 to 16 plain words and at most `most`, each with two words to be
+    hidden: [(tokens (T,), places (2,))]. Where a text has none, stretches of 12 words."""
     stop, plain = words.ids.get(".", UNK), []
     ends = (stream == stop).nonzero().flatten()
-    plain = [stream[a + 1:b + 1] for a, b in zip(ends, ends[1:]) if 8 <= b - a <= 16]
+    plain = [stream[a + 1:b + 1] for a, b in zip(ends, ends[1:]) if 8 <= b - a <= min(16, most)]
     usual = lambda t: t >= len(SPECIAL) and words.words[t].isalpha()
     plain = [s for s in plain if all(map(usual, s[:-1].tolist()))]
-    plain = plain or [s for s in stream.unfold(0, 12, 12) if (s >= len(SPECIAL)).all()]
+    size = min(12, most)
+    plain = plain or [s for s in stream.unfold(0, size, size) if (s >= len(SPECIAL)).all()]
     g = torch.Generator().manual_seed(seed)
     found = [plain[i] for i in torch.randperm(len(plain), generator=g)[:n]]
     return [(s, (torch.randperm(len(s) - 1, generator=g)[:2]).sort().values) for s in found]
@@ -497,7 +499,7 @@ def main(args):
         run.update(loss)
 
     model.eval()
-    asked += sentences(words, val.flatten().cpu(), 4, args.seed)
+    asked += sentences(words, val.flatten().cpu(), 4, args.seed, args.length - 2)
     blanks = [fill(args, model, words, *sentence) for sentence in asked]
     tell(args, run, blanks, evaluate(args, model, train[:, 0, 0], val), data,
          few_shot(args, model, blank, data))
