@@ -34,7 +34,6 @@ Try      --strategy span, pmi: is a whole phrase harder to guess than as many si
 import copy
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -72,7 +71,8 @@ class Args(common.Args):
     tune_lr: float = 5e-4           # its peak learning rate
     draws: int = 3                  # repeats with other labelled passages, for mean and spread
 
-    cpu = dict(steps=2500, batch=64, length=32, dim=128, depth=2, heads=8, dropout=0., tune_steps=60)
+    cpu = dict(steps=2500, batch=64, length=32, dim=128, depth=2, heads=8, dropout=0.,
+               tune_steps=60)
 
     def check(self):
         super().check()
@@ -205,7 +205,7 @@ PAD, UNK, CLS, SEP, MASK = SPECIAL = range(5)      # the first tokens are specia
 
 
 def spans(B, T, p=.2, longest=10, device=None):
-    """Groups of neighbours for --strategy span: (B, T), the number of each token's group in its row.
+    """Groups of neighbours for --strategy span: (B, T), the number of each token's group.
 
     Lengths are geometric, cut at the longest and renormalised: P(l) ~ p (1 - p)^(l - 1), mean 3.80
     (SpanBERT, sec. 3.1).
@@ -228,7 +228,7 @@ def information(tokens, longest=5):
     name = torch.zeros_like(tokens)
     for n in range(1, longest + 1):
         size = len(tokens) - n + 1
-        pairs = name[:size] * (tokens.max() + 1) + tokens[n - 1:]          # n-gram: (n-1)-gram, word
+        pairs = name[:size] * (tokens.max() + 1) + tokens[n - 1:]      # an (n-1)-gram and a word
         _, name, count = pairs.unique(return_inverse=True, return_counts=True)
         logs[n] = best[n] = (count[name] / size).log()
         if n > 1:
@@ -273,7 +273,7 @@ def mask(x, group, vocab, ratio=.15, keep=0.):
     order, lot = torch.rand(2, B, T, device=device).gather(2, number.expand(2, B, T))
     count = (real.sum(1, keepdim=True) * ratio).round().clamp(min=1)
     n = max(1, round(ratio * T))
-    places = order.masked_fill(~real, 2.).argsort(stable=True, dim=1)[:, :n]    # groups in random order
+    places = order.masked_fill(~real, 2.).argsort(stable=True, dim=1)[:, :n]    # groups at random
     owed = (torch.arange(n, device=device) < count) & real.gather(1, places)
     words, lot = x.gather(1, places), lot.gather(1, places)
     other = torch.randint(len(SPECIAL), vocab, (B, n), device=device)
@@ -405,9 +405,9 @@ class Passages:
         self.test, self.test_labels = cut(text.val, max(1, size // 2))
         few = [int((y == i).sum()) for y in (self.labels, self.test_labels)
                for i in range(len(longest))]
-        common.require(len(longest) > 1 and min(few) > 0, f"--data {args.data} has no {args.classes}"
-                       " parts that are long enough to tell apart: try fewer --classes, or a "
-                       "shorter --passage")
+        common.require(len(longest) > 1 and min(few) > 0, f"--data {args.data} has no "
+                       f"{args.classes} parts that are long enough to tell apart: try fewer "
+                       "--classes, or a shorter --passage")
 
     def normalize(self, x):
         """Tokens are what they are."""
@@ -461,17 +461,19 @@ def tell(args, run, blanks, scores, data, rows):
     """The end of the run, in words and in result.json."""
     print("\n" + "\n\n".join(blanks) + "\n")
     (right, perplexity), (usual, chance) = scores
+    vocab = len(run.model.head_bias)
     common.say(f"Hidden words of new text: {right:.1f} % right, perplexity {perplexity:.1f} (by "
-               f"frequency alone: {usual:.1f} %, {chance:.1f}; by chance {len(run.model.head_bias):,}).")
+               f"frequency alone: {usual:.1f} %, {chance:.1f}; by chance {vocab:,}).")
     share = 100 * data.test_labels.bincount().max().item() / len(data.test_labels)
-    common.say(f"Which part is a passage of {args.passage - 2} words from, {', '.join(data.names)}?")
+    common.say(f"Which part is a passage of {args.passage - 2} words from: "
+               f"{', '.join(data.names)}?")
     lines = [["accuracy in %", *(f"{k} a class" for k in args.labels)],
              ["always the longest", *[f"{share:.1f}"] * len(args.labels)]]
     lines += [[who, *map(common.spread, row)] for who, row in rows.items()]
     print(f"\n{common.table(lines)}\n")
     figures = dict(masked=dict(accuracy=right, perplexity=perplexity),
                    frequency=dict(accuracy=usual, perplexity=chance), blanks=blanks,
-                   vocab=len(run.model.head_bias), parts=data.names, majority=share,
+                   vocab=vocab, parts=data.names, majority=share,
                    labels=args.labels, accuracy=rows)
     common.report(run, f"{right:.1f} % of hidden words, perplexity {perplexity:.1f}", figures)
 

@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import struct
 import sys
@@ -409,8 +410,9 @@ def load_images(name, data_dir="data", size=32, device="cpu"):
     elif Path(name).is_dir():
         *arrays, classes = read_folder(Path(name), size)
     else:
-        raise UserError(f"there is no data set {name!r}: --data takes shapes, {', '.join(IMAGE_SETS)},"
-                        " an .npz file, or a folder with one folder of pictures per class")
+        raise UserError(f"there is no data set {name!r}: --data takes shapes, "
+                        f"{', '.join(IMAGE_SETS)}, an .npz file, or a folder with one folder of "
+                        "pictures per class")
     x_train, y_train, x_test, y_test = arrays
     for split, x, y in ("train", x_train, y_train), ("test", x_test, y_test):
         x_name, y_name = f"{name}: x_{split} is {x.dtype} {x.shape}", f"y_{split}"
@@ -978,7 +980,7 @@ def few(labels, k, seed=0):
     """Indices of k random examples of each class (all if k is 0): (k * classes,) on labels' device.
     Raises UserError where a class has fewer."""
     least = labels.unique(return_counts=True)[1].min()
-    require(k <= least, f"--labels {k} is too many: a class has only {least} labelled examples here")
+    require(k <= least, f"--labels {k} is too many: a class has only {least} labelled examples")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order.to(labels.device)
     return torch.cat([order[labels[order] == c][:k or None] for c in labels.unique()])
@@ -1125,7 +1127,7 @@ def command(args):
             if isinstance(value, bool):
                 line.append(flag(name if value else f"no_{name}"))
             else:
-                line += [flag(name), words(value)]
+                line += [flag(name), shlex.quote(value) if type(value) is str else words(value)]
     return " ".join(line)
 
 

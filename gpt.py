@@ -234,7 +234,7 @@ def distribution(logits, temperature=1., top_k=0, top_p=1.):
 
 
 def pick(p, u):
-    """The tokens (B,) at which the running sum of p (B, V) first passes the shares u (B,) in [0, 1)."""
+    """Tokens (B,) where the running sum of p (B, V) first passes the shares u (B,) in [0, 1)."""
     total = p.cumsum(1)
     return (total <= u[:, None] * total[:, -1:]).sum(1).clamp(max=p.shape[1] - 1)
 

@@ -216,6 +216,99 @@ def test_the_real_fashion_mnist():
     torch.testing.assert_close(images.denormalize(x[:9]), images.train[:9] / 255)
 
 
+# ------------------------------------------------------------------------------------------ text
+
+
+def test_the_manual_has_no_paragraph_twice_and_no_tables():
+    text = common.load_text("pydocs")
+    assert len(text.names) > 50 and sum(map(len, text.train)) > 200_000
+    seen = set()
+    for raw in map(bytes.__add__, text.train, text.val):
+        parts = [part for part in raw.decode().split("\n\n") if len(part) > 40]
+        assert not seen & set(parts) and not any(part.startswith(("+--", "|")) for part in parts)
+        seen.update(parts)
+    assert any("The \"assert\" statement" in raw.decode() or "assert_stmt" in raw.decode() for raw in text.train)
+
+
+def test_nine_tenths_of_each_document_are_for_training(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_bytes(b"0123456789" * 3)
+    (tmp_path / "sub/a.txt").write_bytes(b"x" * 17 + "\N{EURO SIGN}".encode() + b"y")      # 9/10 fall into the sign
+    (tmp_path / "empty.txt").write_bytes(b" \n")
+    (tmp_path / "other.md").write_bytes(b"not this one")
+    text = common.load_text(str(tmp_path))
+    assert text.names == ["b.txt", "sub/a.txt"]
+    assert text.train == [b"0123456789" * 2 + b"0123456", b"x" * 17 + "\N{EURO SIGN}".encode()]
+    assert text.val == [b"789", b"y"]
+    one = common.load_text(str(tmp_path / "other.md"))
+    assert (one.names, one.train, one.val) == (["other"], [b"not this o"], [b"ne"])
+    parts = common.load_text(str(tmp_path / "b.txt"), parts=3)
+    assert parts.names == ["part 1", "part 2", "part 3"] and parts.train == [b"012345678"] * 3 and parts.val == [b"9"] * 3
+
+
+def test_the_source_of_the_standard_library():
+    text = common.load_text("pycode")
+    assert {"argparse", "textwrap", "json"} & set(text.names) >= {"argparse", "textwrap"}
+    i = text.names.index("textwrap")
+    assert text.train[i] + text.val[i] == open(__import__("textwrap").__file__, "rb").read()
+
+
+def test_texts_that_cannot_be_had(tmp_path, monkeypatch):
+    (tmp_path / "empty.txt").write_bytes(b"\n\n")
+    (tmp_path / "none").mkdir()
+    for name, words in ("no-such", ["there is no text 'no-such'", "--data takes pydocs, pycode"]), \
+            (str(tmp_path / "empty.txt"), ["is empty"]), (str(tmp_path / "none"), ["holds no .txt file"]):
+        with pytest.raises(UserError) as e:
+            common.load_text(name)
+        assert all(word in str(e.value) for word in words)
+    monkeypatch.setitem(common.MIRRORS, "shakespeare", ["http://127.0.0.1:9/"])
+    with pytest.raises(UserError, match="Put the file at .*tinyshakespeare.txt yourself.*--data pydocs"):
+        common.load_text("shakespeare", tmp_path)
+    monkeypatch.setattr(common.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "none")})
+    with pytest.raises(UserError, match="no source of its standard library"):
+        common.load_text("pycode")
+
+
+def test_shakespeare_is_read_from_the_data_folder(tmp_path):
+    (tmp_path / "tinyshakespeare.txt").write_bytes(b"To be, or not to be.")
+    text = common.load_text("shakespeare", tmp_path)
+    assert text.train == [b"To be, or not to b"] and text.val == [b"e."]
+
+
+def test_the_real_shakespeare():
+    path = DATA / "tinyshakespeare.txt"
+    if not path.exists():
+        pytest.skip("tinyshakespeare.txt is not here")
+    text = common.load_text("shakespeare", DATA)
+    assert (len(text.train[0]), len(text.val[0])) == (1_003_854, 111_540)                 # nanoGPT's split
+    assert common.digests(path)[0] == common.SHA256["shakespeare"]["input.txt"]
+
+
+def test_bytes():
+    tokens = common.Bytes()
+    assert tokens.encode("h\u00e9").tolist() == [104, 195, 169] == tokens.encode(b"h\xc3\xa9").tolist()
+    assert tokens.decode(tokens.encode("na\u00efve \u20ac\n")) == "na\u00efve \u20ac\n"
+    assert tokens.decode([256, 65, 195, 256, 27, 9]) == "A\ufffd\ufffd\t"                # BOS is no text, ESC would upset a terminal
+    assert tokens.stream([b"ab", b"c"]).tolist() == [256, 97, 98, 256, 99] and tokens.vocab == 257
+
+
+def test_words(tmp_path):
+    documents = [b"The cat, the CAT and the dog. [MASK] [MASK] >>> >>>", b"the dog; a bird.\n"]
+    words = common.Words.of(documents, 100)
+    assert words.words[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert words.words[5:] == ["the", ".", ">>>", "[", "]", "cat", "dog", "mask"] and words.vocab == 13   # by count, then by letter
+    assert words.encode("The bird. [MASK]").tolist() == [5, 1, 6, 8, 12, 9]               # a text cannot forge a special token
+    assert common.Words.of(documents, 7).words[5:] == ["the", "."]
+    words.save(tmp_path / "vocab.txt")
+    assert common.Words.of([], 0, tmp_path / "vocab.txt").words == words.words
+    with pytest.raises(UserError, match="the tokens' meaning is lost"):
+        common.Words.of([], 0, tmp_path / "none")
+    text = "a (small) dog, well-known: it's"
+    assert common.Words.join(common.Words.split(text)) == "a (small) dog, well-known: it's"
+    with pytest.raises(UserError, match="not UTF-8 .byte 0xff at 1."):
+        common.Words.of([b"a\xff"], 9)
+
+
 # ----------------------------------------------------------------------------------- downloads
 
 

@@ -2,6 +2,7 @@
 import ast
 import math
 import re
+import textwrap
 
 import pytest
 import torch
@@ -25,6 +26,19 @@ TRIALS = {   # a training step with what was pasted: it must give a finite loss 
         masked, target = mask(torch.randn(2, 3, 8, 8), patch=2, ratio=.75)
         loss = distance(model(masked), target)
     """,
+    "bert.py": """
+        model = BERT(vocab=50, length=24, dim=16, depth=2, heads=2)
+        x = torch.randint(5, 50, (3, 24))
+        for group in torch.arange(24).expand_as(x), spans(3, 24), phrases(x.flatten()).view_as(x):
+            masked, target = mask(x, group, vocab=50)
+        loss = distance(model(masked), target) + model.pool(x).square().mean()
+    """,
+    "gpt.py": """
+        model = GPT(vocab=50, context=12, dim=16, depth=2, heads=2)
+        masked, target = mask(torch.randint(49, (3, 12)), bos=49)
+        loss = distance(model(masked), target)
+        assert len(sample(model, [[1, 2], [3]], 20, 49, temperature=.8, top_k=9, top_p=.9)[0]) == 20
+    """,
 }
 
 
@@ -46,7 +60,7 @@ def test_what_scripts_import(scripts):
                          [node.module] if isinstance(node, ast.ImportFrom) else []):
                 top = name.split(".")[0]
                 assert f"{top}.py" not in scripts, f"{script} imports {name}"
-                assert top in {"torch", "numpy", "common", "copy", "math", "dataclasses", "typing"}, (script, name)
+                assert top in {"torch", "numpy", "common", "copy", "math", "time", "dataclasses", "typing"}, (script, name)
 
 
 def test_the_model_and_the_method_need_torch_alone(scripts):
@@ -56,7 +70,7 @@ def test_the_model_and_the_method_need_torch_alone(scripts):
         assert not names & {"args", "common"}, script
         pasted = dict(torch=torch, math=math, nn=torch.nn, F=torch.nn.functional)
         exec(source, pasted)
-        exec("\n".join(line.strip() for line in TRIALS[script].splitlines()), pasted)
+        exec(textwrap.dedent(TRIALS[script]), pasted)
         loss = pasted["loss"]
         loss.backward()
         assert loss.isfinite() and all(p.grad is not None for p in pasted["model"].parameters())

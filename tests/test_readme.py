@@ -17,7 +17,9 @@ COMMANDS = [line.split(" #")[0].strip() for block in FENCES for line in block.re
 QUICK = {   # added to a command, so that it takes seconds
     "mae.py": "--steps 2 --tune-steps 2 --labels 1 --draws 1 --dim 16 --heads 1 --depth 1",
     "simclr.py": "--steps 2 --labels 1 --draws 1 --width 4 --depth 10 --image-size 12",
-    "autoencoder.py": "--steps 2 --labels 1 --draws 1 --width 4 --code 4 --keep 4 --image-size 12"}
+    "autoencoder.py": "--steps 2 --labels 1 --draws 1 --width 4 --code 4 --keep 4 --image-size 12",
+    "bert.py": "--steps 2 --labels 1 --draws 1 --tune-steps 2 --dim 16 --heads 2 --depth 1",
+    "gpt.py": "--steps 2 --length 9 --dim 16 --heads 2 --depth 1"}
 
 
 def spread(values):
@@ -133,12 +135,87 @@ def flags(patterns):
                               f"{r['machine']}, torch {r['versions']['torch']}.")
 
 
+def plain(r):
+    """The command of a run, without what differs between seeds."""
+    return re.sub(r" --seed \d+", "", r["command"])
+
+
+def number(values, digits):
+    """Mean, and the standard deviation of several."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def losses(patterns):
+    """GPT's loss on new text or images, a line for each pattern, over its seeds."""
+    lines = ["| `gpt.py` | seeds | nats a token | bits a byte | training, minutes |", "|---|---:|---:|---:|---:|"]
+    for pattern in patterns.split(","):
+        runs = load(pattern)
+        cells = [number([r["figures"][key] for r in runs], 3) for key in ("loss", "bits")]
+        lines.append(f"| {' '.join(plain(runs[0]).split()[2:]) or 'as it is'} | {len(runs)} | {cells[0]} | {cells[1]} | "
+                     f"{statistics.mean(r['seconds'] for r in runs) / 60:.1f} |")
+    return "\n".join(lines) + (f"\n\nMean ± standard deviation; chance is ln 257 = 5.549 nats, 8 bits. {runs[0]['machine']}, torch "
+                              f"{runs[0]['versions']['torch']}, Python {runs[0]['versions']['python']}; threads: "
+                              + ", ".join(str(load(p)[0]["threads"]) for p in patterns.split(",")) + ".")
+
+
+def sampled(pattern):
+    """What a GPT wrote."""
+    (r,) = load(pattern)
+    return f"```text\n{r['figures']['text'].strip()}\n```\n\n`{r['command']}`, validation loss {r['figures']['loss']:.3f} nats."
+
+
+def blanks(pattern):
+    """What a BERT filled in."""
+    (r,) = load(pattern)
+    text = "\n\n".join(r["figures"]["blanks"])
+    return f"```text\n{text}\n```\n\n`{r['command']}`, {r['seconds'] / 60:.0f} minutes."
+
+
+def hidden(patterns):
+    """BERT's guesses of hidden words, a line for each pattern, over its seeds."""
+    lines = ["| `bert.py` | seeds | right, % | perplexity | by frequency alone, % | its perplexity |", "|---|" + "---:|" * 5]
+    for pattern in patterns.split(","):
+        runs = load(pattern)
+        cells = [number([r["figures"][who][key] for r in runs], 1) for who in ("masked", "frequency") for key in ("accuracy", "perplexity")]
+        command = re.sub(r' --fill "[^"]*"| --fill .*?(?= --|$)', "", plain(runs[0]))
+        lines.append(f"| {' '.join(command.split()[2:]) or 'as it is'} | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + (f"\n\nMean ± standard deviation. {runs[0]['machine']}, torch {runs[0]['versions']['torch']}, "
+                              f"Python {runs[0]['versions']['python']}.")
+
+
+def fine_tuned(patterns):
+    """Which part is a passage from? A table for BERT's few labels, over seeds."""
+    runs = load(patterns)
+    figures = [r["figures"] for r in runs]
+    labels = figures[0]["labels"]
+    lines = ["| accuracy in % | " + " | ".join(f"{k} a class" for k in labels) + " |", "|---|" + "---:|" * len(labels),
+             "| always the longest part | " + " | ".join([f"{figures[0]['majority']:.1f}"] * len(labels)) + " |"]
+    for who in figures[0]["accuracy"]:
+        if len(runs) > 1:
+            cells = [over_seeds(runs, lambda f: f["accuracy"][who][i]) for i in range(len(labels))]
+        else:
+            cells = [spread(figures[0]["accuracy"][who][i]) for i in range(len(labels))]
+        lines.append(f"| {who} | " + " | ".join(cells) + " |")
+    how = f"{len(runs)} seeds" if len(runs) > 1 else f"{len(figures[0]['accuracy'][who][0])} draws of the labelled passages"
+    return "\n".join(lines) + (f"\n\nMean ± standard deviation over {how}; the parts: {', '.join(figures[0]['parts'])}. "
+                              f"{runs[0]['machine']}, torch {runs[0]['versions']['torch']}.")
+
+
 def expect(name):
     """The lines of a script's docstring that say what its plain command gives."""
-    runs = load(f"{name}-shapes-*.json")
+    runs = load(f"{name}-{'pydocs' if name in ('bert', 'gpt') else 'shapes'}-*.json")
     r, seconds = runs[0], statistics.mean(r["seconds"] for r in runs)
     where = (f"({len(runs)} seeds; {seconds:.0f} s of training on {r['machine']}, torch {r['versions']['torch']})")
-    if name == "mae":
+    if name == "gpt":
+        text = (f"{number([r['figures']['loss'] for r in runs], 3)} nats a token on new text, "
+                f"{number([r['figures']['bits'] for r in runs], 2)} bits a byte {where}")
+    elif name == "bert":
+        get = lambda who, key, digits: number([r["figures"][who][key] for r in runs], digits)
+        text = (f"{get('masked', 'accuracy', 1)} % of the hidden words of new text are right, at a perplexity of "
+                f"{get('masked', 'perplexity', 0)} (by frequency alone {get('frequency', 'accuracy', 1)} %, "
+                f"{get('frequency', 'perplexity', 0)}) {where}")
+    elif name == "mae":
         k, who = r["figures"]["labels"][-1], "{}, tune all"
         ours, blank = (spread([v for r in runs for v in r["figures"]["accuracy"][who.format(name)][-1]])
                        for name in ("MAE", "untrained ViT"))
@@ -153,7 +230,8 @@ def expect(name):
     return textwrap.fill(text, 91, subsequent_indent=" " * 9)
 
 
-FIGURES = {f.__name__: f for f in (few_labels, speed, knows, while_training, flags)}
+FIGURES = {f.__name__: f for f in (few_labels, speed, knows, while_training, flags,
+                                     losses, sampled, blanks, hidden, fine_tuned)}
 
 
 def written(text):
@@ -194,7 +272,8 @@ def test_command_runs(line, tmp_path):
         return
     if "--data" in flags:
         name = flags[flags.index("--data") + 1]
-        if name.startswith("my-") or not (DATA / name).exists():
+        kept = DATA / {"shakespeare": "tinyshakespeare.txt"}.get(name, name)
+        if name not in ("shapes", "pydocs", "pycode") and (name.startswith("my-") or not kept.exists()):
             pytest.skip(f"{name} is not here")
         flags += ["--data-dir", DATA]
     quick = [*QUICK[script].split(), "--out", tmp_path / "run"]
