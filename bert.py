@@ -17,15 +17,18 @@ Flow     words (B, T), [CLS] in front, [SEP] at the end
          A. mask      group    words that are hidden together  -> (B, T) group of each word
                       mask     hide groups until 15 % are gone -> words (B, T), places (B, n), and
                                                                   the words that stood there (B, n)
-         B. predict   Transformer, to and fro, then the head   -> logits (B, n, V), at places only
+         B. predict   bidirectional Transformer, then the head -> logits (B, n, V), at places only
          C. compare   cross-entropy on the hidden words
 
 Run      python bert.py --fill "the <mask> statement is used to <mask>"
 Expect   not measured yet
-Differs  A token is a word, not a piece of one; no second segment and no guess whether it follows
-         (later work found it needless), so [CLS] is trained by fine-tuning alone; other words are
-         drawn from the real words, never [PAD] and its like. The tensors are BERT's: the published
-         ones load by renaming.
+Differs  A token is a word, not a piece of one, and rare words are [UNK], which is never hidden; no
+         next-sentence prediction (later work found it needless), so [CLS] is trained by fine-tuning
+         alone; other words are drawn from the real words, never [PAD] and its like; AdamW's second
+         beta is 0.95, not 0.999; the first weights of narrow models are larger; the new head
+         normalises [CLS] over the batch first. pmi: n-grams of 2 to 5 words, seen 10 times or more,
+         with 2 nats or more (the paper ranks them). The tensors are BERT's: the published ones load
+         by renaming.
 
 Try      --strategy span, pmi: is a whole phrase harder to guess than as many single words?
          --mask-ratio 0.05, 0.15, 0.4, 0.8: which loss is lowest, which [CLS] is best?
@@ -55,10 +58,10 @@ class Args(common.Args):
     weight_decay: float = 0.01      # AdamW's decay, on matrices only (BERT, app. A.2)
     data: str = "pydocs"            # pydocs, pycode, shakespeare, a file, a folder of .txt files
     vocab: int = 8192               # most words that get a token of their own
-    length: int = 128               # tokens of a stretch of text, [CLS] and [SEP] included
+    context: int = 128              # tokens of a stretch of text, [CLS] and [SEP] included
     dim: int = 256                  # channels
     depth: int = 4                  # blocks
-    heads: int = 4                  # attention heads
+    heads: int = 4                  # attention heads (on a CPU 8: with few it learns later)
     dropout: float = 0.1            # share of the channels dropped (BERT, app. A.2)
     mask_ratio: float = 0.15        # share of the words that are hidden (BERT, sec. 3.1)
     keep: float = 0.0               # share of these that stay as they are (BERT, app. A.1: 0.1)
@@ -71,7 +74,7 @@ class Args(common.Args):
     tune_lr: float = 5e-4           # its peak learning rate
     draws: int = 3                  # repeats with other labelled passages, for mean and spread
 
-    cpu = dict(steps=2500, batch=64, length=32, dim=128, depth=2, heads=8, dropout=0.,
+    cpu = dict(steps=2500, batch=64, context=32, dim=128, depth=2, heads=8, dropout=0.,
                tune_steps=60)
 
     def check(self):
@@ -86,9 +89,9 @@ class Args(common.Args):
         need(0 <= self.keep <= .2, f"--keep {self.keep} must lie between 0 and 0.2: 80 % of the "
              "hidden words always become [MASK]")
         need(self.vocab > 5, f"--vocab {self.vocab} is too small: five special tokens, and words")
-        need(self.length > 2, f"--length {self.length} is too short: [CLS], a word and [SEP]")
-        need(2 < self.passage <= self.length, f"--passage {self.passage} must be 3 or more, and at "
-             f"most --length {self.length}")
+        need(self.context > 3, f"--context {self.context} is too short: [CLS], two words and [SEP]")
+        need(2 < self.passage <= self.context, f"--passage {self.passage} must be 3 or more, and "
+             f"at most --context {self.context}")
         need(self.classes > 1, f"--classes must be 2 or more, not {self.classes}")
         need(min(self.labels) > 0 and self.draws > 0, "--labels and --draws must be 1 or more")
         need(not self.fill or "<mask>" in self.fill, "--fill has no <mask> in it: put one where a "
@@ -159,11 +162,11 @@ class BERT(nn.Module):
     """BERT with its head for hidden words. forward((tokens (B, T), places (B, n))) -> the logits of
     the words at these places, (B, n, V)."""
 
-    def __init__(self, vocab, length, dim, depth, heads, dropout=0.):
+    def __init__(self, vocab, context, dim, depth, heads, dropout=0.):
         super().__init__()
         self.dropout = dropout
         self.token_embed = nn.Embedding(vocab, dim)          # the decoder is the same matrix
-        self.pos_embed = nn.Embedding(length, dim)
+        self.pos_embed = nn.Embedding(context, dim)
         self.segment_embed = nn.Embedding(2, dim)
         self.norm = nn.LayerNorm(dim, eps=1e-12)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(depth))
@@ -171,8 +174,8 @@ class BERT(nn.Module):
         self.head = nn.Linear(dim, dim)
         self.head_norm = nn.LayerNorm(dim, eps=1e-12)
         self.head_bias = nn.Parameter(torch.zeros(vocab))
-        std = .02 * math.sqrt(768 / dim)           # BERT's at its width; narrow and at .02, words
-        for layer in self.modules():               # hardly reach each other, and learning is late
+        std = .02 * math.sqrt(768 / dim)           # BERT's .02 is for 768 channels; a narrow model
+        for layer in self.modules():               # that starts with it learns much later
             if isinstance(layer, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
             if isinstance(layer, nn.Linear):
@@ -218,15 +221,15 @@ def spans(B, T, p=.2, longest=10, device=None):
 
 
 def information(tokens, longest=5):
-    """Pointwise mutual information of the n-gram that begins at each token (N,): {n: (N - n + 1,)
-    nats}, and how often that n-gram occurs.
+    """Pointwise mutual information of the n-gram that begins at each of N tokens, and how often it
+    occurs: {n: (nats, count)}, both (N - n + 1,), for n from 2 to `longest`.
 
     For n words: log p(w) - max sum_j log p(part_j) over all ways to cut w into two or more parts
     (PMI-Masking, eq. 3). A phrase is dense if even its likeliest parts would hardly meet by chance.
     """
     logs, best, found = {}, {}, {}                  # log p; the likeliest way to cut, or not to
     name = torch.zeros_like(tokens)
-    for n in range(1, longest + 1):
+    for n in range(1, min(longest, len(tokens)) + 1):
         size = len(tokens) - n + 1
         pairs = name[:size] * (tokens.max() + 1) + tokens[n - 1:]      # an (n-1)-gram and a word
         _, name, count = pairs.unique(return_inverse=True, return_counts=True)
@@ -239,7 +242,7 @@ def information(tokens, longest=5):
     return found
 
 
-def phrases(tokens, least=10, nats=4., longest=5):
+def phrases(tokens, least=10, nats=2., longest=5):
     """Groups for --strategy pmi: (N,) numbers; the words of a dense phrase share one.
 
     Dense: seen `least` times, with at least so many nats of mutual information, and without special
@@ -269,22 +272,23 @@ def mask(x, group, vocab, ratio=.15, keep=0.):
     """
     (B, T), device = x.shape, x.device
     real = x >= len(SPECIAL)
-    number = F.pad(group[:, 1:] != group[:, :-1], (1, 0)).cumsum(1)         # 0, 1, 2 ... in a row
-    order, lot = torch.rand(2, B, T, device=device).gather(2, number.expand(2, B, T))
+    unit = F.pad(group[:, 1:] != group[:, :-1], (1, 0)).cumsum(1)           # 0, 1, 2 ... in a row
+    order, dice = torch.rand(2, B, T, device=device).gather(2, unit.expand(2, B, T))
     count = (real.sum(1, keepdim=True) * ratio).round().clamp(min=1)
     n = max(1, round(ratio * T))
     places = order.masked_fill(~real, 2.).argsort(stable=True, dim=1)[:, :n]    # groups at random
     owed = (torch.arange(n, device=device) < count) & real.gather(1, places)
-    words, lot = x.gather(1, places), lot.gather(1, places)
+    words, dice = x.gather(1, places), dice.gather(1, places)
     other = torch.randint(len(SPECIAL), vocab, (B, n), device=device)
-    shown = torch.where(lot < .8, MASK, torch.where(lot < 1 - keep, other, words))
+    shown = torch.where(dice < .8, MASK, torch.where(dice < 1 - keep, other, words))
     tokens = x.scatter(1, places, torch.where(owed, shown, words))
     return (tokens, places), words.masked_fill(~owed, -100)
 
 
 def distance(prediction, target):
     """C. Mean cross-entropy of logits (B, n, V) with the hidden words (B, n), -100: not owed."""
-    return F.cross_entropy(prediction.flatten(0, 1).float(), target.flatten())
+    loss = F.cross_entropy(prediction.flatten(0, 1).float(), target.flatten(), reduction="sum")
+    return loss / (target >= 0).sum().clamp(min=1)               # a text without words owes nothing
 
 
 # ------------------------------------------------------------------------------------------ look
@@ -294,7 +298,7 @@ def stream(words, documents):
     """Documents behind each other, [SEP] in front of each: (N,) tokens."""
     between = torch.tensor([SEP])
     return torch.cat([part for raw in documents
-                      for part in (between, words.encode(common.utf8(raw)))])
+                      for part in (between, words.encode(raw.decode()))])
 
 
 def wrap(x):
@@ -303,24 +307,26 @@ def wrap(x):
 
 
 def stretches(args, words, text):
-    """Text to train on, (n, 2, T - 2): from every start, words and the phrases that they are part
-    of; and to validate on, (m, T - 2)."""
-    T, parts = args.length - 2, [stream(words, part) for part in (text.train, text.val)]
-    common.require(len(parts[1]) >= T, f"the last tenth of --data {args.data} has {len(parts[1])} "
-                   f"words, fewer than --length {args.length}: take a longer text, or less length")
-    train, val = (part.to(args.device) for part in parts)
-    phrase = phrases(parts[0]).to(args.device) if args.strategy == "pmi" else train
-    return torch.stack([train, phrase], 1).unfold(0, T, 1), val.unfold(0, T, T)
+    """Text to train on, (n, 2, T - 2): from every start, words and the numbers of the phrases that
+    they are part of; and to validate on, (m, T - 2)."""
+    T, (train, val) = args.context - 2, (stream(words, part) for part in (text.train, text.val))
+    common.require(len(val) >= T <= len(train), f"the last tenth of --data {args.data} has "
+                   f"{len(val)} words, the rest {len(train)}, and --context {args.context} needs "
+                   "as many in either: take a longer text or a shorter context")
+    common.require((val >= len(SPECIAL)).any(), f"the last tenth of --data {args.data} has no word "
+                   "that the rest has twice: take a longer text")
+    phrase = phrases(train) if args.strategy == "pmi" else torch.arange(len(train))
+    train = torch.stack([train, phrase], 1).to(args.device)
+    return train.unfold(0, T, 1), val.to(args.device).unfold(0, T, T)
 
 
-def batch(args, rows):
+def grouped(args, rows):
     """Rows of `stretches` (B, 2, T - 2) -> texts (B, T), and the groups that --strategy hides."""
     x, phrase = rows.unbind(1)
-    x, phrase = wrap(x), F.pad(phrase, (1, 1), value=-1)
-    alone = torch.arange(x.shape[1], device=x.device).expand_as(x)
+    x = wrap(x)
     if args.strategy == "span":
         return x, spans(*x.shape, device=x.device)
-    return x, phrase if args.strategy == "pmi" else alone
+    return x, F.pad(phrase, (1, 1), value=-1)
 
 
 @torch.no_grad()
@@ -343,16 +349,16 @@ def evaluate(args, model, train, val, draws=4):
             sums += torch.tensor([len(target), (logits.argmax(1) == target).sum(),
                                   F.cross_entropy(logits, target, reduction="sum"), *guesses])
     n, right, nats, usual_right, usual_nats = sums.tolist()
+    n = max(n, 1)
     perplexity = lambda nats: math.exp(min(nats / n, 100))
     return (100 * right / n, perplexity(nats)), (100 * usual_right / n, perplexity(usual_nats))
 
 
 def sentences(words, stream, n, seed, most):
-    """n sentences of a text (N,), 8 to 16 plain words and at most `most`, each with two words to be
-    hidden: [(tokens (T,), places (2,))]. Where a text has none, stretches of 12 words."""
-    stop, plain = words.ids.get(".", UNK), []
-    ends = (stream == stop).nonzero().flatten()
-    plain = [stream[a + 1:b + 1] for a, b in zip(ends, ends[1:]) if 8 <= b - a <= min(16, most)]
+    """n sentences of a text (N,), 8 to 16 plain words and a full stop, at most `most` in all, each
+    with two words to be hidden: [(tokens (T,), places (2,))]; or, for want of these, stretches."""
+    ends = (stream == words.ids.get(".", -1)).nonzero().flatten()
+    plain = [stream[a + 1:b + 1] for a, b in zip(ends, ends[1:]) if 9 <= b - a <= min(17, most)]
     usual = lambda t: t >= len(SPECIAL) and words.words[t].isalpha()
     plain = [s for s in plain if all(map(usual, s[:-1].tolist()))]
     size = min(12, most)
@@ -381,9 +387,11 @@ def fill(args, model, words, tokens, places):
 def own(args, words):
     """The user's sentence of --fill: its tokens (T,), and the places of its blanks."""
     parts = [words.encode(part) for part in args.fill.split("<mask>")]
+    if any((part == UNK).any() for part in parts):
+        common.say("Some words of --fill are not in the vocabulary: the model sees [UNK] there.")
     tokens = torch.cat([t for part in parts for t in (torch.tensor([MASK]), part)][1:])
-    common.require(len(tokens) <= args.length - 2, f"--fill has {len(tokens)} words and signs, and "
-                   f"--length {args.length} holds {args.length - 2}: shorten it")
+    common.require(len(tokens) <= args.context - 2, f"--fill has {len(tokens)} words and signs, "
+                   f"and --context {args.context} holds {args.context - 2}: shorten it")
     return tokens, (tokens == MASK).nonzero().flatten()
 
 
@@ -396,16 +404,16 @@ class Passages:
         self.names = [text.names[i] for i in longest]
 
         def cut(documents, step):
-            parts = [words.encode(common.utf8(documents[i])) for i in longest]
+            parts = [words.encode(documents[i].decode()) for i in longest]
             parts = [x.unfold(0, size, step) if len(x) >= size else x.new_empty(0, size)
                      for x in parts]
             labels = torch.cat([torch.full((len(x),), i) for i, x in enumerate(parts)])
             return wrap(torch.cat(parts)).to(args.device), labels.to(args.device)
         self.train, self.labels = cut(text.train, size)
         self.test, self.test_labels = cut(text.val, max(1, size // 2))
-        few = [int((y == i).sum()) for y in (self.labels, self.test_labels)
-               for i in range(len(longest))]
-        common.require(len(longest) > 1 and min(few) > 0, f"--data {args.data} has no "
+        counts = [int((y == i).sum()) for y in (self.labels, self.test_labels)
+                  for i in range(len(longest))]
+        common.require(len(longest) > 1 and min(counts) > 0, f"--data {args.data} has no "
                        f"{args.classes} parts that are long enough to tell apart: try fewer "
                        "--classes, or a shorter --passage")
 
@@ -439,18 +447,19 @@ def tune(args, model, data, how, k, draw):
 def few_shot(args, model, blank, data):
     """Which part is a passage from? {who: accuracies in %, a list per label count, one a draw}."""
     vocab, draws, rows = len(model.head_bias), range(args.draws), {}
-    bag = lambda x: F.one_hot(x, vocab).sum(1)
+    bag = lambda x: x.new_zeros(len(x), vocab).scatter_add_(1, x, torch.ones_like(x))
+    untrained = lambda x: blank.encode(x, torch.zeros_like(x[:, :1]))[:, 0]
     cls = lambda x: model.encode(x, torch.zeros_like(x[:, :1]))[:, 0]
     mean = lambda x: model.encode(x)[:, 1:-1].mean(1)
-    for who, f in ("bag of words, linear", bag), ("BERT frozen, [CLS]", cls), \
-            ("BERT frozen, mean of words", mean):
+    for who, f in ("bag of words, linear", bag), ("untrained, frozen [CLS]", untrained), \
+            ("BERT, frozen [CLS]", cls), ("BERT, frozen mean of words", mean):
         with common.autocast(args):
             train, test = (common.encode(f, data, x) for x in (data.train, data.test))
         rows[who] = [[common.probe(train, data.labels, test, data.test_labels, k, draw)
                       for draw in draws] for k in args.labels]
-    fits = [(who, m, how, i, draw) for who, m, how in (
-        ("from scratch, tune all", blank, "all"), ("BERT, tune last", model, "last"),
-        ("BERT, tune all", model, "all")) for i in range(len(args.labels)) for draw in draws]
+    who_tunes = (("untrained, tune last", blank, "last"), ("untrained, tune all", blank, "all"),
+                 ("BERT, tune last", model, "last"), ("BERT, tune all", model, "all"))
+    fits = [(*who, i, draw) for who in who_tunes for i in range(len(args.labels)) for draw in draws]
     for who, m, how, i, draw in common.progress(fits, "fine-tuning"):
         row = rows.setdefault(who, [[] for _ in args.labels])
         row[i].append(tune(args, m, data, how, args.labels[i], draw))
@@ -460,19 +469,21 @@ def few_shot(args, model, blank, data):
 def tell(args, run, blanks, scores, data, rows):
     """The end of the run, in words and in result.json."""
     print("\n" + "\n\n".join(blanks) + "\n")
-    (right, perplexity), (usual, chance) = scores
+    (right, perplexity), (common_right, common_perplexity) = scores
     vocab = len(run.model.head_bias)
     common.say(f"Hidden words of new text: {right:.1f} % right, perplexity {perplexity:.1f} (by "
-               f"frequency alone: {usual:.1f} %, {chance:.1f}; by chance {vocab:,}).")
+               f"frequency alone: {common_right:.1f} %, {common_perplexity:.1f}; by chance "
+               f"{vocab:,}).")
     share = 100 * data.test_labels.bincount().max().item() / len(data.test_labels)
     common.say(f"Which part is a passage of {args.passage - 2} words from: "
                f"{', '.join(data.names)}?")
     lines = [["accuracy in %", *(f"{k} a class" for k in args.labels)],
-             ["always the longest", *[f"{share:.1f}"] * len(args.labels)]]
+             ["always the same part", *[f"{share:.1f}"] * len(args.labels)]]
     lines += [[who, *map(common.spread, row)] for who, row in rows.items()]
     print(f"\n{common.table(lines)}\n")
     figures = dict(masked=dict(accuracy=right, perplexity=perplexity),
-                   frequency=dict(accuracy=usual, perplexity=chance), blanks=blanks,
+                   frequency=dict(accuracy=common_right, perplexity=common_perplexity),
+                   blanks=blanks,
                    vocab=vocab, parts=data.names, majority=share,
                    labels=args.labels, accuracy=rows)
     common.report(run, f"{right:.1f} % of hidden words, perplexity {perplexity:.1f}", figures)
@@ -482,26 +493,26 @@ def tell(args, run, blanks, scores, data, rows):
 
 
 def main(args):
-    text = common.load_text(args.data, args.data_dir, parts=args.classes)
-    words = common.Words.of(text.train, args.vocab, args.resume and f"{args.out}/vocab.txt")
+    text = common.load_text(args.data, args.data_dir, parts=args.classes, utf8=True)
+    kept = args.resume and common.read_checkpoint(args.out, common.script())["words"]
+    words = common.Words(kept) if kept else common.Words.of(text.train, args.vocab)
     train, val = stretches(args, words, text)
     data = Passages(args, words, text)
     common.few(data.labels, max(args.labels))                                # too many? say so now
     asked = [own(args, words)] if args.fill else []
-    build = lambda: BERT(words.vocab, args.length, args.dim, args.depth, args.heads,
+    build = lambda: BERT(words.vocab, args.context, args.dim, args.depth, args.heads,
                          args.dropout).to(args.device)
     model, blank = build(), build()
-    run = common.Run(args, model, chance=math.log(words.vocab))
-    words.save(run.out / "vocab.txt")
+    run = common.Run(args, model, chance=math.log(words.vocab), words=words.words)
     for step in run:
-        x, group = batch(args, run.batch(train))
+        x, group = grouped(args, run.batch(train))
         masked, target = mask(x, group, words.vocab, args.mask_ratio, args.keep)
         prediction = model(masked)
         loss = distance(prediction, target)
         run.update(loss)
 
     model.eval()
-    asked += sentences(words, val.flatten().cpu(), 4, args.seed, args.length - 2)
+    asked += sentences(words, val.flatten().cpu(), 4, args.seed, args.context - 2)
     blanks = [fill(args, model, words, *sentence) for sentence in asked]
     tell(args, run, blanks, evaluate(args, model, train[:, 0, 0], val), data,
          few_shot(args, model, blank, data))

@@ -270,6 +270,8 @@ def start(main, Args, argv=None):
     args = cli(Args, argv)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")          # TF32 on GPUs that have it
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")        # a terminal without UTF-8 gets marks
     try:
         main(args)
     except UserError as error:
@@ -610,8 +612,9 @@ class Text:
     val: list[bytes]
 
 
-def load_text(name, data_dir="data", parts=1):
-    """A text by name -> Text. A single document is first cut into that many parts.
+def load_text(name, data_dir="data", parts=1, utf8=False):
+    """A text by name -> Text. A single document is first cut into that many parts; with utf8 each
+    has to be UTF-8.
 
     `pydocs` is the reference manual inside every Python, `pycode` the modules of its standard
     library, `shakespeare` the 1.1 MB of char-rnn, fetched to data_dir if it is not there. Else a
@@ -627,9 +630,12 @@ def load_text(name, data_dir="data", parts=1):
         path = Path(name)
         if name == "shakespeare":
             path = fetch(name, "input.txt", Path(data_dir), "tinyshakespeare.txt")
-        files = sorted(path.glob("**/[!.]*.txt")) if path.is_dir() else [path]
-        require(path.exists(), f"there is no text {name!r}: --data takes pydocs, pycode, "
-                "shakespeare, a file, or a folder of .txt files")
+        files = sorted(path.glob("**/*.txt")) if path.is_dir() else [path]
+        hidden = lambda file: any(part[0] == "." for part in file.relative_to(path).parts)
+        files = [file for file in files if not hidden(file)]
+        require(name and path.exists(), f"there is no text {name!r}: --data takes pydocs, pycode, "
+                "shakespeare, a file, or a folder of .txt files; for images gpt.py takes shapes, "
+                f"{', '.join(IMAGE_SETS)} or an .npz")
         require(files, f"{path} holds no .txt file")
         try:
             documents = {file.stem if len(files) == 1 else str(file.relative_to(path)):
@@ -638,6 +644,13 @@ def load_text(name, data_dir="data", parts=1):
             raise UserError(f"cannot read {error.filename} ({error.strerror})") from None
     documents = {name: raw for name, raw in documents.items() if raw.strip()}
     require(documents, f"the text of --data {name} is empty")
+    for document, raw in documents.items() if utf8 else ():
+        try:
+            raw.decode()
+        except UnicodeDecodeError as error:
+            why = f"(byte {raw[error.start]:#x} at {error.start})"
+            raise UserError(f"{document} of --data {name} is not UTF-8 {why}: save it as UTF-8; "
+                            "gpt.py takes any bytes") from None
     if len(documents) == 1 and parts > 1:
         (raw,) = documents.values()
         at = [boundary(raw, len(raw) * i // parts) for i in range(parts + 1)]
@@ -658,13 +671,26 @@ def manual():
     """{topic: bytes} of the manual that help() shows, without its tables. Many topics contain
     others, word for word; each paragraph is kept once, in the longest, so that no text is trained
     AND tested on."""
-    from pydoc_data.topics import topics
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError("this Python has no manual in it: take another --data") from None
     seen, documents = set(), {}
     for name, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
-        parts = [part for part in re.split(r"\n{2,}", text.strip()) if part[0] not in "+|"]
-        documents[name] = "\n\n".join(part for part in parts if part not in seen).encode()
-        seen.update(part for part in parts if len(part) > 40)
+        kept = []
+        for part in re.split(r"\n{2,}", text.strip()):
+            if part not in seen and not part.startswith(("+", "|")):
+                kept.append(part)
+            if len(part) > 40:
+                seen.add(part)
+        documents[name] = "\n\n".join(kept).encode()
     return documents
+
+
+def printable(text):
+    """The text, with a mark in the place of what would upset a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+                   for c in text.replace("\r\n", "\n"))
 
 
 class Bytes:
@@ -678,9 +704,7 @@ class Bytes:
 
     def decode(self, tokens):
         """(n,) -> str; what is no UTF-8, or would upset a terminal, shows as a question mark."""
-        text = bytes(t for t in map(int, tokens) if t < 256).decode(errors="replace")
-        return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
-                       for c in text)
+        return printable(bytes(t for t in map(int, tokens) if t < 256).decode(errors="replace"))
 
     def stream(self, documents):
         """All documents behind each other, BOS in front of each: (n,) int64."""
@@ -698,25 +722,19 @@ class Words:
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     @classmethod
-    def of(cls, documents, most, kept=None):
-        """The tokenizer of some documents (bytes): at most `most` tokens, each seen twice; or the
-        one that a run kept in a file, by `save`."""
-        if kept:
-            require(Path(kept).exists(), f"there is no {kept}, so the tokens' meaning is lost: "
-                    "leave out --resume to start anew")
-            return cls(Path(kept).read_text(encoding="utf-8").split())
-        count = collections.Counter(w for raw in documents for w in cls.split(utf8(raw)))
+    def of(cls, documents, most):
+        """The tokenizer of some documents (bytes, UTF-8): at most `most` tokens, each seen twice.
+        Raises UserError where no word was."""
+        count = collections.Counter(w for raw in documents for w in cls.split(raw.decode()))
         usual = sorted((word for word in count if count[word] > 1), key=lambda w: (-count[w], w))
+        require(usual, "no word of this text occurs twice: take a longer text")
         return cls(usual[:most - len(cls.SPECIAL)])
-
-    def save(self, path):
-        """Writes the words, one a line."""
-        Path(path).write_text("\n".join(self.words[len(self.SPECIAL):]) + "\n", encoding="utf-8")
 
     @staticmethod
     def split(text):
         """The words and the marks of a text; a run of the same mark, such as >>>, is one."""
-        return [m[0] for m in re.finditer(r"\w+|([^\w\s])\1*", text.lower())]
+        text = text.removeprefix("\ufeff").lower()                     # Windows' mark of UTF-8
+        return [m[0] for m in re.finditer(r"\w+|([^\w\s])\1*", text)]
 
     def encode(self, text):
         """str -> (n,) int64; of the special tokens a text can yield [UNK] alone."""
@@ -729,18 +747,10 @@ class Words:
     @staticmethod
     def join(words):
         """Words as a text: spaces between them, but none before a full stop or in brackets."""
-        text = " ".join(words)
-        text = re.sub(r" (?=[.,;:!?)\]}])|(?<=[(\[{]) ", "", text)
-        return re.sub(r"(?<=\w) ([-_/.'=]) (?=\w)", r"\1", text)
-
-
-def utf8(raw):
-    """bytes -> str. Raises UserError where they are no UTF-8."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"the text is not UTF-8 (byte {raw[error.start]:#x} at {error.start}): "
-                        "save it as UTF-8; gpt.py takes any bytes") from None
+        text = printable(" ".join(words))
+        text = re.sub(r"(?<=\w) ([-/]) (?=\w)|(?<=\d) (\.) (?=\d)", r"\1\2", text)
+        text = re.sub(r"(?<=\w) (['’]) (?=(s|t|d|m|re|ll|ve)\b)", r"\1", text)
+        return re.sub(r" (?=[.,;:!?)\]}])|(?<=[(\[{]) ", "", text)
 
 
 # ---------------------------------------------------------------------------------- training
@@ -776,8 +786,9 @@ class Run:
     and leaves the last good checkpoint.
     """
 
-    def __init__(self, args, model, optimizer=None, chance=None):
+    def __init__(self, args, model, optimizer=None, chance=None, words=None):
         self.args, self.model, self.chance = args, model, chance    # chance: the loss of guessing
+        self.vocabulary = words                                     # kept in the checkpoint
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer or adamw(self.parameters, args.lr, args.weight_decay)
         self.step, self.wrote, self.seconds = 0, None, 0.     # wrote: step of the newest checkpoint
@@ -873,7 +884,7 @@ class Run:
         path, part = self.out / "checkpoint.pt", self.out / "checkpoint.pt.part"
         state = dict(script=script(), args=dataclasses.asdict(self.args), step=self.step,
                      seconds=self.seconds, model=self.model.state_dict(),
-                     optimizer=self.optimizer.state_dict())
+                     optimizer=self.optimizer.state_dict(), words=self.vocabulary)
         try:
             with open(part, "wb") as f:
                 torch.save(state, f)
@@ -1127,7 +1138,10 @@ def command(args):
             if isinstance(value, bool):
                 line.append(flag(name if value else f"no_{name}"))
             else:
-                line += [flag(name), shlex.quote(value) if type(value) is str else words(value)]
+                if type(value) is str and value.startswith("-"):
+                    line.append(f"{flag(name)}={shlex.quote(value)}")
+                else:
+                    line += [flag(name), shlex.quote(value) if type(value) is str else words(value)]
     return " ".join(line)
 
 

@@ -7,10 +7,11 @@ Idea     A masked autoencoder with a special mask: what is hidden from token t i
          that come after it. One pass owes ALL tokens, each from what stands before it, where BERT
          owes 15 %; and a model that gives each token's probabilities from those before can write:
          draw a token, put it behind the others, and go on. Earlier tokens never see later ones, so
-         their keys and values stay as they are: a cache holds them, and a step costs one token.
+         their keys and values stay as they are: a KV cache holds them, and a step costs one token.
 
 Loss     L = -1 / T sum_t log p(x_t | BOS, x_1 ... x_{t-1}),   in nats a token, at chance ln 257.
-         Bits a byte: the sum over all tokens, divided by ln 2 and by the number of bytes.
+         Bits a byte: the sum over all tokens, ends of documents included, divided by ln 2 and by
+         the number of bytes.
 
 Flow     tokens x (B, T): bytes of a text, or the pixels of a small grey image, row by row
          A. mask      shift: BOS in front, the last one off   -> (B, T), and x itself is owed
@@ -20,9 +21,10 @@ Flow     tokens x (B, T): bytes of a text, or the pixels of a small grey image, 
 
 Run      python gpt.py --prompt "The "
 Expect   not measured yet
-Differs  A token is a byte (257 with BOS), not one of 50,257 pairs of bytes; BOS stands in front of
-         every window, of each new document and of nothing else. The tensors are GPT-2's: OpenAI's
-         load by renaming, matrices transposed.
+Differs  A token is a byte (257 with BOS), not one of 50,257 pieces of words (byte-pair encoding);
+         BOS stands in front of every window, and of each new document. Places and residual
+         branches start with smaller weights than in OpenAI's code, as in its successors. The
+         tensors are GPT-2's: OpenAI's load by renaming, matrices transposed.
 
 Try      --temperature 0, 0.5, 1, 2: where does it repeat itself, and where does it fall apart?
          --data shapes: which part of a figure can it complete, and what does it make up?
@@ -44,7 +46,7 @@ import common
 @dataclass
 class Args(common.Args):
     """Settings of gpt.py: for a GPU, and under `cpu` what two cores do in three minutes."""
-    steps: int = 5000               # training steps (with dropout, lr: nanoGPT's shakespeare_char)
+    steps: int = 5000               # training steps
     batch: int = 64                 # windows of the text, or images, a step
     lr: float = 1e-3                # peak learning rate
     weight_decay: float = 0.1       # AdamW's decay, on matrices only
@@ -83,11 +85,12 @@ class Args(common.Args):
 
 
 # ------------------------------------------------------------------------------------- the model
-# B batch, T tokens that are new, S tokens in all, C channels, H heads, D = C / H, V vocabulary.
+# B batch, T tokens that are new, L tokens in all, C channels, H heads, D = C / H, V vocabulary.
 
 
 class Cache:
-    """Keys and values of one block for all tokens so far: (B, H, S, D) each, allocated once."""
+    """KV cache of one block: the keys and values of all L tokens so far, (B, H, L, D) each, in room
+    for a whole context that is allocated once."""
 
     def __init__(self, batch, heads, context, head_dim, like):
         self.k = like.new_empty(batch, heads, context, head_dim)
@@ -95,7 +98,7 @@ class Cache:
         self.length = 0
 
     def add(self, k, v):
-        """Appends those of T new tokens (B, H, T, D); returns those of all, (B, H, S, D)."""
+        """Appends those of T new tokens (B, H, T, D); returns those of all, (B, H, L, D)."""
         new, self.length = self.length, self.length + k.shape[2]
         self.k[:, :, new:self.length] = k
         self.v[:, :, new:self.length] = v
@@ -119,12 +122,12 @@ class Attention(nn.Module):
         H, D = self.heads, C // self.heads
         q, k, v = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)    # each (B, H, T, D)
         if cache is not None:
-            k, v = cache.add(k, v)                                          # each (B, H, S, D)
-        S, mask = k.shape[2], None
-        if 1 < T < S:               # the i-th of T new tokens sees the S - T before them, and i + 1
-            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+            k, v = cache.add(k, v)                                          # each (B, H, L, D)
+        L, seen = k.shape[2], None
+        if 1 < T < L:         # new token i sees the L - T old ones, and i + 1 new: is_causal counts
+            seen = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)    # from key 0
         drop = self.dropout if self.training else 0.
-        x = F.scaled_dot_product_attention(q, k, v, mask, drop, is_causal=1 < T == S)
+        x = F.scaled_dot_product_attention(q, k, v, seen, drop, is_causal=1 < T == L)
         return F.dropout(self.proj(x.transpose(1, 2).reshape(B, T, C)), drop)
 
 
@@ -181,7 +184,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, tokens, cache=None):
-        old, context = cache[0].length if cache else 0, len(self.pos_embed.weight)
+        context = len(self.pos_embed.weight)
+        old = cache[0].length if cache else 0
         new = old + tokens.shape[1]
         if new > context:
             raise ValueError(f"{new} tokens are more than the context of {context} holds")
@@ -204,7 +208,8 @@ class GPT(nn.Module):
 def mask(x, bos):
     """A. Tokens x (B, T) -> what the model may see before each of them, and the tokens it owes.
 
-    Shifted by one, with a causal Transformer behind it: from x_t, itself and all later are hidden.
+    Shifting by one, with causal attention behind it, hides x_t and all that follows from the place
+    that predicts x_t.
     """
     return F.pad(x[:, :-1], (1, 0), value=bos), x
 
@@ -215,15 +220,14 @@ def distance(prediction, target):
 
 
 def distribution(logits, temperature=1., top_k=0, top_p=1.):
-    """Logits (B, V) -> the probabilities to draw from, (B, V) float64.
+    """Logits (B, V) -> the probabilities to draw from, (B, V) float32.
 
     temperature divides the logits; 0 is greedy: all on the most likely. Then top_k keeps the k most
     likely tokens (0: all), and top_p the fewest likeliest that hold the share p of what is left.
     """
-    logits = logits.double()
     if temperature == 0:
-        return F.one_hot(logits.argmax(1), logits.shape[1]).double()
-    p = (logits / temperature).softmax(1)
+        return F.one_hot(logits.argmax(1), logits.shape[1]).float()
+    p = ((logits.float() - logits.amax(1, keepdim=True)) / temperature).softmax(1)
     if 0 < top_k < p.shape[1]:
         p = torch.zeros_like(p).scatter_(1, *p.topk(top_k, 1)[::-1])
     if top_p < 1:
@@ -236,21 +240,21 @@ def distribution(logits, temperature=1., top_k=0, top_p=1.):
 def pick(p, u):
     """Tokens (B,) where the running sum of p (B, V) first passes the shares u (B,) in [0, 1)."""
     total = p.cumsum(1)
-    return (total <= u[:, None] * total[:, -1:]).sum(1).clamp(max=p.shape[1] - 1)
+    last = (total < total[:, -1:]).sum(1)                 # the last token that has a probability
+    return torch.minimum((total <= u[:, None] * total[:, -1:]).sum(1), last)
 
 
 def shares(seed, rows, n):
-    """n random numbers in [0, 1) for each row, of seed, seed + 1, ...: (rows, n) float64."""
-    draw = lambda row: torch.rand(n, generator=torch.Generator().manual_seed(seed + row),
-                                  dtype=torch.float64)
-    return torch.stack([draw(row) for row in range(rows)])
+    """n random numbers in [0, 1) for each row, of seed, seed + 1, ...: (rows, n)."""
+    return torch.stack([torch.rand(n, generator=torch.Generator().manual_seed(seed + row))
+                        for row in range(rows)])
 
 
 @torch.no_grad()
 def sample(model, prompts, n, bos, temperature=1., top_k=0, top_p=1., seed=0, stop=None,
            cached=True):
     """Continues each of the prompts, a list of (t,) tokens of any lengths, by n tokens: a list of
-    (n,) tokens, shorter where `stop` was drawn, which is left out.
+    (n,) tokens, shorter where `stop` was drawn, which is left out. In evaluation mode, please.
 
     A batch is written column by column, with prompts in the place of draws while they last: all
     rows stand at the same place, and nothing is padded. Row i draws with the random numbers of seed
@@ -292,6 +296,7 @@ def sample(model, prompts, n, bos, temperature=1., top_k=0, top_p=1., seed=0, st
 BYTES = common.Bytes()
 BOS = BYTES.BOS
 
+
 def is_images(args):
     """Whether --data names images: their pixels are the tokens then."""
     return args.data in ("shapes", *common.IMAGE_SETS) or args.data.endswith(".npz")
@@ -299,14 +304,14 @@ def is_images(args):
 
 def pixels(args):
     """Images as rows of grey bytes: train (n, side^2), val (m, side^2) uint8."""
-    images = common.load_images(args.data, args.data_dir, 2 * args.side, args.device)
+    images = common.load_images(args.data, args.data_dir, 2 * args.side)
 
     def rows(x):
         grey = x.float().mean(1, keepdim=True)                                   # (B, 1, S, S)
         return F.interpolate(grey, size=2 * [args.side], mode="area").round().byte().flatten(1)
     train, val = (torch.cat([rows(part) for part in x.split(1000)])
                   for x in (images.train, images.test[:2000]))
-    return train, val
+    return train.to(args.device), val.to(args.device)
 
 
 def windows(args):
@@ -314,8 +319,9 @@ def windows(args):
     validate on behind each other, (m, context)."""
     text, T = common.load_text(args.data, args.data_dir), args.context
     train, val = (BYTES.stream(part).to(args.device) for part in (text.train, text.val))
-    common.require(len(val) >= T, f"the last tenth of --data {args.data} has {len(val)} tokens, "
-                   f"fewer than --context {T}: take a longer text or a shorter context")
+    common.require(len(val) >= T <= len(train), f"the last tenth of --data {args.data} has "
+                   f"{len(val)} tokens, the rest {len(train)}, and --context {T} needs as many in "
+                   "either: take a longer text or a shorter context")
     return train.unfold(0, T, 1), val.unfold(0, T, T)
 
 
@@ -341,26 +347,27 @@ def look(args, model, val):
     """What the model writes: a text behind --prompt, which is returned, or completions.png."""
     if not is_images(args):
         prompt = BYTES.encode(args.prompt.encode(errors="surrogateescape"))
-        (new,) = write(args, model, [prompt], args.length)
+        (new,) = write(args, model, [prompt], args.length, stop=BOS)     # or to the document's end
         return BYTES.decode(torch.cat([prompt, new.cpu()]))
     half, side = args.side // 2 * args.side, args.side
     given = val[:12, :half].long()
-    drawn = write(args, model, [row for row in given for _ in (0, 1)], side * side - half)
-    drawn = torch.cat([given.repeat_interleave(2, 0), torch.stack(drawn)], 1).view(-1, 2, side ** 2)
-    blank = torch.cat([given, torch.full_like(val[:len(given), half:].long(), 128)], 1)
-    sheet = torch.cat([blank[:, None], drawn, val[:12, None].long()], 1).view(-1, 1, side, side)
+    twice = given.repeat_interleave(2, 0)
+    drawn = torch.stack(write(args, model, list(twice), side * side - half)).clamp(max=255)
+    drawn = torch.cat([twice, drawn], 1).view(-1, 2, side ** 2)
+    upper = F.pad(given, (0, side * side - half), value=128)
+    sheet = torch.cat([upper[:, None], drawn, val[:12, None].long()], 1).view(-1, 1, side, side)
     common.save_png(f"{args.out}/completions.png", sheet.expand(-1, 3, -1, -1) / 255, 12, group=4,
                     zoom=-(-84 // side))
 
 
 def speeds(args, model):
-    """Tokens a second of a whole context at batch 1, with and without the cache."""
-    n, found = len(model.pos_embed.weight) - 1, []
+    """Tokens a second at batch 1, with and without the cache, of a whole context (at most 256)."""
+    n, found = min(256, len(model.pos_embed.weight)) - 1, []
     for cached in True, False:
         began = time.time()
-        write(args, model, [torch.tensor([], dtype=torch.int64)], n, cached=cached)
+        write(args, model, [[]], n, cached=cached)[0].tolist()       # tolist: waits for a GPU
         found.append(n / (time.time() - began))
-    return found
+    return n, *found
 
 
 def tell(args, run, nats, bits, text, speed):
@@ -372,11 +379,13 @@ def tell(args, run, nats, bits, text, speed):
         common.say(f"Picture: {args.out}/completions.png (given | completed | another time | "
                    "original)")
     common.say(f"Loss on what it was not trained on: {nats:.3f} nats a token (chance "
-               f"{math.log(BYTES.vocab):.3f}), {bits:.3f} bits a {unit} (chance 8).")
-    common.say(f"It writes {speed[0]:,.0f} tokens a second with the cache, {speed[1]:,.0f} without "
-               f"({len(run.model.pos_embed.weight) - 1} tokens, one text).")
+               f"{math.log(BYTES.vocab):.3f}), {bits:.3f} bits a {unit} (chance "
+               f"{math.log2(BYTES.vocab):.3f}).")
+    common.say(f"It writes {speed[1]:,.0f} tokens a second with the KV cache, {speed[2]:,.0f} "
+               f"without ({speed[0]} tokens, one text).")
     common.report(run, f"{nats:.3f} nats, {bits:.3f} bits a {unit}",
-                  dict(loss=nats, bits=bits, chance=math.log(BYTES.vocab), speed=speed, text=text))
+                  dict(loss=nats, bits=bits, chance=math.log(BYTES.vocab), speed=speed[1:],
+                       text=text))
 
 
 # ------------------------------------------------------------------------------------------ main

@@ -13,14 +13,14 @@ import bert
 import common
 from bert import CLS, MASK, PAD, SEP, UNK
 
-SMALL = ("--dim 16 --heads 2 --depth 1 --batch 4 --length 12 --passage 8 --classes 2 --labels 1 --draws 1 --tune-steps 2 "
+SMALL = ("--dim 16 --heads 2 --depth 1 --batch 4 --context 12 --passage 8 --classes 2 --labels 1 --draws 1 --tune-steps 2 "
          "--dtype float32 --device cpu").split()
 
 
 @pytest.fixture
 def small():
     torch.manual_seed(0)
-    model = bert.BERT(vocab=40, length=12, dim=24, depth=3, heads=3)
+    model = bert.BERT(vocab=40, context=12, dim=24, depth=3, heads=3)
     for p in model.parameters():              # biases and norms, too, must matter
         nn.init.normal_(p, std=.3)
     return model.eval()
@@ -214,6 +214,8 @@ def test_the_loss_at_the_masked_places_equals_the_one_computed_everywhere(small)
     tokens, places = masked
     everywhere = torch.arange(12).expand_as(x)
     logits = small((tokens, everywhere), x != PAD)                              # every block and the head at all places
+    nothing = bert.distance(torch.randn(2, 3, 40, requires_grad=True), torch.full((2, 3), -100))
+    assert nothing == 0                                                         # a text of special tokens owes nothing
     label = torch.full_like(x, -100).scatter(1, places, target)
     torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), label.flatten(), ignore_index=-100))
 
@@ -312,7 +314,7 @@ def words_of(texts):
 
 
 def settings(texts, tmp_path, **more):
-    return bert.Args(**dict(data=str(texts), length=12, passage=8, classes=2, dim=16, depth=2, heads=2, dropout=0.,
+    return bert.Args(**dict(data=str(texts), context=12, passage=8, classes=2, dim=16, depth=2, heads=2, dropout=0.,
                             device="cpu", dtype="float32", out=str(tmp_path)) | more)
 
 
@@ -329,16 +331,16 @@ def test_stretches_and_groups(texts, tmp_path):
     assert train.shape[1:] == (2, 10) and val.shape[1:] == (10,)
     assert words.decode(train[1, 0]) == "the quick brown fox jumps over the lazy dog and" and train[0, 0, 0] == SEP
     assert torch.equal(train[5, 0], train[4, 0].roll(-1).index_copy(0, torch.tensor([9]), train[5, 0, 9:]))
-    x, group = bert.batch(args, train[:4])
+    x, group = bert.grouped(args, train[:4])
     assert (x[:, 0] == CLS).all() and (x[:, -1] == SEP).all() and torch.equal(x[:, 1:-1], train[:4, 0])
-    assert group.tolist() == [list(range(12))] * 4
+    assert (group[:, 1:] != group[:, :-1]).all()                                # each word alone
     torch.manual_seed(0)
-    spans = bert.batch(settings(texts, tmp_path, strategy="span"), train[:4])[1]
+    spans = bert.grouped(settings(texts, tmp_path, strategy="span"), train[:4])[1]
     torch.manual_seed(0)
     assert torch.equal(spans, bert.spans(4, 12))
     args = settings(texts, tmp_path, strategy="pmi")
     train, _ = bert.stretches(args, words, text)
-    group = bert.batch(args, train[:4])[1]
+    group = bert.grouped(args, train[:4])[1]
     assert torch.equal(group[:, 1:-1], bert.phrases(bert.stream(words, text.train)).unfold(0, 10, 1)[:4])
     assert (group[:, 0] == -1).all()
 
@@ -369,7 +371,7 @@ def test_a_model_learns_to_fill_in(texts, tmp_path):
     model = bert.BERT(words.vocab, 12, 32, 2, 4)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(400):
-        x, group = bert.batch(args, train[torch.randint(len(train), (32,))])
+        x, group = bert.grouped(args, train[torch.randint(len(train), (32,))])
         masked, target = bert.mask(x, group, words.vocab, .15)
         loss = bert.distance(model(masked), target)
         loss.backward(), optimizer.step(), optimizer.zero_grad()
@@ -429,14 +431,15 @@ def test_the_whole_script_and_a_look_without_training(texts, tmp_path):
     assert figures["blanks"][0].startswith("the [1] fox\n   [1]  ") and figures["blanks"][0] in done.stdout
     assert "it was:" in figures["blanks"][1] and len(figures["blanks"]) == 5
     assert f"{figures['masked']['accuracy']:.1f} % right" in done.stdout
-    assert set(figures["accuracy"]) == {"bag of words, linear", "BERT frozen, [CLS]", "BERT frozen, mean of words",
-                                        "from scratch, tune all", "BERT, tune last", "BERT, tune all"}
+    assert set(figures["accuracy"]) == {"bag of words, linear", "untrained, frozen [CLS]", "BERT, frozen [CLS]",
+                                        "BERT, frozen mean of words", "untrained, tune last", "untrained, tune all",
+                                        "BERT, tune last", "BERT, tune all"}
     again = run("--steps", 0, "--resume", "--out", out, "--fill", "<mask> dog", script="bert.py")
     assert again.returncode == 0 and "\n[1] dog\n" in again.stdout, again.stderr
     after = json.loads((out / "result.json").read_text())
     assert after["figures"]["masked"] == figures["masked"] and after["settings"]["steps"] == 30
-    (out / "vocab.txt").unlink()
-    refused(run("--steps", 0, "--resume", "--out", out, script="bert.py"), 1, "the tokens' meaning is lost", script="bert.py")
+    other = run("--steps", 0, "--resume", "--out", out, "--data", texts / "sea.txt", "--fill", "the quick <mask> fox", script="bert.py")
+    assert "the quick [1] fox" in other.stdout, other.stderr                    # the words it was trained with, whatever the text
 
 
 @pytest.mark.parametrize("strategy", ["span", "pmi"])
@@ -451,8 +454,8 @@ def test_strategies_run(texts, tmp_path, strategy):
     ("--keep .3", ["--keep 0.3 must lie between 0 and 0.2"]),
     ("--strategy all", ["--strategy", "token"]),
     ("--fill the_statement", ["--fill has no <mask>"]),
-    ("--length 2", ["--length 2 is too short"]),
-    ("--passage 65 --length 64", ["--passage 65 must be 3 or more, and at most --length 64"]),
+    ("--context 3", ["--context 3 is too short"]),
+    ("--passage 65 --context 64", ["--passage 65 must be 3 or more, and at most --context 64"]),
     ("--vocab 5", ["--vocab 5 is too small"]),
     ("--classes 1", ["--classes must be 2 or more"]),
     ("--dim 30 --heads 4", ["--dim 30 must be a multiple of --heads 4"]),
@@ -475,9 +478,12 @@ def test_texts_that_will_not_do(texts, tmp_path):
         refused(run("--data", tmp_path / "x.txt", "--out", tmp_path / "run", *SMALL, *flags, script="bert.py"), 1, *words,
                 script="bert.py")
     refuse(b"\n", "is empty")
-    refuse(b"a few words " * 5, "fewer than --length 12", "longer text")
-    refuse(b"caf\xe9 " * 500, "not UTF-8 (byte 0xe9 at 3)", "save it as UTF-8", "gpt.py takes any bytes")
+    refuse(b"a few words " * 5, "--context 12 needs as many", "longer text")
+    refuse(b"caf\xe9 " * 500, "x of --data", "is not UTF-8 (byte 0xe9 at 3)", "save it as UTF-8", "gpt.py takes any bytes")
     refuse(b"some words " * 300, "--labels 50 is too many", flags=["--labels", "50"])
-    refuse(b"some words " * 300, "--fill has 11 words and signs, and --length 12 holds 10",
+    refuse(b"some words " * 300, "--fill has 11 words and signs, and --context 12 holds 10",
            flags=["--fill", "<mask> " + "word " * 10])
-    refuse(b"some words " * 60, "no 9 parts that are long enough", flags=["--classes", "9", "--length", "8", "--passage", "8"])
+    refuse(bytes(range(32, 127)), "no word of this text occurs twice", flags=["--context", "4", "--passage", "4"])
+    rare = lambda a: b"one two three four " * 20 + b"".join(b"%d " % i for i in range(a, a + 30))
+    refuse(rare(100) + rare(200), "has no word that the rest has twice", flags=["--classes", "2"])
+    refuse(b"some words " * 60, "no 9 parts that are long enough", flags=["--classes", "9", "--context", "8", "--passage", "8"])

@@ -257,7 +257,7 @@ def test_texts_that_cannot_be_had(tmp_path, monkeypatch):
     (tmp_path / "empty.txt").write_bytes(b"\n\n")
     (tmp_path / "none").mkdir()
     for name, words in ("no-such", ["there is no text 'no-such'", "--data takes pydocs, pycode"]), \
-            (str(tmp_path / "empty.txt"), ["is empty"]), (str(tmp_path / "none"), ["holds no .txt file"]):
+            ("", ["there is no text"]), (str(tmp_path / "empty.txt"), ["is empty"]), (str(tmp_path / "none"), ["holds no .txt file"]):
         with pytest.raises(UserError) as e:
             common.load_text(name)
         assert all(word in str(e.value) for word in words)
@@ -288,25 +288,37 @@ def test_bytes():
     tokens = common.Bytes()
     assert tokens.encode("h\u00e9").tolist() == [104, 195, 169] == tokens.encode(b"h\xc3\xa9").tolist()
     assert tokens.decode(tokens.encode("na\u00efve \u20ac\n")) == "na\u00efve \u20ac\n"
-    assert tokens.decode([256, 65, 195, 256, 27, 9]) == "A\ufffd\ufffd\t"                # BOS is no text, ESC would upset a terminal
+    assert tokens.decode([256, 65, 195, 256, 27, 13, 10, 9]) == "A\ufffd\ufffd\n\t"                # BOS is no text, ESC would upset a terminal
     assert tokens.stream([b"ab", b"c"]).tolist() == [256, 97, 98, 256, 99] and tokens.vocab == 257
 
 
-def test_words(tmp_path):
+def test_words():
     documents = [b"The cat, the CAT and the dog. [MASK] [MASK] >>> >>>", b"the dog; a bird.\n"]
     words = common.Words.of(documents, 100)
     assert words.words[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     assert words.words[5:] == ["the", ".", ">>>", "[", "]", "cat", "dog", "mask"] and words.vocab == 13   # by count, then by letter
     assert words.encode("The bird. [MASK]").tolist() == [5, 1, 6, 8, 12, 9]               # a text cannot forge a special token
     assert common.Words.of(documents, 7).words[5:] == ["the", "."]
-    words.save(tmp_path / "vocab.txt")
-    assert common.Words.of([], 0, tmp_path / "vocab.txt").words == words.words
-    with pytest.raises(UserError, match="the tokens' meaning is lost"):
-        common.Words.of([], 0, tmp_path / "none")
-    text = "a (small) dog, well-known: it's"
-    assert common.Words.join(common.Words.split(text)) == "a (small) dog, well-known: it's"
-    with pytest.raises(UserError, match="not UTF-8 .byte 0xff at 1."):
-        common.Words.of([b"a\xff"], 9)
+    text = "a (small) dog, well-known: it's 3.5 long, isn't it? and/or"
+    assert common.Words.join(common.Words.split(text)) == text
+    assert "\x1b" not in common.Words.join(["a", "\x1b"])
+    with pytest.raises(UserError, match="no word of this text occurs twice"):
+        common.Words.of([b"one two three"], 9)
+
+
+def test_bert_needs_utf8(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"fine")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    assert common.load_text(str(tmp_path)).names == ["a.txt", "b.txt"]
+    with pytest.raises(UserError, match="b.txt of --data .* is not UTF-8 .byte 0xe9 at 3.*gpt.py takes any bytes"):
+        common.load_text(str(tmp_path), utf8=True)
+
+
+def test_what_is_hidden_is_no_text(tmp_path):
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/x.txt").write_bytes(b"not this")
+    (tmp_path / "a.txt").write_bytes(b"this")
+    assert common.load_text(str(tmp_path)).names == ["a"]
 
 
 # ----------------------------------------------------------------------------------- downloads

@@ -250,7 +250,7 @@ def test_past_a_full_context_cached_equals_uncached_equals_by_hand(small):
 def test_distribution_by_hand():
     logits = torch.tensor([[.1, .2, .4, .3]]).log()
     p = lambda **how: gpt.distribution(logits, **how)[0].tolist()
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-12)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
     close(p(), [.1, .2, .4, .3])
     close(p(temperature=.5), np.array([1, 4, 16, 9]) / 30)                                # p^2, to sum 1
     close(p(temperature=2.), np.sqrt([1, 2, 4, 3]) / np.sqrt([1, 2, 4, 3]).sum())
@@ -379,7 +379,7 @@ def test_the_whole_script_and_a_look_without_training(text, tmp_path):
     figures = result["figures"]
     assert f"\n\n{figures['text']}\n\n" in done.stdout and figures["text"].startswith("the fox")
     assert f"{figures['loss']:.3f} nats a token (chance 5.549)" in done.stdout
-    assert figures["loss"] < 4 and 0 < min(figures["speed"]) and "tokens a second with the cache" in done.stdout
+    assert figures["loss"] < 4 and 0 < min(figures["speed"]) and "tokens a second with the KV cache" in done.stdout
     assert figures["bits"] == pytest.approx(figures["loss"] / math.log(2), rel=.1)
     again = run("--steps", 0, "--resume", "--out", out, "--prompt", "a dog", "--temperature", 0, script="gpt.py")
     assert again.returncode == 0 and "\n\na dog" in again.stdout, again.stderr
@@ -468,7 +468,7 @@ def test_greedy_and_all_tokens_are_no_bad_flags(monkeypatch):
 
 
 def test_texts_that_will_not_do(tmp_path):
-    for content, words in (b" \n", ["is empty"]), (b"short", ["fewer than --context 16", "longer text"]):
+    for content, words in (b" \n", ["is empty"]), (b"short", ["--context 16 needs as many", "longer text"]):
         (tmp_path / "x.txt").write_bytes(content)
         refused(run("--data", tmp_path / "x.txt", "--out", tmp_path, *SMALL, script="gpt.py"), 1, *words, script="gpt.py")
     refused(run("--data", tmp_path / "none.txt", "--out", tmp_path, *SMALL, script="gpt.py"), 1,

@@ -27,7 +27,7 @@ TRIALS = {   # a training step with what was pasted: it must give a finite loss 
         loss = distance(model(masked), target)
     """,
     "bert.py": """
-        model = BERT(vocab=50, length=24, dim=16, depth=2, heads=2)
+        model = BERT(vocab=50, context=24, dim=16, depth=2, heads=2)
         x = torch.randint(5, 50, (3, 24))
         for group in torch.arange(24).expand_as(x), spans(3, 24), phrases(x.flatten()).view_as(x):
             masked, target = mask(x, group, vocab=50)
