@@ -250,7 +250,7 @@ def shares(seed, rows, n):
                         for row in range(rows)])
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(model, prompts, n, bos, temperature=1., top_k=0, top_p=1., seed=0, stop=None,
            cached=True):
     """Continues each of the prompts, a list of (t,) tokens of any lengths, by n tokens: a list of
@@ -328,12 +328,13 @@ def windows(args):
 @torch.no_grad()
 def evaluate(args, model, val):
     """Loss on the tokens to validate on, (m, T): nats a token, and bits a byte."""
-    nats, size = 0., max(1, 8192 // val.shape[1])
+    nats, count = 0., 0                                         # count: tokens that are bytes
     with common.autocast(args):
-        for x in val.split(size):
+        for x in val.split(max(1, 8192 // val.shape[1])):
             masked, target = mask(x.long(), BOS)
             nats += distance(model(masked), target).item() * x.numel()
-    return nats / val.numel(), nats / math.log(2) / (val != BOS).sum().item()
+            count += (target != BOS).sum().item()
+    return nats / val.numel(), nats / math.log(2) / count
 
 
 def write(args, model, prompts, n, **how):

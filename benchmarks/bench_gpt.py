@@ -14,7 +14,6 @@ leaves out the faster kernels that common.autocast chooses on some CPUs. Timed i
 the median over rounds of theirs / ours (above 1: ours is faster), the middle half in brackets.
 """
 import argparse
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -106,7 +105,7 @@ def sampling(dtype, plain, how, batch, n=256, beside="generate"):
     theirs = peer(ours, **how).eval().to(kind)
     ours = ours.to(kind)
     bos, prompt = how["vocab"] - 1, torch.randint(256, (batch, 16), device=DEVICE)
-    context = (lambda: kernels("float32", plain)) if dtype == "float32" else contextlib.nullcontext
+    context = lambda: kernels("float32", plain)               # no autocast: the weights are of that dtype
 
     def mine(cached=True):
         with context():

@@ -392,7 +392,8 @@ def test_pixels_are_completed(tiny, tmp_path):
     done = run(*flags, script="gpt.py")
     assert done.returncode == 0 and "completions.png" in done.stdout and "bits a pixel" in done.stdout, done.stderr
     assert (tmp_path / "completions.png").read_bytes()[:4] == b"\x89PNG"
-    assert json.loads((tmp_path / "result.json").read_text())["figures"]["text"] is None
+    figures = json.loads((tmp_path / "result.json").read_text())["figures"]
+    assert figures["text"] is None and figures["bits"] == pytest.approx(figures["loss"] / math.log(2))
 
 
 def test_completions_keep_the_upper_half(tiny, tmp_path, monkeypatch):
