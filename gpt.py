@@ -270,10 +270,11 @@ def sample(model, prompts, n, bos, temperature=1., top_k=0, top_p=1., seed=0, st
     for row, prompt in zip(text, prompts):
         row[1:1 + len(prompt)] = torch.as_tensor(prompt)
     ends, u = torch.tensor(lengths, device=device), shares(seed, *text.shape).to(device)
+    forward = model.forward        # never compiled: the length is another one at each token
     new = window = text[:, :1 + min(lengths)]
     cache, ended = model.cache(len(prompts)), torch.zeros_like(ends, dtype=torch.bool)
     for t in range(new.shape[1], text.shape[1]):
-        logits = model(new, cache) if cached else model(window)
+        logits = forward(new, cache) if cached else forward(window)
         token = pick(distribution(logits[:, -1], temperature, top_k, top_p), u[:, t])
         text[:, t] = torch.where(t > ends, token, text[:, t])          # a prompt stays as it is
         if stop is not None:
