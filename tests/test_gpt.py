@@ -220,16 +220,16 @@ class Recorder(nn.Module):
         return logits
 
 
-def by_hand(model, prompt, n, bos, pick):
-    """One text, written without a cache: the rule of a full context from its description."""
-    window, new, context = [bos, *prompt], [], len(model.pos_embed.weight)
+def by_hand(model, prompt, n, bos):
+    """One text, written greedily without a cache: the rule of a full context from its description."""
+    window, new, seen, context = [bos, *prompt], [], [], len(model.pos_embed.weight)
     for _ in range(n):
-        token = pick(model(torch.tensor([window]))[0, -1])
-        new.append(token)
-        window.append(token)
+        seen.append(model(torch.tensor([window]))[0, -1])
+        new.append(int(seen[-1].argmax()))
+        window.append(new[-1])
         if len(window) > context:
             window = [bos] + window[-(context // 2):]
-    return new
+    return new, torch.stack(seen)
 
 
 def test_past_a_full_context_cached_equals_uncached_equals_by_hand(small):
@@ -239,9 +239,11 @@ def test_past_a_full_context_cached_equals_uncached_equals_by_hand(small):
     cached, plain = gpt.sample(a, prompts, **how), gpt.sample(b, prompts, cached=False, **how)
     assert a.sizes.count(1) > 35 and a.sizes.count(9) == 5 and max(b.sizes) == 16         # read again: BOS and 8
     torch.testing.assert_close(torch.stack(a.seen), torch.stack(b.seen), rtol=1e-5, atol=1e-5)
-    for prompt, x, y in zip(prompts, cached, plain):
-        assert torch.equal(x, y)
-        assert x.tolist() == by_hand(small, prompt.tolist(), n, 29, lambda logits: int(logits.argmax()))
+    for i, (prompt, x, y) in enumerate(zip(prompts, cached, plain)):
+        due, logits = by_hand(small, prompt.tolist(), n, 29)
+        assert x.tolist() == y.tolist() == due
+        begins = len(prompt) - 3                                                          # the shortest has 3
+        torch.testing.assert_close(torch.stack(a.seen)[begins:begins + n, i], logits, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------- sampling
@@ -315,6 +317,9 @@ def test_a_stop_token_ends_a_text_and_is_left_out(small):
     cut = gpt.sample(small, [torch.tensor([stop, stop])], 40, 29, seed=3, stop=stop)[0].tolist()
     free = gpt.sample(small, [torch.tensor([stop, stop])], 40, 29, seed=3)[0].tolist()    # the prompt's do not count
     assert cut == free[:free.index(stop)] if stop in free else cut == free
+    long = torch.tensor([1, 2, stop, 3, stop, 1])                                         # nor do those that the others pass
+    both = gpt.sample(small, [torch.tensor([1]), long], 40, 29, seed=3, stop=stop)
+    assert both[1].tolist() == gpt.sample(small, [long], 40, 29, seed=4, stop=stop)[0].tolist() and len(both[1]) > 3
     recorder = Recorder(small)
     gpt.sample(recorder, [torch.tensor([4, 4])], 40, 29, seed=3, stop=stop)
     assert len(recorder.seen) == whole.index(stop) + 1                                    # and no work is done after it
