@@ -236,8 +236,8 @@ class Float32Attention(Instead):
 
 
 class OneDNN(Instead):
-    """Sends nn.Linear to oneDNN instead of MKL, which leaves half of an AMD processor's AVX-512 idle.
-    In float32 1.3 to 2 times as fast there, forward and backward, equal to rounding.
+    """Sends nn.Linear to oneDNN instead of MKL, which leaves half of an AMD processor's AVX-512
+    idle. In float32 1.3 to 2 times as fast there, forward and backward, equal to rounding.
 
     Without gradients (in bfloat16, too) it keeps a copy of each weight in another layout, as long
     as the weight stays as it is. When text is sampled, a row or a few at a time, all the time goes
@@ -255,8 +255,9 @@ class OneDNN(Instead):
 
     def function(self, x, weight, bias=None):
         grad, kind = torch.is_grad_enabled(), x.dtype
-        if x.ndim < 2 or x.numel() == 0 or kind != weight.dtype or torch.is_autocast_enabled("cpu") \
-                or not (kind == torch.float32 or kind == torch.bfloat16 and not grad):
+        able = kind == torch.float32 or kind == torch.bfloat16 and not grad
+        if not able or kind != weight.dtype or torch.is_autocast_enabled("cpu") or x.ndim < 2 \
+                or x.numel() == 0:
             return self.usual(x, weight, bias)
         if grad:
             return Linear.apply(x, weight, bias)

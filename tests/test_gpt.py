@@ -415,6 +415,22 @@ def test_completions_keep_the_upper_half(tiny, tmp_path, monkeypatch):
     assert (given[:, 2:] == 128).all() and not torch.equal(first, second)
 
 
+def test_a_text_ends_where_its_document_does_and_a_pixel_is_a_byte(tiny, tmp_path, monkeypatch):
+    """With a model that says nothing but BOS."""
+    model = gpt.GPT(257, 16, 8, 1, 2)
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    model.norm.bias.data.fill_(1.)
+    model.token_embed.weight.data[BOS] = 9.
+    args = gpt.Args(data=str(tiny), side=4, device="cpu", dtype="float32", out=str(tmp_path), prompt="Here")
+    sheets = []
+    monkeypatch.setattr(common, "save_png", lambda path, x, *a, **k: sheets.append(x))
+    gpt.look(args, model, gpt.pixels(args)[1])
+    assert (sheets[0].view(12, 4, 3, 4, 4)[:, 1:3, :, 2:] == 1).all()
+    args.data = "pydocs"
+    assert gpt.look(args, model, None) == "Here"
+
+
 def test_killed_and_resumed_ends_bit_for_bit_as_one_never_stopped(text, tmp_path, monkeypatch):
     flags = ["--data", str(text), "--steps", "12", *SMALL, "--dropout", ".2", "--save-every", "0", "--device", "cpu"]
 
