@@ -153,7 +153,7 @@ def losses(patterns):
         runs = load(pattern)
         cells = [number([r["figures"][key] for r in runs], 3) for key in ("loss", "bits")]
         lines.append(f"| {' '.join(plain(runs[0]).split()[2:]) or 'as it is'} | {len(runs)} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines) + (f"\n\nMean ± standard deviation; chance is ln 257 = 5.549 nats, 8 bits. {runs[0]['machine']}, torch "
+    return "\n".join(lines) + (f"\n\nMean ± standard deviation; chance is ln 257 = 5.549 nats, 8.006 bits a token. {runs[0]['machine']}, torch "
                               f"{runs[0]['versions']['torch']}, Python {runs[0]['versions']['python']}.")
 
 
@@ -188,7 +188,7 @@ def fine_tuned(patterns):
     figures = [r["figures"] for r in runs]
     labels = figures[0]["labels"]
     lines = ["| accuracy in % | " + " | ".join(f"{k} a class" for k in labels) + " |", "|---|" + "---:|" * len(labels),
-             "| always the longest part | " + " | ".join([f"{figures[0]['majority']:.1f}"] * len(labels)) + " |"]
+             "| always the same part | " + " | ".join([f"{figures[0]['majority']:.1f}"] * len(labels)) + " |"]
     for who in figures[0]["accuracy"]:
         if len(runs) > 1:
             cells = [over_seeds(runs, lambda f: f["accuracy"][who][i]) for i in range(len(labels))]
