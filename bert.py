@@ -21,9 +21,9 @@ Flow     words (B, T), [CLS] in front, [SEP] at the end
          C. compare   cross-entropy on the hidden words
 
 Run      python bert.py --fill "the <mask> statement is used to <mask>"
-Expect   18.9 ± 0.4 % of the hidden words of new text are right, at a perplexity of 109 ± 3 (by
-         frequency alone 7.1 ± 0.0 %, 267 ± 0) (3 seeds; 94 s of training on AMD EPYC, 2
-         cores, torch 2.13.0+cpu)
+Expect   18.9 ± 0.4 % of the hidden words of new text are right, at a perplexity of 109 ± 3 (7.1 %
+         and 267 by frequency alone) (3 seeds; 94 s of training on AMD EPYC, 2 cores, torch
+         2.13.0+cpu)
 Differs  A token is a word, not a piece of one, and rare words are [UNK], which is never hidden; no
          next-sentence prediction (later work found it needless), so [CLS] is trained by fine-tuning
          alone; other words are drawn from the real words, never [PAD] and its like; AdamW's second
@@ -177,7 +177,7 @@ class BERT(nn.Module):
         self.head_norm = nn.LayerNorm(dim, eps=1e-12)
         self.head_bias = nn.Parameter(torch.zeros(vocab))
         std = .02 * math.sqrt(768 / dim)           # BERT's .02 is for 768 channels; a narrow model
-        for layer in self.modules():               # that starts with it learns much later
+        for layer in self.modules():               # that starts with it learns later
             if isinstance(layer, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
             if isinstance(layer, nn.Linear):
@@ -383,7 +383,7 @@ def fill(args, model, words, tokens, places):
         guess = "  ".join(f"{words.words[w]} {100 * q:.0f} %" for q, w in zip(*best))
         known = "" if tokens[place] == MASK else f"   (it was: {words.words[tokens[place]]})"
         lines.append(f"   [{i + 1}]  {guess}{known}")
-    return "\n".join([words.join(names), *lines])
+    return common.printable("\n".join([words.join(names), *lines]))
 
 
 def own(args, words):
@@ -470,7 +470,9 @@ def few_shot(args, model, blank, data):
 
 def tell(args, run, blanks, scores, data, rows):
     """The end of the run, in words and in result.json."""
-    print("\n" + "\n\n".join(blanks) + "\n")
+    for line in "\n".join(f"\n{blank}" for blank in blanks).split("\n"):
+        common.say(line, indent=" " * 8)
+    print()
     (right, perplexity), (common_right, common_perplexity) = scores
     vocab = len(run.model.head_bias)
     common.say(f"Hidden words of new text: {right:.1f} % right, perplexity {perplexity:.1f} (by "
@@ -485,8 +487,7 @@ def tell(args, run, blanks, scores, data, rows):
     print(f"\n{common.table(lines)}\n")
     figures = dict(masked=dict(accuracy=right, perplexity=perplexity),
                    frequency=dict(accuracy=common_right, perplexity=common_perplexity),
-                   blanks=blanks,
-                   vocab=vocab, parts=data.names, majority=share,
+                   blanks=blanks, vocab=vocab, parts=data.names, majority=share,
                    labels=args.labels, accuracy=rows)
     common.report(run, f"{right:.1f} % of hidden words, perplexity {perplexity:.1f}", figures)
 
@@ -496,7 +497,7 @@ def tell(args, run, blanks, scores, data, rows):
 
 def main(args):
     text = common.load_text(args.data, args.data_dir, parts=args.classes, utf8=True)
-    kept = args.resume and common.read_checkpoint(args.out, common.script())["words"]
+    kept = args.resume and common.read_checkpoint(args.out, common.script())["vocabulary"]
     words = common.Words(kept) if kept else common.Words.of(text.train, args.vocab)
     train, val = stretches(args, words, text)
     data = Passages(args, words, text)
@@ -505,7 +506,7 @@ def main(args):
     build = lambda: BERT(words.vocab, args.context, args.dim, args.depth, args.heads,
                          args.dropout).to(args.device)
     model, blank = build(), build()
-    run = common.Run(args, model, chance=math.log(words.vocab), words=words.words)
+    run = common.Run(args, model, chance=math.log(words.vocab), vocabulary=words.words)
     for step in run:
         x, group = grouped(args, run.batch(train))
         masked, target = mask(x, group, words.vocab, args.mask_ratio, args.keep)

@@ -303,9 +303,10 @@ def onednn(x, weight, bias=None):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def say(text):
-    """Prints, wrapped to 80 columns."""
-    print("\n".join(textwrap.wrap(text, 80, break_on_hyphens=False, break_long_words=False)))
+def say(text, indent=""):
+    """Prints, wrapped to 80 columns; `indent` stands in front of all lines but the first."""
+    print("\n".join(textwrap.wrap(text, 80, subsequent_indent=indent, break_on_hyphens=False,
+                                  break_long_words=False)))
 
 
 def start(main, Args, argv=None):
@@ -829,9 +830,9 @@ class Run:
     and leaves the last good checkpoint.
     """
 
-    def __init__(self, args, model, optimizer=None, chance=None, words=None):
+    def __init__(self, args, model, optimizer=None, chance=None, vocabulary=None):
         self.args, self.model, self.chance = args, model, chance    # chance: the loss of guessing
-        self.vocabulary = words                                     # kept in the checkpoint
+        self.vocabulary = vocabulary       # of a tokenizer: goes into the checkpoint with the model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer or adamw(self.parameters, args.lr, args.weight_decay)
         self.step, self.wrote, self.seconds = 0, None, 0.     # wrote: step of the newest checkpoint
@@ -927,7 +928,7 @@ class Run:
         path, part = self.out / "checkpoint.pt", self.out / "checkpoint.pt.part"
         state = dict(script=script(), args=dataclasses.asdict(self.args), step=self.step,
                      seconds=self.seconds, model=self.model.state_dict(),
-                     optimizer=self.optimizer.state_dict(), words=self.vocabulary)
+                     optimizer=self.optimizer.state_dict(), vocabulary=self.vocabulary)
         try:
             with open(part, "wb") as f:
                 torch.save(state, f)

@@ -212,8 +212,8 @@ def expect(name):
     elif name == "bert":
         get = lambda who, key, digits: number([r["figures"][who][key] for r in runs], digits)
         text = (f"{get('masked', 'accuracy', 1)} % of the hidden words of new text are right, at a perplexity of "
-                f"{get('masked', 'perplexity', 0)} (by frequency alone {get('frequency', 'accuracy', 1)} %, "
-                f"{get('frequency', 'perplexity', 0)}) {where}")
+                f"{get('masked', 'perplexity', 0)} ({runs[0]['figures']['frequency']['accuracy']:.1f} % and "
+                f"{runs[0]['figures']['frequency']['perplexity']:.0f} by frequency alone) {where}")
     elif name == "mae":
         k, who = r["figures"]["labels"][-1], "{}, tune all"
         ours, blank = (spread([v for r in runs for v in r["figures"]["accuracy"][who.format(name)][-1]])
