@@ -1,7 +1,7 @@
 # Flags for a script go into ARGS: make mae ARGS="--mask-ratio 0.5 --steps 5000"
 PYTHON ?= python3
 ARGS   ?=
-SCRIPTS = simclr autoencoder bert mae gpt
+SCRIPTS = simclr autoencoder bert mae gpt lora
 ENV     = .venv/installed
 BENCH   = .venv-bench/installed
 
@@ -24,6 +24,7 @@ bench: $(BENCH) ## measure our speed beside other packages
 	.venv-bench/bin/python benchmarks/bench_simclr.py
 	.venv-bench/bin/python benchmarks/bench_bert.py
 	.venv-bench/bin/python benchmarks/bench_gpt.py
+	.venv-bench/bin/python benchmarks/bench_lora.py
 
 bench-%: $(BENCH)
 	.venv-bench/bin/python benchmarks/bench_$*.py $(ARGS)

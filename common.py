@@ -656,9 +656,9 @@ class Text:
     val: list[bytes]
 
 
-def load_text(name, data_dir="data", parts=1, utf8=False):
+def load_text(name, data_dir="data", parts=1, utf8=False, flag="--data"):
     """A text by name -> Text. A single document is first cut into that many parts; with utf8 each
-    has to be UTF-8.
+    has to be UTF-8; flag is the one to name in messages.
 
     `pydocs` is the reference manual inside every Python, `pycode` the modules of its standard
     library, `shakespeare` the 1.1 MB of char-rnn, fetched to data_dir if it is not there. Else a
@@ -677,7 +677,7 @@ def load_text(name, data_dir="data", parts=1, utf8=False):
         files = sorted(path.glob("**/*.txt")) if path.is_dir() else [path]
         hidden = lambda file: any(part[0] == "." for part in file.relative_to(path).parts)
         files = [file for file in files if not hidden(file)]
-        require(name and path.exists(), f"there is no text {name!r}: --data takes pydocs, pycode, "
+        require(name and path.exists(), f"there is no text {name!r}: {flag} takes pydocs, pycode, "
                 "shakespeare, a file, or a folder of .txt files; for images gpt.py takes shapes, "
                 f"{', '.join(IMAGE_SETS)} or an .npz")
         require(files, f"{path} holds no .txt file")
@@ -687,13 +687,13 @@ def load_text(name, data_dir="data", parts=1, utf8=False):
         except OSError as error:
             raise UserError(f"cannot read {error.filename} ({error.strerror})") from None
     documents = {name: raw for name, raw in documents.items() if raw.strip()}
-    require(documents, f"the text of --data {name} is empty")
+    require(documents, f"the text of {flag} {name} is empty")
     for document, raw in documents.items() if utf8 else ():
         try:
             raw.decode()
         except UnicodeDecodeError as error:
             why = f"(byte {raw[error.start]:#x} at {error.start})"
-            raise UserError(f"{document} of --data {name} is not UTF-8 {why}: save it as UTF-8; "
+            raise UserError(f"{document} of {flag} {name} is not UTF-8 {why}: save it as UTF-8; "
                             "gpt.py takes any bytes") from None
     if len(documents) == 1 and parts > 1:
         (raw,) = documents.values()
@@ -830,22 +830,16 @@ class Run:
     and leaves the last good checkpoint.
     """
 
-    def __init__(self, args, model, optimizer=None, chance=None, vocabulary=None):
+    def __init__(self, args, model, optimizer=None, chance=None, vocabulary=None, keep=True):
         self.args, self.model, self.chance = args, model, chance    # chance: the loss of guessing
         self.vocabulary = vocabulary       # of a tokenizer: goes into the checkpoint with the model
+        self.keep = keep                   # False: a short one of many, without bar, log and files
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer or adamw(self.parameters, args.lr, args.weight_decay)
         self.step, self.wrote, self.seconds = 0, None, 0.     # wrote: step of the newest checkpoint
         self.order, self.pending, self.stop = (None, None), None, False
-        self.out = Path(args.out)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / ".try").write_text("")
-            (self.out / ".try").unlink()
-        except OSError as error:
-            raise UserError(f"cannot write to {self.out} ({error.strerror}): "
-                            "choose another --out") from None
-        if args.resume:
+        self.out = folder(args.out) if keep else Path(args.out)
+        if args.resume and keep:
             self.load()
         if args.compile:
             model.compile()
@@ -857,8 +851,8 @@ class Run:
         if ctrl_c:
             usual = signal.signal(signal.SIGINT, self.interrupt)
         line = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        self.bar = tqdm(total=args.steps, initial=self.step, ncols=80, disable=None, leave=False,
-                        bar_format=line)
+        self.bar = tqdm(total=args.steps, initial=self.step, ncols=80, leave=False,
+                        bar_format=line, disable=None if self.keep else True)
         self.log = self.open_log()
         try:
             while self.step < args.steps:
@@ -871,11 +865,13 @@ class Run:
                 last = self.step == args.steps
                 if last or self.stop or time.time() - saved > args.save_every:
                     self.check()
-                    self.save()
+                    if self.keep:
+                        self.save()
                     saved = time.time()
                 if last or self.step % -(-args.steps // 200) == 0:
                     self.check()
-                    self.show()
+                    if self.keep:
+                        self.show()
                 if self.stop:
                     raise KeyboardInterrupt
         finally:
@@ -883,7 +879,7 @@ class Run:
             self.log.close()
             if ctrl_c:
                 signal.signal(signal.SIGINT, usual)
-        if self.seconds > began:
+        if self.seconds > began and self.keep:
             print(f"{self.step} steps in {self.seconds:.0f} s, {self.words()} in the last.")
 
     def batch(self, data):
@@ -925,24 +921,12 @@ class Run:
     def save(self):
         """Writes checkpoint.pt in one motion: whoever looks sees the old one or the new one, whole.
         A finished or foreign checkpoint that was there before this run is kept as previous.pt."""
-        path, part = self.out / "checkpoint.pt", self.out / "checkpoint.pt.part"
         state = dict(script=script(), args=dataclasses.asdict(self.args), step=self.step,
                      seconds=self.seconds, model=self.model.state_dict(),
                      optimizer=self.optimizer.state_dict(), vocabulary=self.vocabulary)
-        try:
-            with open(part, "wb") as f:
-                torch.save(state, f)
-                f.flush()
-                os.fsync(f.fileno())
-            if path.exists() and self.wrote is None:
-                os.replace(path, self.out / "previous.pt")
-            os.replace(part, path)
-        except (OSError, RuntimeError) as error:       # torch.save wraps a full disk in either
-            part.unlink(missing_ok=True)
-            kept = "" if self.wrote is None else f"; the one of step {self.wrote} is kept"
-            why = getattr(error, "strerror", None) or "is the disk full?"
-            raise UserError(f"cannot write a checkpoint to {self.out} at step {self.step} "
-                            f"({why}){kept}") from None
+        kept = "" if self.wrote is None else f"; the one of step {self.wrote} is kept"
+        write_checkpoint(state, self.out / "checkpoint.pt", self.wrote is None,
+                         f" at step {self.step}", kept)
         self.wrote = self.step
 
     def load(self):
@@ -987,6 +971,8 @@ class Run:
     def open_log(self):
         """log.jsonl, a line every half per cent; what is later than the checkpoint is dropped."""
         path = self.out / "log.jsonl"
+        if not self.keep:
+            return open(os.devnull, "w")
         lines = path.read_text().split("\n") if self.step and path.exists() else []
         step = lambda line: int(re.match(r'\{"step": (\d+),.*\}$|', line)[1] or self.step + 1)
         path.write_text("".join(line + "\n" for line in lines if step(line) <= self.step))
@@ -1013,19 +999,111 @@ def script():
     return Path(sys.argv[0]).name
 
 
-def read_checkpoint(out, due):
+class Series:
+    """What surrounds several short trainings: the figures of each, kept as soon as it is done.
+
+        series = Series(args, free=("k",))            # settings that say which, not how
+        for fit in series.rest(fits, about):          # those that are not done yet, under a bar
+            series.add(fit, loss=...)
+        series.done                                   # {fit: figures}
+
+    With --resume nothing is done twice, unless a setting that is not free has changed, or what
+    `about` says they are about.
+    """
+
+    def __init__(self, args, free=()):
+        self.args, self.out, self.done, self.seconds = args, folder(args.out), {}, 0.
+        self.path, self.about, fresh = self.out / "checkpoint.pt", "", not args.resume
+        if args.resume:
+            state = read_checkpoint(args.out, script())
+            require("done" in state, f"{self.path} is one training, not a series: choose another "
+                    "--out")
+            free = {*free, "out", "device", "data_dir", "resume", "save_every"}
+            same = lambda settings: {k: v for k, v in settings.items() if k not in free}
+            if same(state["args"]) == same(dataclasses.asdict(args)):
+                self.done, self.seconds = state["done"], state["seconds"]
+                self.about = state["about"]
+        self.save(fresh)
+
+    def save(self, fresh=False):
+        """Writes checkpoint.pt; a foreign one that was there before is kept as previous.pt."""
+        state = dict(script=script(), args=dataclasses.asdict(self.args), about=self.about,
+                     done=self.done, seconds=self.seconds)
+        write_checkpoint(state, self.path, fresh)
+
+    def rest(self, fits, about):
+        """The fits (tuples) that are still to be done."""
+        if self.about != about:
+            self.done, self.seconds, self.about = {}, 0., about
+        bar = progress([fit for fit in fits if fit not in self.done], "fits")
+        for fit in bar:
+            bar.set_postfix_str(" ".join(map(str, fit)))
+            self.began = time.time()
+            yield fit
+
+    def add(self, fit, **figures):
+        """Keeps the figures of the fit that `rest` gave last."""
+        self.done[fit] = figures
+        self.seconds += time.time() - self.began
+        self.save()
+
+
+def folder(out):
+    """The folder as a Path, made if it is not there. Raises UserError if one cannot write to it."""
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".try").write_text("")
+        (out / ".try").unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
+    return out
+
+
+def write_checkpoint(state, path, fresh=False, when="", kept="", what="a checkpoint"):
+    """Writes a file in one motion: whoever looks sees the old one or the new one, whole. With
+    `fresh`, one that is there is of another run, and is kept as previous.pt. Raises UserError."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if path.exists() and fresh:
+            os.replace(path, path.with_name("previous.pt"))
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:           # torch.save wraps a full disk in either
+        part.unlink(missing_ok=True)
+        why = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"cannot write {what} to {path.parent}{when} ({why}){kept}") from None
+
+
+def read_checkpoint(out, *due, otherwise="leave out --resume to start anew", flag="--out"):
     """The newest checkpoint of a run, on the CPU. Raises UserError if there is none, if it is
-    broken, or if a script other than the one that is due wrote it."""
+    broken, or if a script other than those that are due wrote it."""
     path = Path(out) / "checkpoint.pt"
-    require(path.exists(), f"there is no {path} to go on from: leave out --resume to start anew")
+    require(path.exists(), f"there is no {path} to go on from: {otherwise}")
+    return read_saved(path, *due, flag=flag)
+
+
+def read_saved(path, *due, flag="--out"):
+    """What a script, one of those that are due (none: any), saved in a file, on the CPU. Raises
+    UserError as read_checkpoint."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         by = state["script"]
     except Exception as error:                          # torch raises many kinds for a broken file
         why = f"{path} is not a checkpoint that can be read ({type(error).__name__})"
         raise UserError(why) from None
-    require(by == due, f"{path} was written by {by}, not by {due}: choose another --out")
+    require(by in due or not due, f"{path} was written by {by}, not by {' or '.join(due)}: choose "
+            f"another {flag}")
     return state
+
+
+def fingerprint(weights):
+    """Eight letters that tell {name: tensor on the CPU} from any other."""
+    return hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()[:8]
 
 
 # -------------------------------------------------------------------------------- evaluation
@@ -1129,10 +1207,10 @@ def table(rows):
                      for row in rows)
 
 
-def spread(values):
+def spread(values, digits=1):
     """'61.2', or '61.2 +- 0.8' (mean and sample standard deviation) of several values."""
-    text = f"{np.mean(values):.1f}"
-    return text + f" +- {np.std(values, ddof=1):.1f}" if len(values) > 1 else text
+    text = f"{np.mean(values):.{digits}f}"
+    return text + f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
 
 
 def comparison(images, labels, rows):

@@ -11,6 +11,8 @@ FAMILIES = {   # part -> groups of scripts in which it is one and the same
     "Block": [("mae.py", "flamingo.py:eye"), ("gpt.py", "lora.py", "flamingo.py")],
     "Cache": [("gpt.py", "lora.py", "flamingo.py")],
     "GPT": [("gpt.py", "lora.py", "flamingo.py")],
+    "mask": [("gpt.py", "lora.py")],
+    "distance": [("gpt.py", "lora.py")],
     "ViT": [("mae.py", "flamingo.py")],
     "sincos": [("mae.py", "flamingo.py")],
     "take": [("mae.py", "flamingo.py")],

@@ -39,6 +39,14 @@ TRIALS = {   # a training step with what was pasted: it must give a finite loss 
         loss = distance(model(masked), target)
         assert len(sample(model, [[1, 2], [3]], 20, 49, temperature=.8, top_k=9, top_p=.9)[0]) == 20
     """,
+    "lora.py": """
+        masked, target = mask(torch.randint(49, (3, 12)), bos=49)
+        models = [adapt(GPT(vocab=50, context=12, dim=16, depth=2, heads=2), method, ["qkv", "fc2"], rank=2)
+                  for method in ("lora", "ia3", "bias", "first", "middle", "last", "full")]
+        loss = sum(distance(model(masked), target) for model in models)
+        assert len(sample(models[0], torch.tensor([1, 2]), 9)) == 9 and spectrum(torch.eye(3)).shape == (3,)
+        model = nn.ParameterList(p for model in models for p in trained(model).values())
+    """,
 }
 
 
@@ -60,7 +68,7 @@ def test_what_scripts_import(scripts):
                          [node.module] if isinstance(node, ast.ImportFrom) else []):
                 top = name.split(".")[0]
                 assert f"{top}.py" not in scripts, f"{script} imports {name}"
-                assert top in {"torch", "numpy", "common", "copy", "math", "time", "dataclasses", "typing"}, (script, name)
+                assert top in {"torch", "numpy", "common", "copy", "math", "time", "dataclasses", "typing", "pathlib"}, (script, name)
 
 
 def test_the_model_and_the_method_need_torch_alone(scripts):

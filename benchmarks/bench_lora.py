@@ -1,0 +1,189 @@
+"""lora.py beside the peft package on GPT2LMHeadModel of transformers, with the same weights.
+
+    make bench-lora                             all cases, about 4 minutes on 2 cores
+    make bench-lora ARGS="--cases step --rounds 40"
+
+step      a training step of LoRA, rank 8 on qkv, of a 6 x 384 GPT, 257 tokens, context 256, batch 8: forward,
+          loss, backward, fused AdamW over what is trained
+memory    the same, each side in a process of its own, 5 steps: the most memory that the process ever had
+          (VmHWM), and how much of it came after the imports
+
+Both sides hold the same weights, A and B included, and must agree on the loss and on the gradients of A and B before
+the clock starts. In bfloat16 a step runs under autocast. `--plain` leaves out the faster kernels that common.autocast
+chooses on some CPUs. Timed in turns; the ratio is the median over rounds of theirs / ours (above 1: ours is faster),
+the middle half in brackets.
+"""
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import common
+import lora
+from pairs import compare, pair
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HOW = dict(vocab=257, context=256, dim=384, depth=6, heads=6)
+RANK, ALPHA, BATCH = 8, 16., 8
+NAME = "step, 6 x 384, context 256, batch 8, rank 8 on qkv"
+
+
+def ours():
+    """Our GPT with LoRA; A is not zero, so that all gradients can be compared."""
+    torch.manual_seed(0)
+    model = lora.adapt(lora.GPT(**HOW), "lora", ["qkv"], RANK, ALPHA)
+    for name, p in lora.trained(model).items():
+        torch.nn.init.normal_(p, std=.05)
+    return model.to(DEVICE)
+
+
+def theirs():
+    """GPT2LMHeadModel with peft's LoRA, weights of its own."""
+    import peft
+    import transformers
+    config = transformers.GPT2Config(vocab_size=257, n_positions=256, n_embd=384, n_layer=6, n_head=6, resid_pdrop=0.,
+                                     embd_pdrop=0., attn_pdrop=0., bos_token_id=256, eos_token_id=None)
+    how = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["c_attn"], fan_in_fan_out=True)
+    return peft.get_peft_model(transformers.GPT2LMHeadModel(config), how).to(DEVICE).train()
+
+
+def copy_weights(mine, other):
+    """Our weights under peft's names; GPT-2's matrices are transposed, and A and B have each other's names."""
+    state = {}
+    for name, value in mine.state_dict().items():
+        for a, b in [("token_embed", "wte"), ("pos_embed", "wpe"), ("blocks.", "h."), ("norm1", "ln_1"), ("norm2", "ln_2"),
+                     ("attn.qkv.linear", "attn.c_attn.base_layer"), ("attn.qkv.A", "attn.c_attn.lora_B.default.weight"),
+                     ("attn.qkv.B", "attn.c_attn.lora_A.default.weight"), ("attn.proj", "attn.c_proj"),
+                     ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")]:
+            name = name.replace(a, b)
+        name = f"ln_f{name[4:]}" if name.startswith("norm") else name
+        transposed = value.ndim == 2 and name.startswith("h.") and "lora_B" not in name
+        state[f"base_model.model.transformer.{name}"] = value.T if transposed else value
+    missing = other.load_state_dict(state, strict=False)
+    assert missing.missing_keys == ["base_model.model.lm_head.weight"] and not missing.unexpected_keys, missing   # it is tied
+
+
+def context(dtype, plain):
+    """What our side runs under."""
+    if plain:
+        return torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16")
+    return common.autocast(SimpleNamespace(device=DEVICE, dtype=dtype, compile=False))
+
+
+def sides(which, dtype, plain):
+    """{side: (model, its loss, a training step)}"""
+    torch.manual_seed(1)
+    masked, target = lora.mask(torch.randint(256, (BATCH, 256), device=DEVICE), 256)
+    built = {}
+    for side in which:
+        model = ours() if side == "ours" else theirs()
+        logits = model if side == "ours" else lambda x, model=model: model(x).logits
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
+
+        def run(logits=logits, optimizer=optimizer, plain=plain or side == "theirs"):
+            with context(dtype, plain):
+                loss = lora.distance(logits(masked), target)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        built[side] = model, lambda logits=logits: lora.distance(logits(masked), target), run
+    return built
+
+
+def agree(mine, other):
+    """Stops the benchmark unless losses and gradients of A and B are equal."""
+    (a, a_loss, _), (b, b_loss, _) = mine, other
+    copy_weights(a, b)
+    x, y = a_loss(), b_loss()
+    x.backward(), y.backward()
+    assert abs(x - y) < 1e-5, (x, y)
+    grads = {name: p.grad for name, p in b.named_parameters() if p.requires_grad}
+    assert len(grads) == len(lora.trained(a)) == 12
+    for i, block in enumerate(a.blocks):
+        prefix = f"base_model.model.transformer.h.{i}.attn.c_attn.lora_"
+        for ours, theirs in (block.attn.qkv.A, f"{prefix}B.default.weight"), (block.attn.qkv.B, f"{prefix}A.default.weight"):
+            theirs = grads[theirs] if ours.shape == grads[theirs].shape else grads[theirs].T
+            assert (ours.grad - theirs).abs().max() < 1e-4 * theirs.abs().max(), prefix
+    for model in (a, b):
+        model.zero_grad()
+
+
+def timed_step(dtype, plain, rounds):
+    """The figures of the case `step`."""
+    built = sides(("ours", "theirs"), dtype, plain)
+    agree(built["ours"], built["theirs"])
+    return dict(case=NAME, beside="peft", dtype=dtype, **compare(*pair(built["ours"][2], built["theirs"][2], rounds)))
+
+
+def peak(side, dtype, plain):
+    """In a process of its own: prints the most memory it ever had, in MB, and what it had before the model."""
+    high = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1000
+    if side == "theirs":
+        import peft
+        import transformers
+        transformers.GPT2LMHeadModel, peft.get_peft_model                       # lazily imported
+    before = high()
+    _, _, run = sides([side], dtype, plain)[side]
+    for _ in range(5):
+        run()
+    print(json.dumps([high(), before]))
+
+
+def memory(dtype, plain, times=3):
+    """The figures of the case `memory`: medians of several processes a side."""
+    found = {"ours": [], "theirs": []}
+    for _ in range(times):
+        for side in found:
+            line = [sys.executable, __file__, "--peak", side, "--dtypes", dtype] + ["--plain"] * plain
+            found[side].append(json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout))
+    mb = {side: [sorted(column)[times // 2] for column in zip(*runs)] for side, runs in found.items()}
+    (a, a0), (b, b0) = mb["ours"], mb["theirs"]
+    return dict(case=NAME.replace("step", "memory"), beside="peft", dtype=dtype, ours_mb=a, theirs_mb=b, ratio=b / a,
+                ours_after_imports_mb=a - a0, theirs_after_imports_mb=b - b0, ratio_after_imports=(b - b0) / (a - a0))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=["step", "memory"], choices=["step", "memory"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plain", action="store_true", help="ours, too, on PyTorch's choice of kernels")
+    parser.add_argument("--peak", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        return peak(args.peak, args.dtypes[0], args.plain)
+    import peft
+    import transformers
+    print(f"{common.machine()}, torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
+          f"{torch.get_num_threads()} threads; {args.rounds} rounds")
+    rows, figures = [("case", "dtype", "ours", "theirs", "theirs / ours")], []
+    for case in args.cases:
+        for dtype in args.dtypes:
+            if case == "step":
+                f = timed_step(dtype, args.plain, args.rounds)
+                rows.append((f["case"], dtype, f"{f['ours_ms']:.0f} ms", f"{f['theirs_ms']:.0f} ms",
+                             "{:.2f} [{:.2f} to {:.2f}]".format(f["ratio"], *f["quartiles"])))
+            else:
+                f = memory(dtype, args.plain)
+                rows.append((f["case"], dtype, f"{f['ours_mb']:.0f} MB", f"{f['theirs_mb']:.0f} MB", f"{f['ratio']:.2f}"))
+                rows.append(("  of it after the imports", dtype, f"{f['ours_after_imports_mb']:.0f} MB",
+                             f"{f['theirs_after_imports_mb']:.0f} MB", f"{f['ratio_after_imports']:.2f}"))
+            figures.append(f)
+    print(common.table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(dict(
+            command="make bench-lora" + " ARGS=--plain" * args.plain, machine=common.machine(), threads=torch.get_num_threads(),
+            versions=dict(torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__),
+            figures=figures), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
