@@ -241,7 +241,7 @@ class LoRA(nn.Module):
         super().__init__()
         d1, d2 = linear.weight.shape
         if not 1 <= rank <= min(d1, d2):
-            raise ValueError(f"rank {rank} of a {d1} x {d2} matrix: possible are 1 to {min(d1, d2)}")
+            raise ValueError(f"rank {rank} of a {d1} x {d2} matrix: it can be 1 to {min(d1, d2)}")
         self.linear = linear.requires_grad_(False)
         self.scale, self.dropout, self.merged = alpha / rank, dropout, False
         # One factor is zero, so that training starts from W0 itself. Not both: each one's gradient
@@ -403,10 +403,12 @@ RECIPE = "steps", "batch", "lr", "weight_decay", "warmup", "clip", "seed", "data
 
 @dataclass
 class Base:
-    """A pre-trained GPT: the model, the text that it knows, and its name, which says who it is."""
+    """A pre-trained GPT: the model, the text that it knows, its name, which says who it is, and the
+    seconds that its training took."""
     model: nn.Module
     data: str
     name: str
+    seconds: float
 
 
 def pretrain(args):
@@ -463,7 +465,7 @@ def load_base(args, folder):
     possible(args, model)
     name = (f"{how['depth']} x {how['dim']} GPT of {how['data']}, step {state['step']}, "
             f"{common.fingerprint(weights)}")
-    return Base(model.to(args.device).eval(), how["data"], name)
+    return Base(model.to(args.device).eval(), how["data"], name, state["seconds"])
 
 
 def windows(args, name):
@@ -558,8 +560,8 @@ def fits(args):
 def recipe(args, method, k, draw):
     """The settings of one training: a few examples are not seen more often than many."""
     batch = min(args.batch, k)
-    return dataclasses.replace(args, seed=args.seed + draw, lr=args.lr or LR[method], batch=batch,
-                               steps=min(args.steps, round(args.passes * k / batch)))
+    return dataclasses.replace(args, seed=args.seed + 1000 * draw, lr=args.lr or LR[method],
+                               batch=batch, steps=min(args.steps, round(args.passes * k / batch)))
 
 
 def measure(args, base, method, k, model, new, old):
@@ -671,14 +673,14 @@ def tell(args, series, base, rows, start, shares, texts):
     total = size(dict(base.model.named_parameters()))
     print()
     common.say(f"The base is a {base.name}, of {total:,} parameters. It gets k examples of "
-               f"{args.example} bytes of {args.data}, in training or (prompt) in front of the text. "
+               f"{args.example} bytes of {args.data}, to train on or (prompt) in front of the text. "
                "Loss: nats a token of new text. Bytes: what has to be stored. ms: a training step. "
-               f"Mean and standard deviation over {args.draws} draws of examples and first weights:")
+               f"Mean and standard deviation of {args.draws} draws of examples and first weights:")
     print("\n" + common.table(rows_of(args, base, rows, start)) + "\n")
     best = {method: min(sum(f["new"]) / len(f["new"]) for f in ks.values())
             for method, ks in rows.items()}
     common.report(series, ", ".join(f"{method} {loss:.3f}" for method, loss in best.items()),
-                  dict(base=base.name, parameters=total, start=start, rows=rows, counts=counts,
+                  dict(base=base.name, base_seconds=base.seconds, parameters=total, start=start, rows=rows, counts=counts,
                        shares=found, texts=texts))
 
 
@@ -696,12 +698,12 @@ def main(args):
     if args.adapter:
         return inspect(args, base, start, new, old)
     for method, k, draw in series.rest(fits(args), base.name):
-        few = choose(text, k, args.seed + draw)
+        few = choose(text, k, args.seed + 1000 * draw)
         if method == "prompt":                                             # nothing is trained
             series.add((method, k, draw), seconds=0., trained=0, bytes=few.numel(),
                        new=evaluate(args, base.model, new, few), old=start[1])
             continue
-        torch.manual_seed(args.seed + draw)
+        torch.manual_seed(args.seed + 1000 * draw)
         model = adapt(copy.deepcopy(base.model), method, args.where.split(","), args.rank,
                       args.alpha, args.dropout).train()
         run = common.Run(recipe(args, method, k, draw), model, keep=False)

@@ -295,7 +295,7 @@ def test_wrong_names_and_ranks(base):
     with pytest.raises(ValueError, match="no matrix 'qkw' in a block: it has qkv, proj, fc1, fc2"):
         lora.adapt(base, "lora", ["qkv", "qkw"])
     for rank in 0, C + 1:
-        with pytest.raises(ValueError, match=f"rank {rank} of a 72 x 24 matrix: possible are 1 to 24"):
+        with pytest.raises(ValueError, match=f"rank {rank} of a 72 x 24 matrix: it can be 1 to 24"):
             lora.adapt(base, "lora", ["qkv"], rank=rank)
     lora.adapt(base, "lora", ["qkv"], rank=C)
     with pytest.raises(ValueError, match="no method 'adapter'"):
@@ -351,7 +351,7 @@ def test_sample_equals_reading_all_of_it_each_time(base):
 def test_an_adapter_comes_back(base, tmp_path):
     x, kinds = tokens(), [*TRAINED]
     args = lora.Args(where="proj,fc1", rank=3, alpha=5.)
-    owner = lora.Base(base.eval(), "text", "a base")
+    owner = lora.Base(base.eval(), "text", "a base", 0.)
     for method in kinds:
         model = moved(lora.adapt(copy.deepcopy(base), method, ["proj", "fc1"], 3, 5.)).eval()
         size = lora.save_adapter(args, str(tmp_path / f"{method}.pt"), model, method, owner)
@@ -363,7 +363,7 @@ def test_an_adapter_comes_back(base, tmp_path):
         assert torch.equal(again(x), model(x)) and not torch.equal(again(x), base(x))
     assert torch.equal(owner.model(x), base(x))
     with pytest.raises(common.UserError, match="belongs to another base, a base; this one is b base"):
-        lora.load_adapter(tmp_path / "lora.pt", lora.Base(base, "text", "b base"))
+        lora.load_adapter(tmp_path / "lora.pt", lora.Base(base, "text", "b base", 0.))
 
 
 # ------------------------------------------------------------------------------------- the script
@@ -540,7 +540,7 @@ def test_bad_flags(flags, words, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--rank", "17"], ["--rank 17", "48 x 16 matrix: possible are 1 to 16"]),
+    (["--rank", "17"], ["--rank 17", "48 x 16 matrix: it can be 1 to 16"]),
     (["--where", "qkv,query"], ["no matrix 'query'", "qkv, proj, fc1, fc2"]),
     (["--k", "1", "999"], ["--k 999 is more than the 107 examples", "11 in its last tenth"]),
     (["--example", "300"], ["0 in its last tenth", "smaller --k or --example"]),

@@ -7,6 +7,7 @@ import re
 import shlex
 import statistics
 import textwrap
+from pathlib import Path
 
 import pytest
 from conftest import DATA, ROOT, run
@@ -19,7 +20,8 @@ QUICK = {   # added to a command, so that it takes seconds
     "simclr.py": "--steps 2 --labels 1 --draws 1 --width 4 --depth 10 --image-size 12",
     "autoencoder.py": "--steps 2 --labels 1 --draws 1 --width 4 --code 4 --keep 4 --image-size 12",
     "bert.py": "--steps 2 --labels 1 --draws 1 --tune-steps 2 --dim 16 --heads 2 --depth 1",
-    "gpt.py": "--steps 2 --length 9 --dim 16 --heads 2 --depth 1"}
+    "gpt.py": "--steps 2 --length 9 --dim 16 --heads 2 --depth 1",
+    "lora.py": "--base-steps 2 --base-batch 2 --dim 16 --heads 2 --depth 2 --context 60 --k 1 --passes 1 --draws 1 --length 9"}
 
 
 def spread(values):
@@ -64,7 +66,7 @@ def speed(pattern):
     (bench,) = load(pattern)
     lines = ["| what | dtype | ours, ms | theirs, ms | theirs / ours |", "|---|---|---:|---:|---:|"]
     digits = lambda ms: f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}"
-    for f in bench["figures"]:
+    for f in (f for f in bench["figures"] if "ours_ms" in f):
         low, high = f["quartiles"]
         name = f["case"] + (f", beside {f['beside']}" if "beside" in f else "")
         lines.append(f"| {name} | {f['dtype']} | {digits(f['ours_ms'])} | {digits(f['theirs_ms'])} "
@@ -200,15 +202,94 @@ def fine_tuned(patterns):
                               f"{runs[0]['machine']}, torch {runs[0]['versions']['torch']}.")
 
 
+def lora_table(rows, ks, note):
+    """rows: [name, then for each k a list of losses, one a base or a draw] as a table."""
+    lines = ["| " + " | ".join(note) + " |" + "".join(f" k = {k} |" for k in ks), "|---|" + "---:|" * (len(note) - 1 + len(ks))]
+    lines += ["| " + " | ".join([*names, *(number(cell, 3) if cell else "" for cell in cells)]) + " |" for *names, cells in rows]
+    return "\n".join(lines)
+
+
+def of_base(runs, method, k, what):
+    """Of runs of lora.py, the mean over the draws of each run: a list; empty where it was not done."""
+    if method == "the base":
+        return [r["figures"]["start"][what == "old"] for r in runs]
+    return [statistics.mean(r["figures"]["rows"][method][str(k)][what]) for r in runs if str(k) in r["figures"]["rows"][method]]
+
+
+def adapted(patterns):
+    """The losses that each method of lora.py gives at each k, on the new or the old text (`new:`, `old:`)."""
+    what, pattern = patterns.split(":")
+    runs = load(pattern)
+    f, how = runs[0]["figures"], runs[0]["settings"]
+    rows = [["the base", "0", "0", [of_base(runs, "the base", k, what) for k in how["k"]]]]
+    for method, row in f["rows"].items():
+        one = list(row.values())[-1]
+        share = f" ({100 * one['trained'][0] / f['parameters']:.1f} %)" if one["trained"][0] else ""
+        size = f"{one['bytes'][0]:,}" if one["trained"][0] else f"{how['example']} k"
+        rows.append([method, f"{one['trained'][0]:,}{share}", size, [of_base(runs, method, k, what) for k in how["k"]]])
+    text = lora_table(rows, how["k"], [f"loss on {how['data' if what == 'new' else 'old']}", "trained", "bytes"])
+    return (f"{text}\n\nNats a token, mean ± standard deviation over {len(runs)} bases, each the mean of {how['draws']} draws of the examples; "
+            f"{runs[0]['machine']}, torch {runs[0]['versions']['torch']}, Python {runs[0]['versions']['python']}.")
+
+
+def searched(pattern):
+    """Each method at the best of some learning rates: [new, old] for each k."""
+    (r,) = load(pattern)
+    ks, lines = r["ks"], []
+    for method, grid in r["figures"].items():
+        cells = []
+        for k in map(str, ks):
+            best = min(grid, key=lambda lr: statistics.mean(grid[lr][k]["new"]))
+            cells.append(f"{float(best):g} | {number(grid[best][k]['new'], 3)} | {number(grid[best][k]['old'], 3)}")
+        lines.append(f"| {method} | {', '.join(f'{float(lr):g}' for lr in sorted(grid, key=float))} | " + " | ".join(cells) + " |")
+    head = "| what is trained | learning rates tried |" + "".join(f" best, k = {k} | {r['data']} | {r['old']} |" for k in ks)
+    start = f"| nothing (the base) | |" + "".join(f" | {r['start'][0]:.3f} | {r['start'][1]:.3f} |" for k in ks)
+    return "\n".join([head, "|---|---|" + "---:|" * (3 * len(ks)), start, *lines]) + (
+        f"\n\nNats a token, mean ± standard deviation over {r['draws']} draws of the examples, one base; the best learning rate is the one "
+        f"with the least loss on new text. {r['machine']}, torch {r['versions']['torch']}, Python {r['versions']['python']}.")
+
+
+def directions(pattern):
+    """How many directions an update really uses."""
+    runs = load(pattern)
+    f = runs[0]["figures"]
+    lines = ["| share of the update's squared length, % |" + "".join(f" {n} |" for n in f["counts"]), "|---|" + "---:|" * len(f["counts"])]
+    for method in f["shares"]:
+        for name in f["shares"][method]:
+            cells = [f"{100 * statistics.mean(r['figures']['shares'][method][name][i] for r in runs):.0f}" for i in range(len(f["counts"]))]
+            lines.append(f"| {method}, {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + (f"\n\nIn its 1, 2, 4 ... most important directions; mean over the blocks and {len(runs)} bases, at k = {max(runs[0]['settings']['k'])}.")
+
+
+def memory(pattern):
+    """Peak memory beside the other package's."""
+    (bench,) = load(pattern)
+    lines = ["| peak memory | dtype | ours, MB | theirs, MB | theirs / ours |", "|---|---|---:|---:|---:|"]
+    for f in (f for f in bench["figures"] if "ours_mb" in f):
+        for what, key in ("the whole process", ""), ("of it after the imports", "_after_imports"):
+            a, b, c = (f"{f[name.format(key)]:.{digits}f}" for name, digits in (("ours{}_mb", 0), ("theirs{}_mb", 0), ("ratio{}", 2)))
+            lines.append(f"| {what} | {f['dtype']} | {a} | {b} | {c} |")
+    return "\n".join(lines)
+
+
 def expect(name):
     """The lines of a script's docstring that say what its plain command gives."""
-    runs = load(f"{name}-{'pydocs' if name in ('bert', 'gpt') else 'shapes'}-*.json")
+    runs = load(f"{name}-{'pydocs' if name in ('bert', 'gpt', 'lora') else 'shapes'}-*.json")
     most = max(r["threads"] for r in runs)                     # some seeds may have run on one core, beside others
     r, seconds = runs[0], statistics.mean(r["seconds"] for r in runs if r["threads"] == most)
     where = (f"({len(runs)} seeds; {seconds:.0f} s of training on {r['machine']}, torch {r['versions']['torch']})")
     if name == "gpt":
         text = (f"{number([r['figures']['loss'] for r in runs], 3)} nats a token on new text, "
                 f"{number([r['figures']['bits'] for r in runs], 2)} bits a byte {where}")
+    elif name == "lora":
+        k, f = max(r["settings"]["k"]), r["figures"]
+        loss = lambda who, what: number(of_base(runs, who, k, what), 2)
+        base = statistics.mean(r["figures"]["base_seconds"] for r in runs if r["threads"] == most)
+        share = 100 * f["rows"]["lora"][str(k)]["trained"][0] / f["parameters"]
+        text = (f"{k} examples of pycode bring its loss from {loss('the base', 'new')} to {loss('lora', 'new')} nats a token with LoRA, "
+                f"{share:.1f} % of the parameters, and to {loss('full', 'new')} with all of them; that of pydocs goes from "
+                f"{loss('the base', 'old')} to {loss('lora', 'old')} and {loss('full', 'old')} ({len(runs)} bases; {seconds:.0f} s of "
+                f"training after {base:.0f} s for the base, on {r['machine']}, torch {r['versions']['torch']})")
     elif name == "bert":
         get = lambda who, key, digits: number([r["figures"][who][key] for r in runs], digits)
         text = (f"{get('masked', 'accuracy', 1)} % of the hidden words of new text are right, at a perplexity of "
@@ -230,7 +311,7 @@ def expect(name):
 
 
 FIGURES = {f.__name__: f for f in (few_labels, speed, knows, while_training, flags,
-                                     losses, sampled, blanks, hidden, fine_tuned)}
+                                     losses, sampled, blanks, hidden, fine_tuned, adapted, searched, directions, memory)}
 
 
 def written(text):
@@ -276,8 +357,16 @@ def test_command_runs(line, tmp_path):
             pytest.skip(f"{name} is not here")
         flags += ["--data-dir", DATA]
     quick = [*QUICK[script].split(), "--out", tmp_path / "run"]
-    if "--resume" in flags:
+    if "--resume" in flags or "--adapter" in flags:
         assert run(*quick, script=script).returncode == 0
+    if "--adapter" in flags:
+        assert Path(flags[-1]).name == "lora-64.pt"                          # of the plain command; here k is 1
+        flags[-1] = tmp_path / "run/lora-1.pt"
+    if "--base" in flags:
+        at = flags.index("--base") + 1
+        assert flags[at] == "runs/gpt"                                       # of gpt.py's plain command
+        flags[at] = tmp_path / "gpt"
+        assert run(*QUICK["gpt.py"].split(), "--out", flags[at], script="gpt.py").returncode == 0
     done = run(*flags, *quick, script=script)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/result.json").exists()
