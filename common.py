@@ -7,6 +7,7 @@ surroundings, few-label evaluation and pictures. No model, loss, mask or augment
                  load_text              documents as bytes; the embedded one is Python's own manual
                  Bytes, Words           tokenizers: a token a byte, or a token a word
     training     Run                    optimizer, schedule, bar, log, checkpoint, exact resume
+                 Series                 several short trainings, their results kept one by one
     evaluation   few, encode, probe, finetune     what do k labels a class buy?
     output       save_png, table, report
 
@@ -830,16 +831,16 @@ class Run:
     and leaves the last good checkpoint.
     """
 
-    def __init__(self, args, model, optimizer=None, chance=None, vocabulary=None, keep=True):
+    def __init__(self, args, model, optimizer=None, chance=None, vocabulary=None, part=""):
         self.args, self.model, self.chance = args, model, chance    # chance: the loss of guessing
         self.vocabulary = vocabulary       # of a tokenizer: goes into the checkpoint with the model
-        self.keep = keep                   # False: a short one of many, without bar, log and files
+        self.part, self.keep = part, not part      # which of many short ones: no bar, log or files
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer or adamw(self.parameters, args.lr, args.weight_decay)
         self.step, self.wrote, self.seconds = 0, None, 0.     # wrote: step of the newest checkpoint
         self.order, self.pending, self.stop = (None, None), None, False
-        self.out = folder(args.out) if keep else Path(args.out)
-        if args.resume and keep:
+        self.out = folder(args.out) if self.keep else Path(args.out)
+        if args.resume and self.keep:
             self.load()
         if args.compile:
             model.compile()
@@ -912,7 +913,8 @@ class Run:
             step, loss, norm = self.pending
             self.pending, self.loss, self.norm = None, loss.item(), norm.item()
             if not math.isfinite(self.loss + self.norm):
-                kept = "no checkpoint was written yet"
+                kept = f"{self.part}: other results are kept" if self.part else \
+                    "no checkpoint was written yet"
                 if self.wrote is not None:
                     kept = f"the checkpoint of step {self.wrote} is kept"
                 raise UserError(f"at step {step} the loss was {self.loss:.4g} and its gradient "
@@ -1002,39 +1004,31 @@ def script():
 class Series:
     """What surrounds several short trainings: the figures of each, kept as soon as it is done.
 
-        series = Series(args, free=("k",))            # settings that say which, not how
-        for fit in series.rest(fits, about):          # those that are not done yet, under a bar
+        series = Series(args, about, free=("k",))     # settings that say which, not how
+        for fit in series.rest(fits):                 # those that are not done yet, under a bar
             series.add(fit, loss=...)
         series.done                                   # {fit: figures}
 
-    With --resume nothing is done twice, unless a setting that is not free has changed, or what
-    `about` says they are about.
+    With --resume nothing is done twice, unless a setting that is not free has changed, or `about`,
+    the name of what they have in common.
     """
 
-    def __init__(self, args, free=()):
-        self.args, self.out, self.done, self.seconds = args, folder(args.out), {}, 0.
-        self.path, self.about, fresh = self.out / "checkpoint.pt", "", not args.resume
+    def __init__(self, args, about="", free=()):
+        self.args, self.about, self.out = args, about, folder(args.out)
+        self.path, self.done, self.seconds, self.fresh = self.out / "checkpoint.pt", {}, 0., True
         if args.resume:
             state = read_checkpoint(args.out, script())
             require("done" in state, f"{self.path} is one training, not a series: choose another "
                     "--out")
             free = {*free, "out", "device", "data_dir", "resume", "save_every"}
             same = lambda settings: {k: v for k, v in settings.items() if k not in free}
-            if same(state["args"]) == same(dataclasses.asdict(args)):
-                self.done, self.seconds = state["done"], state["seconds"]
-                self.about = state["about"]
-        self.save(fresh)
+            if state["about"] == about and same(state["args"]) == same(dataclasses.asdict(args)):
+                self.done, self.seconds, self.fresh = state["done"], state["seconds"], False
+            else:
+                say(f"Other settings than those in {self.path}, so all is done anew.")
 
-    def save(self, fresh=False):
-        """Writes checkpoint.pt; a foreign one that was there before is kept as previous.pt."""
-        state = dict(script=script(), args=dataclasses.asdict(self.args), about=self.about,
-                     done=self.done, seconds=self.seconds)
-        write_checkpoint(state, self.path, fresh)
-
-    def rest(self, fits, about):
+    def rest(self, fits):
         """The fits (tuples) that are still to be done."""
-        if self.about != about:
-            self.done, self.seconds, self.about = {}, 0., about
         bar = progress([fit for fit in fits if fit not in self.done], "fits")
         for fit in bar:
             bar.set_postfix_str(" ".join(map(str, fit)))
@@ -1042,10 +1036,14 @@ class Series:
             yield fit
 
     def add(self, fit, **figures):
-        """Keeps the figures of the fit that `rest` gave last."""
+        """Keeps the figures of the fit that `rest` gave last, in checkpoint.pt; one of another
+        series that was there is kept as previous.pt."""
         self.done[fit] = figures
         self.seconds += time.time() - self.began
-        self.save()
+        state = dict(script=script(), args=dataclasses.asdict(self.args), about=self.about,
+                     done=self.done, seconds=self.seconds)
+        write_checkpoint(state, self.path, self.fresh)
+        self.fresh = False
 
 
 def folder(out):

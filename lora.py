@@ -31,7 +31,7 @@ Differs  LoRA's paper leaves scaling, first weights and matrices open to taste: 
 
 Try      --rank 1: is one memory enough? And --where qkv --rank 12, which costs as much?
          --lr 0.01: which method breaks first, and what does it forget?
-         --k 1 4 16: from how many examples is training better than the prompt?
+         --k 1 2 4: from how many examples on is training better than the prompt?
 """
 import copy
 import dataclasses
@@ -49,6 +49,7 @@ import common
 # -------------------------------------------------------------------------------------- settings
 
 Method = Literal["all", "lora", "ia3", "bias", "first", "middle", "last", "full", "prompt"]
+FREE = "method", "k", "draws", "prompt", "length", "temperature"     # change no training
 LR = dict(lora=1e-3, ia3=1e-2, bias=3e-3, first=1e-4, middle=3e-4, last=3e-4, full=1e-4)
 
 
@@ -65,14 +66,14 @@ class Args(common.Args):
     method: Method = "all"          # what is trained (prompt: nothing, the examples stand in it)
     k: tuple[int, ...] = (1, 4, 16, 64, 256)    # numbers of examples
     draws: int = 3                  # repetitions: other examples, other first weights
-    example: int = 24               # bytes of an example, from the beginning of a line
+    example: int = 24               # bytes of an example: the beginning of a line, and on
     where: str = "qkv,proj,fc1,fc2"    # LoRA: matrices of each block that get memories
     rank: int = 3                   # LoRA: memories that each of them gets
     alpha: float = 3.               # LoRA: the update is scaled by alpha / rank
     dropout: float = 0.             # LoRA: share of its inputs dropped
     adapter: str = ""               # an adapter to look at, in place of training one
     base: str = ""                  # folder of a run of gpt.py; else one is trained in --out/base
-    old: str = "pydocs"             # base: text that it knows
+    old: str = ""                   # base: text that it knows (default pydocs, or that of --base)
     base_steps: int = 5000          # base: training steps
     base_batch: int = 64            # base: windows of the text a step
     base_lr: float = 1e-3           # base: peak learning rate
@@ -92,6 +93,7 @@ class Args(common.Args):
         super().check()
         need = common.require
         need(self.k and min(self.k) > 0, "--k must be 1 or more")
+        need(len(set(self.k)) == len(self.k), f"--k {common.words(self.k)} names a number twice")
         need(self.draws > 0, f"--draws must be 1 or more, not {self.draws}")
         need(self.passes > 0, f"--passes must be 1 or more, not {self.passes}")
         need(self.example > 1, f"--example must be 2 bytes or more, not {self.example}")
@@ -335,7 +337,7 @@ def linears(model, where):
     return {path: layer for path, layer in found.items() if path.split(".")[-1] in where}
 
 
-def adapt(model, method, where=("qkv",), rank=8, alpha=16., dropout=0.):
+def adapt(model, method, where=("qkv", "proj", "fc1", "fc2"), rank=3, alpha=3., dropout=0.):
     """Freezes a GPT, in place, but for what the method trains. Returns the model; what is trained
     are its tensors that take gradients, and at first it computes what it computed before."""
     model.requires_grad_(False)
@@ -365,11 +367,10 @@ def trained(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def prompted(examples, x, between):
-    """In-context learning: k examples (k, T), a token behind each, in front of all texts x (B, T):
-    (B, k (T + 1) + T)."""
-    before = F.pad(examples, (0, 1), value=between).flatten()
-    return torch.cat([before.expand(len(x), -1), x], 1)
+def prompted(examples, x):
+    """In-context learning: k examples (k, T), behind each other, in front of all texts x (B, T'):
+    (B, k T + T'). What parts them is in them: here each begins with a newline."""
+    return torch.cat([examples.flatten().expand(len(x), -1), x], 1)
 
 
 def spectrum(update):
@@ -386,7 +387,8 @@ def sample(model, prompt, n, temperature=1., seed=0):
     g, cache, text = torch.Generator().manual_seed(seed), model.cache(1), []
     new = prompt[None].to(model.pos_embed.weight.device)
     for _ in range(n):
-        p = (model(new, cache)[:, -1].float() / temperature).softmax(1)
+        logits = model(new, cache)[:, -1].float()
+        p = ((logits - logits.max()) / temperature).softmax(1)
         text.append(torch.multinomial(p.cpu(), 1, generator=g))
         new = text[-1].to(new.device)
     return torch.cat(text, 1)[0]
@@ -403,9 +405,10 @@ RECIPE = "steps", "batch", "lr", "weight_decay", "warmup", "clip", "seed", "data
 
 @dataclass
 class Base:
-    """A pre-trained GPT: the model, the text that it knows, its name, which says who it is, and the
-    seconds that its training took."""
+    """A pre-trained GPT: the model, its context in tokens, the text that it knows, its name, which
+    says who it is, and the seconds that its training took."""
     model: nn.Module
+    context: int
     data: str
     name: str
     seconds: float
@@ -415,37 +418,41 @@ def pretrain(args):
     """Trains the base, as gpt.py does, unless it is there already. Returns its folder."""
     how = dataclasses.replace(args, steps=args.base_steps, batch=args.base_batch, lr=args.base_lr,
                               dropout=args.base_dropout, weight_decay=.1, warmup=.05,
-                              data=args.old, out=f"{args.out}/base", resume=False)
+                              data=args.old or "pydocs", out=f"{args.out}/base", resume=False)
     if (Path(how.out) / "checkpoint.pt").exists():
         state = common.read_checkpoint(how.out, common.script())
         how.resume = all(state["args"].get(name) == getattr(how, name) for name in RECIPE)
         if how.resume and state["step"] == how.steps:
             return how.out
-    train = windows(args, args.old)[0]
+    train = windows(args, how.data, args.context)[0]
     model = GPT(BYTES.vocab, args.context, args.dim, args.depth, args.heads, args.base_dropout)
-    possible(args, model)
-    common.say(f"First the base, a GPT that learns {args.old}. It is kept in {how.out}, for the "
+    check_base(args, model)
+    common.say(f"First the base, a GPT that learns {how.data}. It is kept in {how.out}, for the "
                "next time.")
     run = common.Run(how, model.to(args.device), chance=math.log(BYTES.vocab))
-    for step in run:
-        masked, target = mask(run.batch(train).long(), BOS)
-        prediction = model(masked)
-        loss = distance(prediction, target)
-        run.update(loss)
+    try:
+        for step in run:
+            masked, target = mask(run.batch(train).long(), BOS)
+            prediction = model(masked)
+            loss = distance(prediction, target)
+            run.update(loss)
+    except KeyboardInterrupt:
+        raise common.UserError(f"stopped at step {run.step} of the base: the same command goes on "
+                               "from there") from None
     return how.out
 
 
-def possible(args, model):
+def check_base(args, model):
     """Raises UserError where the model has no matrix --where, or --rank or a text does not fit."""
     try:
         adapt(copy.deepcopy(model), "lora", args.where.split(","), args.rank, args.alpha)
     except ValueError as error:
         raise common.UserError(f"--where {args.where} --rank {args.rank}: {error}") from None
-    context, n = args.context, len(args.prompt.encode(errors="surrogateescape"))
-    common.require(args.example <= context > n + 1, f"the base's context of {context} tokens is "
-                   f"too short for --example {args.example}, or for --prompt with {n} bytes")
-    common.require(fits(args), f"no --k fits: the base's context of {context} tokens holds "
-                   f"{context // (args.example + 1) - 1} examples of {args.example} bytes, and a "
+    context, n = len(model.pos_embed.weight), len(args.prompt.encode(errors="surrogateescape"))
+    common.require(args.example < context > n + 2, f"the base's context of {context} tokens is too "
+                   f"short for --example {args.example}, or for --prompt with {n} bytes")
+    common.require(fits(args, context), f"no --k fits: the base's context of {context} tokens has "
+                   f"room for {context // (args.example + 1) - 1} examples of {args.example} bytes, and a "
                    "text of that length behind them")
 
 
@@ -459,37 +466,37 @@ def load_base(args, folder):
     common.require(not images, f"the base {folder} was trained on images ({how['data']}), and this "
                    "is about text: take another --base")
     vocab, context = (len(weights[f"{name}_embed.weight"]) for name in ("token", "pos"))
-    args.context, args.old = context, how["data"]
-    model = GPT(vocab, context, how["dim"], how["depth"], how["heads"], how["dropout"])
+    model = GPT(vocab, context, how["dim"], how["depth"], how["heads"])     # from now on no dropout
     model.load_state_dict(weights)
-    possible(args, model)
+    check_base(args, model)
     name = (f"{how['depth']} x {how['dim']} GPT of {how['data']}, step {state['step']}, "
             f"{common.fingerprint(weights)}")
-    return Base(model.to(args.device).eval(), how["data"], name, state["seconds"])
+    return Base(model.to(args.device).eval(), context, args.old or how["data"], name,
+                state["seconds"])
 
 
-def windows(args, name):
-    """Stretches of --context tokens of a text: to train on from every start, (n, T); to validate on
-    behind each other, (m, T)."""
-    text, T = common.load_text(name, args.data_dir, flag="--old"), args.context
+def windows(args, name, T):
+    """Stretches of T tokens of a text: to train on from every start, (n, T); to validate on behind
+    each other, (m, T)."""
+    text = common.load_text(name, args.data_dir, flag="--old")
     train, val = (BYTES.stream(part).to(args.device) for part in (text.train, text.val))
     common.require(len(val) >= T <= len(train), f"the last tenth of --old {name} has {len(val)} "
-                   f"tokens, the rest {len(train)}, and --context {T} needs as many in either: "
-                   "take a longer text or a shorter context")
+                   f"tokens, the rest {len(train)}, and a context of {T} needs as many in either: "
+                   "take a longer text or a shorter --context")
     return train.unfold(0, T, 1), val.unfold(0, T, T)
 
 
 def examples(args):
-    """Stretches of --example bytes of the new text, each from the beginning of a line: to train on
-    (n, T), and to validate on (m, T)."""
+    """Stretches of --example bytes of the new text from the beginning of a line, and the newline in
+    front of each: to train on (n, 1 + T), and to validate on (m, 1 + T)."""
     text, T = common.load_text(args.data, args.data_dir), args.example
 
     def begins(documents):
         stream = BYTES.stream(documents).to(args.device)
         if len(stream) <= T:
-            return stream.new_empty(0, T)
-        x = stream[1:].unfold(0, T, 1)[stream[:-T] == NEWLINE]
-        return x[(x[:, 0] != NEWLINE) & (x != BOS).all(1)]       # no empty line, no document's end
+            return stream.new_empty(0, T + 1)
+        x = stream.unfold(0, T + 1, 1)
+        return x[(x[:, 0] == NEWLINE) & (x[:, 1] != NEWLINE) & (x != BOS).all(1)]
     train, val = begins(text.train), begins(text.val)
     most = max(args.k)
     common.require(most <= len(train) and len(val), f"--k {most} is more than the {len(train)} "
@@ -499,7 +506,7 @@ def examples(args):
     return train, val
 
 
-def some(x, n):
+def evenly(x, n):
     """n rows of x, evenly apart (all if there are fewer)."""
     return x[torch.linspace(0, len(x) - 1, min(n, len(x))).long()].long()
 
@@ -511,29 +518,30 @@ def choose(train, k, seed):
 
 
 @torch.no_grad()
-def evaluate(args, model, x, examples=None):
-    """Loss on texts x (m, T), behind the examples (k, T) if there are any: nats a token."""
-    nats, T = 0., x.shape[1]
+def evaluate(args, model, x, given=0, before=None):
+    """Loss on texts x (m, T), whose first `given` tokens are not owed, behind the examples `before`
+    (k, T') if there are any: nats a token."""
+    nats, owed = 0., x.shape[1] - given
     with common.autocast(args):
-        for part in x.split(max(1, 8192 // T)):
-            text = part if examples is None else prompted(examples, part, NEWLINE)
-            masked, target = mask(text, BOS)
-            nats += distance(model(masked)[:, -T:], target[:, -T:]).item() * len(part)
+        for part in x.split(max(1, 8192 // x.shape[1])):
+            masked, target = mask(part if before is None else prompted(before, part), BOS)
+            prediction = model(masked)
+            nats += distance(prediction[:, -owed:], target[:, -owed:]).item() * len(part)
     return nats / len(x)
 
 
 def save_adapter(args, path, model, method, base):
-    """Writes what was trained, and nothing else. Returns the size of the file in bytes."""
+    """Writes what was trained, and nothing else."""
     how = {name: getattr(args, name) for name in ("where", "rank", "alpha")}
     state = dict(script=common.script(), base=base.name, method=method, how=how, data=args.data,
                  tensors={name: p.detach().clone() for name, p in trained(model).items()})
     common.write_checkpoint(state, path, what="an adapter")
-    return Path(path).stat().st_size
 
 
 def load_adapter(path, base):
     """The base with an adapter from a file: (model, what the file says about it). Raises UserError
     where it is of another base."""
+    common.require(Path(path).is_file(), f"there is no adapter {path}")
     state = common.read_saved(path)
     common.require("tensors" in state, f"{path} was written by {state['script']} and is not an "
                    "adapter: those are called by their method and k, as lora-64.pt")
@@ -549,27 +557,31 @@ def load_adapter(path, base):
     return model.eval(), state
 
 
-def fits(args):
-    """What is to be done: (method, k, draw). Of prompts those that fit the base's context."""
+def fits(args, context):
+    """What is to be done: (method, k, draw). Of prompts those that the base's context holds."""
     methods = list(get_args(Method))[1:] if args.method == "all" else [args.method]
-    short = lambda k: (k + 1) * (args.example + 1) <= args.context + 1          # BOS, and one owed
+    held = lambda k: (k + 1) * (args.example + 1) <= context
     return [(method, k, draw) for method in methods for k in args.k for draw in range(args.draws)
-            if method != "prompt" or short(k)]
+            if method != "prompt" or held(k)]
 
 
 def recipe(args, method, k, draw):
-    """The settings of one training: a few examples are not seen more often than many."""
+    """The settings of one training: each of k examples is seen as often, whatever k is."""
     batch = min(args.batch, k)
     return dataclasses.replace(args, seed=args.seed + 1000 * draw, lr=args.lr or LR[method],
-                               batch=batch, steps=min(args.steps, round(args.passes * k / batch)))
+                               batch=batch, steps=min(args.steps, round(args.passes * k / batch)),
+                               compile=False)        # a minute of compiling for a few seconds
 
 
-def measure(args, base, method, k, model, new, old):
+def measure(args, base, fit, model, val, old):
     """What came out of a training: losses in nats a token, what was trained, and the size of the
-    adapter, which is kept in --out."""
-    stored = save_adapter(args, f"{args.out}/{method}-{k}.pt", model, method, base)
-    return dict(new=evaluate(args, model, new), old=evaluate(args, model, old),
-                trained=size(trained(model)), bytes=stored)
+    adapter; that of the first draw is kept in --out."""
+    method, k, draw = fit
+    path = Path(args.out) / f"{method}-{k}.pt"
+    if draw == 0:
+        save_adapter(args, path, model, method, base)
+    return dict(new=evaluate(args, model, val, given=1), old=evaluate(args, model, old),
+                trained=size(trained(model)), bytes=path.stat().st_size)
 
 
 def size(tensors):
@@ -587,28 +599,28 @@ def collect(args, done):
     return {method: rows[method] for method in get_args(Method) if method in rows}
 
 
-def rows_of(args, base, rows, start):
+def lines(args, base, rows, start):
     """The table: a row for each k and method, mean and spread over the draws."""
-    names, total = [Path(name).name for name in (args.data, base.data)], \
-        size(dict(base.model.named_parameters()))
-    lines = [["k", "method", "trained", "%", "bytes", *(f"loss, {name}" for name in names), "ms"],
+    total = size(dict(base.model.named_parameters()))
+    names = [f"loss, {Path(name).name}" for name in (args.data, base.data)]
+    table = [["k", "method", "trained", "%", "bytes", *names, "ms"],
              ["0", "the base", "0", "0.0", "0", *(f"{loss:.3f}" for loss in start), "-"]]
     for k in args.k:
-        lines += [[""] * 8]
+        table += [[""] * 8]
         for method in (method for method in rows if k in rows[method]):
             f = rows[method][k]
             count, ms = f["trained"][0], 1000 * sum(f["seconds"]) / len(f["seconds"])
-            lines.append([str(k), method, f"{count:,}", f"{100 * count / total:.1f}",
+            table.append([str(k), method, f"{count:,}", f"{100 * count / total:.1f}",
                           f"{f['bytes'][0]:,}", common.spread(f["new"], 3),
                           common.spread(f["old"], 3), f"{ms:.0f}" if count else "-"])
-    return lines
+    return table
 
 
 @torch.no_grad()
 def ranks(args, base, rows):
     """How many directions the updates really use: the shares of their squared length in the 1, 2,
     4, ... most important, {method: {matrix: shares}}, means over the blocks, at the largest k."""
-    counts = [n for n in (1, 2, 4, 8, 16, 32) if n <= base.model.pos_embed.weight.shape[1]]
+    counts = [n for n in (1, 2, 3, 4, 8, 16, 32) if n <= base.model.pos_embed.weight.shape[1]]
     before, found = linears(base.model, args.where.split(",")), {}
     for method in (m for m in ("lora", "full") if m in rows):
         model, _ = load_adapter(f"{args.out}/{method}-{max(args.k)}.pt", base)
@@ -622,38 +634,43 @@ def ranks(args, base, rows):
     return counts, found
 
 
-def write(args, model, before=None):
-    """A sample behind --prompt, with k examples (k, T) before it or without."""
-    prompt = BYTES.encode(args.prompt.encode(errors="surrogateescape"))
-    prompt = prompt if before is None else prompted(before, prompt[None], NEWLINE)[0]
+def write(args, base, model, before=None):
+    """A sample behind --prompt, with examples (k, T) before it or without."""
+    prompt = BYTES.encode(b"\n" + args.prompt.encode(errors="surrogateescape"))
+    prompt = prompt if before is None else prompted(before.cpu(), prompt[None])[0]
     prompt = F.pad(prompt, (1, 0), value=BOS)
-    n = min(args.length, len(model.pos_embed.weight) - len(prompt))
+    n = min(args.length, base.context - len(prompt))
     with common.autocast(args, "float32"):
         return args.prompt + BYTES.decode(sample(model, prompt, n, args.temperature, args.seed))
 
 
-def look(args, base, rows, text):
-    """{who: what it writes}: the base alone, and with what the first draw taught it, at most k."""
-    texts = {"the base": write(args, base.model)}
+def look(args, base, rows, train):
+    """{who: what it writes}: the base alone, with examples in its prompt, and with what the first
+    draw taught it."""
+    texts = {"the base": write(args, base, base.model)}
     for method in rows if len(rows) == 1 else [m for m in ("prompt", "lora") if m in rows]:
-        k = max(rows[method])
-        before = choose(text, k, args.seed).cpu() if method == "prompt" else None
-        model = base.model if method == "prompt" else \
-            load_adapter(f"{args.out}/{method}-{k}.pt", base)[0]
-        texts[f"{method}, k = {k}"] = write(args, model, before)
+        k, model = max(rows[method]), base.model
+        if method == "prompt":                            # some room is needed for what is written
+            k = min(k, max(0, base.context // 2 - len(args.prompt)) // (args.example + 1))
+            text = write(args, base, model, choose(train, k, args.seed))
+        else:
+            text = write(args, base, load_adapter(f"{args.out}/{method}-{k}.pt", base)[0])
+        texts[f"{method}, k = {k}"] = text
     return texts
 
 
-def inspect(args, base, start, new, old):
-    """What the adapter of --adapter does to the base."""
+def inspect(args, val):
+    """What the adapter of --adapter does to its base, which is --base or lies beside it."""
+    base = load_base(args, args.base or f"{Path(args.adapter).parent}/base")
     model, state = load_adapter(args.adapter, base)
-    print(f"the base:\n\n{write(args, base.model)}\n\nwith {args.adapter}:\n\n"
-          f"{write(args, model)}\n")
+    print(f"the base:\n\n{write(args, base, base.model)}\n\nwith {args.adapter}:\n\n"
+          f"{write(args, base, model)}\n")
     common.say(f"{args.adapter}: {state['method']}, {size(trained(model)):,} parameters trained on "
                f"{state['data']}, for the base {base.name}.")
-    for name, x, before in (args.data, new, start[0]), (base.data, old, start[1]):
-        print(f"Loss on new text of {name}: {evaluate(args, model, x):.3f} nats a token (the base "
-              f"{before:.3f}).")
+    old = evenly(windows(args, base.data, base.context)[1], 100)
+    for name, x, given in (args.data, evenly(val, 400), 1), (base.data, old, 0):
+        after, before = (evaluate(args, m, x, given) for m in (model, base.model))
+        print(f"Loss on new text of {name}: {after:.3f} nats a token (the base {before:.3f}).")
 
 
 def tell(args, series, base, rows, start, shares, texts):
@@ -666,57 +683,56 @@ def tell(args, series, base, rows, start, shares, texts):
         common.say(f"How many directions does an update really use? At k = {max(args.k)}, the "
                    "share of its squared length in its most important ones (squared singular "
                    f"values, mean of {len(base.model.blocks)} blocks), in %:")
-        lines = [["", *(str(n) for n in counts)]]
-        lines += [[f"{method}, {name}", *(f"{100 * share:.0f}" for share in row)]
+        table = [["", *(str(n) for n in counts)]]
+        table += [[f"{method}, {name}", *(f"{100 * share:.0f}" for share in row)]
                   for method in found for name, row in found[method].items()]
-        print(f"\n{common.table(lines)}")
+        print(f"\n{common.table(table)}")
     total = size(dict(base.model.named_parameters()))
     print()
     common.say(f"The base is a {base.name}, of {total:,} parameters. It gets k examples of "
-               f"{args.example} bytes of {args.data}, to train on or (prompt) in front of the text. "
+               f"{args.example} bytes of {args.data} to train on or (prompt) in front of the text. "
                "Loss: nats a token of new text. Bytes: what has to be stored. ms: a training step. "
                f"Mean and standard deviation of {args.draws} draws of examples and first weights:")
-    print("\n" + common.table(rows_of(args, base, rows, start)) + "\n")
+    print("\n" + common.table(lines(args, base, rows, start)) + "\n")
     best = {method: min(sum(f["new"]) / len(f["new"]) for f in ks.values())
             for method, ks in rows.items()}
     common.report(series, ", ".join(f"{method} {loss:.3f}" for method, loss in best.items()),
-                  dict(base=base.name, base_seconds=base.seconds, parameters=total, start=start, rows=rows, counts=counts,
-                       shares=found, texts=texts))
+                  dict(base=base.name, base_seconds=base.seconds, old=base.data, parameters=total,
+                       start=start, rows=rows, counts=counts, shares=found, texts=texts))
 
 
 # ------------------------------------------------------------------------------------------ main
 
 
 def main(args):
-    there = not args.adapter or Path(args.adapter).is_file()
-    common.require(there, f"there is no adapter {args.adapter}")
-    text, new = examples(args)
-    series = None if args.adapter else common.Series(args, free=("method", "k", "draws"))
-    base = load_base(args, args.base or pretrain(args))
-    new, old = some(new, 400), some(windows(args, base.data)[1], 100)
-    start = [evaluate(args, base.model, x) for x in (new, old)]
+    train, val = examples(args)                                                    # (n, 1 + T)
     if args.adapter:
-        return inspect(args, base, start, new, old)
-    for method, k, draw in series.rest(fits(args), base.name):
-        few = choose(text, k, args.seed + 1000 * draw)
+        return inspect(args, val)
+    base = load_base(args, args.base or pretrain(args))
+    series = common.Series(args, base.name, free=FREE)
+    val, old = evenly(val, 400), evenly(windows(args, base.data, base.context)[1], 100)
+    start = [evaluate(args, base.model, val, given=1), evaluate(args, base.model, old)]
+    for fit in series.rest(fits(args, base.context)):
+        method, k, draw = fit
+        few = choose(train, k, args.seed + 1000 * draw)                            # (k, 1 + T)
         if method == "prompt":                                             # nothing is trained
-            series.add((method, k, draw), seconds=0., trained=0, bytes=few.numel(),
-                       new=evaluate(args, base.model, new, few), old=start[1])
+            loss = evaluate(args, base.model, val, given=1, before=few)
+            series.add(fit, new=loss, old=start[1], trained=0, bytes=few.numel(), seconds=0.)
             continue
         torch.manual_seed(args.seed + 1000 * draw)
         model = adapt(copy.deepcopy(base.model), method, args.where.split(","), args.rank,
                       args.alpha, args.dropout).train()
-        run = common.Run(recipe(args, method, k, draw), model, keep=False)
+        run = common.Run(recipe(args, method, k, draw), model, part=f"{method}, k = {k}")
         for step in run:
             masked, target = mask(run.batch(few), BOS)
             prediction = model(masked)
-            loss = distance(prediction, target)
+            loss = distance(prediction[:, 1:], target[:, 1:])              # the newline is given
             run.update(loss)
-        series.add((method, k, draw), seconds=run.seconds / max(1, run.args.steps),
-                   **measure(args, base, method, k, model.eval(), new, old))
+        series.add(fit, seconds=run.seconds / max(1, run.args.steps),
+                   **measure(args, base, fit, model.eval(), val, old))
 
     rows = collect(args, series.done)
-    tell(args, series, base, rows, start, ranks(args, base, rows), look(args, base, rows, text))
+    tell(args, series, base, rows, start, ranks(args, base, rows), look(args, base, rows, train))
 
 
 if __name__ == "__main__":

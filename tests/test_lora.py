@@ -51,7 +51,7 @@ def moved(model, std=.1):
 def train(model, steps=3, lr=1e-2, args=None):
     """A few steps under common.Run; returns the run."""
     args = args or common.Args(steps=steps, batch=3, lr=lr, device="cpu", dtype="float32", warmup=0.)
-    loop = common.Run(args, model, keep=False)
+    loop = common.Run(args, model, part="a trial")
     x = tokens()
     for _ in loop:
         masked, target = lora.mask(loop.batch(x), V - 1)
@@ -313,23 +313,71 @@ def test_mask_and_distance_are_gpts(base):
 
 
 def test_prompted_puts_the_examples_in_front():
-    examples, x = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[5, 6], [7, 8], [9, 1]])
-    assert lora.prompted(examples, x, 0).tolist() == [[1, 2, 0, 3, 4, 0, a, b] for a, b in x.tolist()]
+    examples, x = torch.tensor([[0, 1, 2], [0, 3, 4]]), torch.tensor([[5, 6], [7, 8], [9, 1]])
+    assert lora.prompted(examples, x).tolist() == [[0, 1, 2, 0, 3, 4, a, b] for a, b in x.tolist()]
 
 
-def test_loss_behind_a_prompt_is_that_of_the_text_alone(base):
-    """By hand: token by token, the probability of each of the text's bytes behind BOS, examples and what came before."""
+def test_loss_behind_a_prompt_is_that_of_the_text_alone():
+    """By hand: token by token, the probability of each byte that is owed behind BOS, examples and what came before."""
     torch.manual_seed(0)
     model = lora.GPT(257, 32, C, 2, 3).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=.2)
     args = common.Args(device="cpu", dtype="float32")
-    x, few = torch.randint(256, (3, 5)), torch.randint(256, (2, 5))
-    for examples, before in (None, [256]), (few, [256, *few[0].tolist(), 10, *few[1].tolist(), 10]):
-        nats = 0.
-        for row in x.tolist():
-            for t in range(5):
-                logits = model(torch.tensor([before + row[:t]]))[0, -1]
-                nats -= logits.log_softmax(0)[row[t]].item() / 15
-        assert lora.evaluate(args, model, x, examples) == pytest.approx(nats, abs=1e-5)
+    x, few = torch.randint(256, (3, 5)), torch.randint(256, (2, 6))
+    for examples, before in (None, [256]), (few, [256, *few.flatten().tolist()]):
+        for given in 0, 1:
+            nats = 0.
+            for row in x.tolist():
+                for t in range(given, 5):
+                    logits = model(torch.tensor([before + row[:t]]))[0, -1]
+                    nats -= logits.log_softmax(0)[row[t]].item() / (3 * (5 - given))
+            assert lora.evaluate(args, model, x, given, examples) == pytest.approx(nats, abs=1e-5)
+
+
+def test_examples_begin_where_lines_do(tmp_path):
+    text = b"ab cd\nefg\n\nhijkl\n" * 9
+    for i in 1, 2:
+        (tmp_path / f"{i}.txt").write_bytes(text + b"the end %d\n" % i * 6)
+    args = lora.Args(data=str(tmp_path), example=7, k=(1,), device="cpu")
+    train, val = lora.examples(args)
+    for part, rows in zip(("train", "val"), (train, val)):
+        found = []
+        for raw in getattr(common.load_text(str(tmp_path)), part):          # documents are not glued together
+            found += [raw[i:i + 8] for i in range(len(raw) - 7) if raw[i:i + 1] == b"\n" and raw[i + 1:i + 2] != b"\n"]
+        assert [bytes(row.tolist()) for row in rows] == found and len(found) > 3
+    few = [lora.choose(train, k, 3) for k in (2, 5)]
+    assert torch.equal(few[0], few[1][:2]) and not torch.equal(few[0], lora.choose(train, 2, 4))
+    assert len(lora.choose(train, len(train), 3).unique(dim=0)) == len(train.unique(dim=0))
+
+
+def test_evenly():
+    assert lora.evenly(torch.arange(100), 4).tolist() == [0, 33, 66, 99]
+    assert lora.evenly(torch.arange(3), 4).tolist() == [0, 1, 2]
+
+
+def test_recipe():
+    args = lora.Args(batch=16, passes=20, steps=100, seed=3, compile=True)
+    for k, batch, steps in (1, 1, 20), (16, 16, 20), (64, 16, 80), (256, 16, 100):
+        how = lora.recipe(args, "lora", k, 2)
+        assert (how.batch, how.steps, how.seed, how.compile) == (batch, steps, 2003, False)
+    assert [lora.recipe(args, m, 1, 0).lr for m in ("lora", "full")] == [lora.LR["lora"], lora.LR["full"]]
+    args.lr = .5
+    assert lora.recipe(args, "full", 1, 0).lr == .5
+
+
+def test_what_is_to_be_done():
+    args = lora.Args(method="prompt", k=(1, 3, 4), draws=2, example=9)
+    assert lora.fits(args, 40) == [("prompt", k, d) for k in (1, 3) for d in (0, 1)]        # (3 + 1) * (9 + 1) fills it
+    assert lora.fits(args, 39) == [("prompt", 1, 0), ("prompt", 1, 1)]
+    args.method = "all"
+    assert len(lora.fits(args, 40)) == 7 * 3 * 2 + 4
+
+
+def test_collected_are_those_that_were_asked_for():
+    done = {(m, k, d): dict(new=100 * k + d) for m in ("full", "lora") for d in (2, 0, 1) for k in (4, 2)}
+    args = lora.Args(k=(2,), draws=2)
+    assert lora.collect(args, done) == {m: {2: dict(new=[200, 201])} for m in ("lora", "full")}
 
 
 def test_spectrum():
@@ -349,28 +397,27 @@ def test_sample_equals_reading_all_of_it_each_time(base):
 
 
 def test_an_adapter_comes_back(base, tmp_path):
-    x, kinds = tokens(), [*TRAINED]
+    x = tokens()
     args = lora.Args(where="proj,fc1", rank=3, alpha=5.)
-    owner = lora.Base(base.eval(), "text", "a base", 0.)
-    for method in kinds:
+    owner = lora.Base(base.eval(), CONTEXT, "text", "a base", 0.)
+    for method in TRAINED:
         model = moved(lora.adapt(copy.deepcopy(base), method, ["proj", "fc1"], 3, 5.)).eval()
-        size = lora.save_adapter(args, str(tmp_path / f"{method}.pt"), model, method, owner)
-        count = sum(p.numel() for p in lora.trained(model).values())
-        assert size == (tmp_path / f"{method}.pt").stat().st_size
-        assert 4 * count < size < 4 * count + 600 * len(lora.trained(model)) + 3000          # and nothing else
+        lora.save_adapter(args, tmp_path / f"{method}.pt", model, method, owner)
+        count = lora.size(lora.trained(model))
+        assert 4 * count < (tmp_path / f"{method}.pt").stat().st_size < 4 * count + 600 * len(lora.trained(model)) + 3000          # and nothing else
         again, state = lora.load_adapter(tmp_path / f"{method}.pt", owner)
         assert set(state["tensors"]) == set(lora.trained(model)) and state["method"] == method
         assert torch.equal(again(x), model(x)) and not torch.equal(again(x), base(x))
     assert torch.equal(owner.model(x), base(x))
     with pytest.raises(common.UserError, match="belongs to another base, a base; this one is b base"):
-        lora.load_adapter(tmp_path / "lora.pt", lora.Base(base, "text", "b base", 0.))
+        lora.load_adapter(tmp_path / "lora.pt", lora.Base(base, CONTEXT, "text", "b base", 0.))
 
 
 # ------------------------------------------------------------------------------------- the script
 
 
 SMALL = ("--dim 16 --heads 2 --depth 3 --context 40 --base-steps 3 --base-batch 2 --example 8 --k 1 3 --passes 2 --draws 2 "
-         "--batch 2 --rank 2 --length 9 --dtype float32 --device cpu --prompt fox").split()
+         "--batch 2 --rank 2 --length 90 --dtype float32 --device cpu --prompt fox").split()
 
 
 @pytest.fixture(scope="module")
@@ -406,7 +453,7 @@ def test_the_table(done):
     for method, ks in figures["rows"].items():
         assert list(ks) == ["1", "3"] and all(len(f["new"]) == len(f["old"]) == 2 for f in ks.values())
         if method == "prompt":
-            assert ks["3"]["bytes"] == [24, 24] and ks["3"]["trained"] == [0, 0]
+            assert ks["3"]["bytes"] == [27, 27] and ks["3"]["trained"] == [0, 0]
             assert ks["3"]["old"] == [figures["start"][1]] * 2 and ks["1"]["new"][0] != figures["start"][0]
         else:
             assert ks["3"]["bytes"][0] == (out / f"{method}-3.pt").stat().st_size
@@ -418,13 +465,15 @@ def test_the_table(done):
     assert "the base:" in text and "lora, k = 3:" in text
 
 
-def test_the_figures_are_those_of_the_adapters(done, texts):
+def test_the_figures_are_those_of_the_adapters(done, texts, tmp_path):
     """Loads what was kept, as a user would, and evaluates it again."""
     out, _ = done
     process = run(*texts, *SMALL, "--out", out, "--adapter", out / "lora-3.pt", script="lora.py")
     assert process.returncode == 0, process.stderr
     loss = result(out)["rows"]["lora"]["3"]
-    assert f"{loss['new'][-1]:.3f}" in process.stdout and f"{loss['old'][-1]:.3f}" in process.stdout
+    assert f"{loss['new'][0]:.3f}" in process.stdout and f"{loss['old'][0]:.3f}" in process.stdout      # of the first draw
+    beside = run(*texts, *SMALL, "--out", tmp_path / "x", "--adapter", out / "lora-3.pt", script="lora.py")
+    assert beside.stdout == process.stdout and not (tmp_path / "x").exists()
 
 
 def test_training_helps(texts, tmp_path):
@@ -443,8 +492,29 @@ def test_the_base_is_kept_and_trained_anew_for_other_settings(done, texts):
     again = run(*texts, *SMALL, "--out", out, script="lora.py")
     assert "First the base" not in again.stdout and again.returncode == 0
     assert (out / "base/checkpoint.pt").read_bytes() == base
+    for flags in ["--base-steps", 4], ["--seed", 1], ["--dim", 18], ["--context", 41], ["--old", texts[1]], ["--base-lr", .1], \
+            ["--base-dropout", .1], ["--base-batch", 3], ["--heads", 1], ["--depth", 1]:
+        args = common.cli(lora.Args, [*map(str, [*texts, *SMALL, "--out", out, *flags])])
+        with pytest.raises(Trained):
+            pretrained(args)
+    assert pretrained(common.cli(lora.Args, [*map(str, [*texts, *SMALL, "--out", out, "--rank", 3])])) == f"{out}/base"
     other = run(*texts, *SMALL, "--base-steps", 4, "--method", "prompt", "--out", out, script="lora.py")
     assert "4 steps in" in other.stdout and (out / "base/previous.pt").read_bytes() == base
+
+
+class Trained(Exception):
+    """The base is trained."""
+
+
+def pretrained(args):
+    """lora.pretrain, stopped where it would begin to train from the start."""
+    def stop(how, model, **_):
+        assert not how.resume
+        raise Trained
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "script", lambda: "lora.py")
+        patch.setattr(common, "Run", stop)
+        return lora.pretrain(args)
 
 
 def test_an_interrupted_base_goes_on(texts, tmp_path):
@@ -454,10 +524,10 @@ def test_an_interrupted_base_goes_on(texts, tmp_path):
     wait_for(tmp_path / "base/checkpoint.pt", process)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 1 and "--resume" in error and "Traceback" not in error
+    assert process.returncode == 1 and "the same command goes on" in error and len(error.strip().splitlines()) == 1
     half = torch.load(tmp_path / "base/checkpoint.pt", weights_only=True)["step"]
     assert 0 < half < 700
-    again = run("--resume", "--out", tmp_path, script="lora.py")
+    again = run(*texts, *SMALL, *long, "--out", tmp_path, script="lora.py")
     assert again.returncode == 0 and f"Going on from step {half}" in again.stdout, again.stderr
     assert torch.load(tmp_path / "base/checkpoint.pt", weights_only=True)["step"] == 700
 
@@ -478,7 +548,7 @@ def test_resumed_equals_uninterrupted(done, texts, tmp_path):
     assert whole.returncode == 0, whole.stderr
     process = subprocess.Popen(command(*texts, *flags, "--out", tmp_path / "b", script="lora.py"),
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(tmp_path / "b/bias-1.pt", process)
+    wait_for(tmp_path / "b/lora-3.pt", process)                             # so it stops within LoRA or the next
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 1 and not (tmp_path / "b/result.json").exists()
@@ -493,11 +563,17 @@ def test_resumed_equals_uninterrupted(done, texts, tmp_path):
     more = run("--resume", "--out", tmp_path / "b", "--k", 1, 2, 3, script="lora.py")
     assert more.returncode == 0 and result(tmp_path / "b")["rows"]["lora"]["3"] == b["rows"]["lora"]["3"]
     assert list(result(tmp_path / "b")["rows"]["lora"]) == ["1", "2", "3"]
+    fewer = run("--resume", "--out", tmp_path / "b", "--draws", 1, "--prompt", "jump", script="lora.py")
+    assert "anew" not in fewer.stdout and result(tmp_path / "b")["rows"]["lora"]["3"]["new"] == b["rows"]["lora"]["3"]["new"][:1]
+    kept = (tmp_path / "b/checkpoint.pt").read_bytes()
+    wrong = run("--resume", "--out", tmp_path / "b", "--base", "nowhere", script="lora.py")
+    assert wrong.returncode == 1 and (tmp_path / "b/checkpoint.pt").read_bytes() == kept        # a mistake loses nothing
     anew = run("--resume", "--out", tmp_path / "b", "--lr", .02, "--k", 3, script="lora.py")
+    assert "all is done anew" in anew.stdout and (tmp_path / "b/previous.pt").read_bytes() == kept
     assert anew.returncode == 0 and result(tmp_path / "b")["rows"]["lora"]["3"]["new"] != b["rows"]["lora"]["3"]["new"]
 
 
-def test_a_base_from_gpt(texts, tmp_path):
+def test_a_base_from_gpt(done, texts, tmp_path):
     made = run("--data", texts[3], *"--dim 16 --heads 2 --depth 1 --batch 4 --context 32 --length 5 --steps 2".split(),
                "--device", "cpu", "--out", tmp_path / "gpt", script="gpt.py")
     assert made.returncode == 0, made.stderr
@@ -507,14 +583,18 @@ def test_a_base_from_gpt(texts, tmp_path):
     gpts = json.loads((tmp_path / "gpt/result.json").read_text())["figures"]["loss"]
     assert result(tmp_path / "lora")["start"][1] == pytest.approx(gpts, rel=.02)       # the same text, measured alike
     assert not (tmp_path / "lora/base").exists()
-    other = run(*texts, *SMALL, "--adapter", tmp_path / "lora/lora-3.pt", "--out", tmp_path / "b", script="lora.py")
+    base = done[0] / "base"
+    other = run(*texts[:2], *SMALL, "--adapter", tmp_path / "lora/lora-3.pt", "--base", base, script="lora.py")
     refused(other, 1, "lora-3.pt belongs to another base, 1 x 16 GPT of", "this one is 3 x 16 GPT of", "--base", script="lora.py")
+    none = run(*texts[:2], *SMALL, "--adapter", tmp_path / "lora/lora-3.pt", script="lora.py")
+    refused(none, 1, "there is no", "lora/base/checkpoint.pt", "--base", script="lora.py")
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--rank", "0"], ["--rank must be 1 or more, not 0"]),
     (["--k", "0"], ["--k must be 1 or more"]),
     (["--k"], ["--k", "at least one"]),
+    (["--k", "2", "1", "2"], ["--k 2 1 2 names a number twice"]),
     (["--draws", "0"], ["--draws must be 1 or more"]),
     (["--passes", "0"], ["--passes must be 1 or more"]),
     (["--example", "1"], ["--example must be 2 bytes or more"]),
@@ -544,14 +624,14 @@ def test_bad_flags(flags, words, capsys):
     (["--where", "qkv,query"], ["no matrix 'query'", "qkv, proj, fc1, fc2"]),
     (["--k", "1", "999"], ["--k 999 is more than the 107 examples", "11 in its last tenth"]),
     (["--example", "300"], ["0 in its last tenth", "smaller --k or --example"]),
-    (["--context", "7"], ["context of 7 tokens is too short", "--example 8"]),
+    (["--context", "8"], ["context of 8 tokens is too short", "--example 8"]),
     (["--prompt", "x" * 60], ["too short", "--prompt with 60 bytes"]),
-    (["--method", "prompt", "--k", "9"], ["no --k", "fits"]),
+    (["--method", "prompt", "--k", "9"], ["no --k fits: the base's context of 40 tokens has room for 3 examples"]),
     (["--data", "nowhere.txt"], ["no text 'nowhere.txt'", "--data takes"]),
     (["--old", "nowhere.txt"], ["no text 'nowhere.txt'", "--old takes"]),
-    (["--context", "9999"], ["the last tenth of --old", "--context 9999"]),
+    (["--context", "9999"], ["the last tenth of --old", "a context of 9999 needs"]),
     (["--base", "nowhere"], ["there is no nowhere/checkpoint.pt", "python gpt.py", "--base"]),
-    (["--adapter", "nowhere.pt"], ["there is no adapter nowhere.pt"]),
+    (["--adapter", "nowhere.pt"], ["there is no base/checkpoint.pt", "--base"]),
     (["--resume"], ["there is no", "leave out --resume"])])
 def test_bad_input_before_anything_is_trained(flags, words, texts, tmp_path):
     process = run(*texts, *SMALL, "--out", tmp_path / "out", *flags, script="lora.py")
@@ -575,3 +655,19 @@ def test_foreign_and_broken_files(done, texts, tmp_path):
     images["args"]["data"] = "shapes"
     torch.save(images, tmp_path / "broken/checkpoint.pt")
     refused(lora_py("--base", tmp_path / "broken"), 1, "trained on images (shapes)", "--base", script="lora.py")
+    refused(lora_py("--base", out / "base", "--adapter", "nowhere.pt"), 1, "there is no adapter nowhere.pt", script="lora.py")
+    diverged = lora_py("--base", out / "base", "--method", "full", "--lr", "1e30", "--passes", 9)
+    refused(diverged, 1, "full, k = 1", "other results are kept", "smaller --lr", script="lora.py")
+
+
+def test_dropouts(done, texts, monkeypatch):
+    """LoRA's dropout works while it is trained, the base's not any more; all is off in evaluation."""
+    seen = []
+    monkeypatch.setattr(lora.F, "dropout", lambda x, p, training=True, **_: seen.append((p, training)) or x)
+    monkeypatch.setattr(common, "script", lambda: "lora.py")
+    base = lora.load_base(lora.Args(example=8, k=(1,), device="cpu"), done[0] / "base")
+    model = lora.adapt(base.model, "lora", dropout=.25)
+    for train in True, False:
+        seen.clear()
+        model.train(train)(torch.zeros(1, 3, dtype=torch.int64))
+        assert {p for p, training in seen if training and p} == ({.25} if train else set())
