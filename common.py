@@ -1028,12 +1028,26 @@ class Series:
                 say(f"Other settings than those in {self.path}, so all is done anew.")
 
     def rest(self, fits):
-        """The fits (tuples) that are still to be done."""
+        """The fits (tuples) that are still to be done. Ctrl-C stops a training after its step, and
+        else after the fit."""
         bar = progress([fit for fit in fits if fit not in self.done], "fits")
-        for fit in bar:
-            bar.set_postfix_str(" ".join(map(str, fit)))
-            self.began = time.time()
-            yield fit
+        ctrl_c, self.stop = threading.current_thread() is threading.main_thread(), False
+        if ctrl_c:
+            usual = signal.signal(signal.SIGINT, self.interrupt)
+        try:
+            for fit in bar:
+                bar.set_postfix_str(" ".join(map(str, fit)))
+                self.began = time.time()
+                yield fit
+                if self.stop:
+                    raise KeyboardInterrupt
+        finally:
+            if ctrl_c:
+                signal.signal(signal.SIGINT, usual)
+
+    def interrupt(self, *_):
+        self.stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)     # a second Ctrl-C stops at once
 
     def add(self, fit, **figures):
         """Keeps the figures of the fit that `rest` gave last, in checkpoint.pt; one of another
@@ -1201,7 +1215,7 @@ def save_png(path, pictures, columns, group=0, zoom=3):
 def table(rows):
     """Rows of texts -> aligned lines: the first column to the left, the others to the right."""
     wide = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(wide[0]), *map(str.rjust, row[1:], wide[1:])])
+    return "\n".join("  ".join([row[0].ljust(wide[0]), *map(str.rjust, row[1:], wide[1:])]).rstrip()
                      for row in rows)
 
 

@@ -50,7 +50,7 @@ import common
 
 Method = Literal["all", "lora", "ia3", "bias", "first", "middle", "last", "full", "prompt"]
 FREE = "method", "k", "draws", "prompt", "length", "temperature"     # change no training
-LR = dict(lora=1e-3, ia3=1e-2, bias=3e-3, first=1e-4, middle=3e-4, last=3e-4, full=1e-4)
+LR = dict(lora=1e-3, ia3=1e-2, bias=1e-3, first=1e-4, middle=1e-4, last=1e-4, full=5e-5)
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Args(common.Args):
     example: int = 24               # bytes of an example: the beginning of a line, and on
     where: str = "qkv,proj,fc1,fc2"    # LoRA: matrices of each block that get memories
     rank: int = 3                   # LoRA: memories that each of them gets
-    alpha: float = 3.               # LoRA: the update is scaled by alpha / rank
+    alpha: float = 0.               # LoRA: the update is scaled by alpha / rank; 0: not at all
     dropout: float = 0.             # LoRA: share of its inputs dropped
     adapter: str = ""               # an adapter to look at, in place of training one
     base: str = ""                  # folder of a run of gpt.py; else one is trained in --out/base
@@ -98,7 +98,7 @@ class Args(common.Args):
         need(self.passes > 0, f"--passes must be 1 or more, not {self.passes}")
         need(self.example > 1, f"--example must be 2 bytes or more, not {self.example}")
         need(self.rank > 0, f"--rank must be 1 or more, not {self.rank}")
-        need(0 < self.alpha < math.inf, f"--alpha must be above 0, not {self.alpha}")
+        need(0 <= self.alpha < math.inf, f"--alpha must be 0 or more, not {self.alpha}")
         for name in "dropout", "base_dropout":
             value = getattr(self, name)
             need(0 <= value < 1, f"{common.flag(name)} is a share from 0 to below 1, not {value}")
@@ -445,15 +445,16 @@ def pretrain(args):
 def check_base(args, model):
     """Raises UserError where the model has no matrix --where, or --rank or a text does not fit."""
     try:
-        adapt(copy.deepcopy(model), "lora", args.where.split(","), args.rank, args.alpha)
+        adapt(copy.deepcopy(model), "lora", args.where.split(","), args.rank)
     except ValueError as error:
         raise common.UserError(f"--where {args.where} --rank {args.rank}: {error}") from None
     context, n = len(model.pos_embed.weight), len(args.prompt.encode(errors="surrogateescape"))
     common.require(args.example < context > n + 2, f"the base's context of {context} tokens is too "
                    f"short for --example {args.example}, or for --prompt with {n} bytes")
+    room = context // (args.example + 1) - 1
     common.require(fits(args, context), f"no --k fits: the base's context of {context} tokens has "
-                   f"room for {context // (args.example + 1) - 1} examples of {args.example} bytes, and a "
-                   "text of that length behind them")
+                   f"room for {room} examples of {args.example} bytes, and a text of that length "
+                   "behind them")
 
 
 def load_base(args, folder):
@@ -532,7 +533,7 @@ def evaluate(args, model, x, given=0, before=None):
 
 def save_adapter(args, path, model, method, base):
     """Writes what was trained, and nothing else."""
-    how = {name: getattr(args, name) for name in ("where", "rank", "alpha")}
+    how = dict(where=args.where, rank=args.rank, alpha=args.alpha or args.rank)
     state = dict(script=common.script(), base=base.name, method=method, how=how, data=args.data,
                  tensors={name: p.detach().clone() for name, p in trained(model).items()})
     common.write_checkpoint(state, path, what="an adapter")
@@ -721,7 +722,7 @@ def main(args):
             continue
         torch.manual_seed(args.seed + 1000 * draw)
         model = adapt(copy.deepcopy(base.model), method, args.where.split(","), args.rank,
-                      args.alpha, args.dropout).train()
+                      args.alpha or args.rank, args.dropout).train()
         run = common.Run(recipe(args, method, k, draw), model, part=f"{method}, k = {k}")
         for step in run:
             masked, target = mask(run.batch(few), BOS)

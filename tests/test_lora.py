@@ -98,6 +98,7 @@ def test_lora_equals_a_dense_twin_in_float64():
 def test_lora_starts_with_one_factor_at_zero():
     torch.manual_seed(0)
     layer = lora.LoRA(nn.Linear(400, 300), rank=8, alpha=8.)
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"A", "B"}
     assert not layer.A.any() and layer.B.std().item() == pytest.approx(400 ** -.5, rel=.05)
     layer(torch.randn(9, 400)).square().sum().backward()
     assert layer.A.grad.abs().min() > 0 and not layer.B.grad.any()
@@ -598,7 +599,7 @@ def test_a_base_from_gpt(done, texts, tmp_path):
     (["--draws", "0"], ["--draws must be 1 or more"]),
     (["--passes", "0"], ["--passes must be 1 or more"]),
     (["--example", "1"], ["--example must be 2 bytes or more"]),
-    (["--alpha", "0"], ["--alpha must be above 0"]),
+    (["--alpha", "-1"], ["--alpha must be 0 or more"]),
     (["--dropout", "1"], ["--dropout is a share"]),
     (["--base-dropout", "-1"], ["--base-dropout is a share"]),
     (["--base-steps", "0"], ["--base-steps must be 1 or more"]),
