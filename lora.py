@@ -14,13 +14,13 @@ Idea     A GPT knows one text and is to learn another from k short examples. Two
 Loss     GPT's, L = -1 / T sum_t log p(x_t | BOS, x_1 ... x_{t-1}), over the trained tensors alone:
          lora    A, B of y = W0 x + (alpha / rank) A B^T x        rank (d1 + d2) a matrix (d1, d2)
          ia3     l of k = l_k * (W_k x), v = l_v * (W_v x), MLP(x) = W_2 (l_f * gelu(W_1 x))
-         bias, first, middle, last (two blocks), full: those tensors of the GPT itself
+         bias    all biases; first, middle, last: two blocks there; full: all of the GPT
          prompt  nothing: the k examples stand in the prompt ("in-context learning")
 
-Flow     k examples (k, T) of the new text, bytes
-         A. mask      shift: BOS in front, the last one off   -> (B, T), and x itself is owed
-         B. predict   the GPT with what was put in its places -> logits (B, T, 257)
-         C. compare   cross-entropy at every token
+Flow     k examples (k, 1 + T) of the new text: a newline, and the T bytes behind it
+         A. mask      shift: BOS in front, the last one off   -> (B, 1 + T), and x itself is owed
+         B. predict   the GPT, with what was added to it      -> logits (B, 1 + T, 257)
+         C. compare   cross-entropy of the T bytes
          after that   loss on the new text and on the OLD one (what was forgotten), bytes to store
 
 Run      python lora.py --method lora
@@ -31,7 +31,7 @@ Differs  LoRA's paper leaves scaling, first weights and matrices open to taste: 
 
 Try      --rank 1: is one memory enough? And --where qkv --rank 12, which costs as much?
          --lr 0.01: which method breaks first, and what does it forget?
-         --k 1 2 4: from how many examples on is training better than the prompt?
+         --k 1 2 4: do examples help more in training, or in the prompt?
 """
 import copy
 import dataclasses

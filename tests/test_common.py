@@ -1,10 +1,13 @@
 """common.py: the shapes world, the readers, the settings, the schedule, the probe, the PNG."""
+import dataclasses
 import gzip
 import hashlib
 import http.server
 import io
 import json
 import math
+import os
+import signal
 import struct
 import tarfile
 import threading
@@ -654,3 +657,63 @@ def test_onednn_without_gradients_follows_the_weight(kind):
         kept = len(kernel.kept)
         F.linear(x, layer.weight * 2)                                    # what is made on the way is not kept
         assert len(kernel.kept) == kept > 1
+
+
+# -------------------------------------------------------------------------- many short trainings
+
+
+def series(args, about="a base"):
+    return common.Series(args, about, free=("steps",))
+
+
+def test_a_series_does_nothing_twice_and_loses_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "script", lambda: "some.py")
+    args = common.Args(out=str(tmp_path), device="cpu")
+    first = series(args)
+    assert not list(tmp_path.iterdir())                                    # nothing is written before something is done
+    for fit in first.rest([("a", 1), ("b", 1)]):
+        first.add(fit, loss=len(first.done))
+        if fit == ("a", 1):
+            kept = (tmp_path / "checkpoint.pt").read_bytes()
+    args.resume, args.steps = True, 7                                      # free: it may change
+    again = series(args)
+    assert list(again.rest([("b", 1), ("c", 1), ("a", 1)])) == [("c", 1)] and again.done[("b", 1)] == dict(loss=1)
+    assert again.seconds == first.seconds > 0 and capsys.readouterr().out == ""
+    kept = (tmp_path / "checkpoint.pt").read_bytes()
+    for changed in dict(lr=.5), dict(about="another base"):
+        about = changed.pop("about", "a base")
+        other = series(dataclasses.replace(args, **changed), about)
+        assert other.done == {} and "anew" in capsys.readouterr().out
+        assert (tmp_path / "checkpoint.pt").read_bytes() == kept           # not touched before there is something else
+    for fit in other.rest([("a", 1)]):
+        other.add(fit, loss=5)
+    assert (tmp_path / "previous.pt").read_bytes() == kept
+
+
+def test_ctrl_c_ends_a_series_between_two_fits(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "script", lambda: "some.py")
+    usual, run = signal.getsignal(signal.SIGINT), series(common.Args(out=str(tmp_path), device="cpu"))
+    with pytest.raises(KeyboardInterrupt):
+        for fit in run.rest([1, 2, 3]):
+            if fit == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            run.add(fit, loss=0.)
+    assert list(run.done) == [1, 2] and signal.getsignal(signal.SIGINT) is usual
+
+
+def test_a_part_of_a_series_leaves_no_files(tmp_path, capsys):
+    out = tmp_path / "out"
+    args = common.Args(steps=3, batch=2, device="cpu", out=str(out), save_every=0, resume=True)
+    model = torch.nn.Linear(2, 1)
+    run = common.Run(args, model, part="a part")
+    for _ in run:
+        run.update(model(run.batch(torch.ones(4, 2))).square().mean())
+    assert not out.exists() and capsys.readouterr().out == "" and run.step == 3 and run.seconds > 0
+
+
+def test_fingerprint():
+    weights = dict(a=torch.ones(3), b=torch.zeros(2))
+    mark = common.fingerprint(weights)
+    assert len(mark) == 8 and mark == common.fingerprint({k: v.clone() for k, v in weights.items()})
+    weights["b"][1] = 1e-9
+    assert common.fingerprint(weights) != mark

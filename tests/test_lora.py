@@ -456,6 +456,7 @@ def test_the_table(done):
         if method == "prompt":
             assert ks["3"]["bytes"] == [27, 27] and ks["3"]["trained"] == [0, 0]
             assert ks["3"]["old"] == [figures["start"][1]] * 2 and ks["1"]["new"][0] != figures["start"][0]
+            assert ks["1"]["new"][0] != ks["1"]["new"][1]                  # nothing but the examples differs
         else:
             assert ks["3"]["bytes"][0] == (out / f"{method}-3.pt").stat().st_size
             assert ks["3"]["new"][0] != ks["3"]["new"][1] != figures["start"][0]
