@@ -287,7 +287,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)    # frozen: no need
         return onednn(x, weight, bias)
 
     @staticmethod

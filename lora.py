@@ -24,7 +24,10 @@ Flow     k examples (k, 1 + T) of the new text: a newline, and the T bytes behin
          after that   loss on the new text and on the OLD one (what was forgotten), bytes to store
 
 Run      python lora.py --method lora
-Expect   to be measured
+Expect   64 examples of pycode bring its loss from 1.95 ± 0.02 to 1.78 ± 0.01 nats a token with
+         LoRA, 2.9 % of the parameters, and to 1.78 ± 0.01 with all of them; that of pydocs
+         goes from 1.52 ± 0.00 to 1.57 ± 0.00 and 1.56 ± 0.01 (3 bases; 45 s of training
+         after 109 s for the base, on AMD EPYC, 2 cores, torch 2.13.0+cpu)
 Differs  LoRA's paper leaves scaling, first weights and matrices open to taste: here alpha / rank,
          B normal, A zero (its names are the other way round: there W0 + B A), on every matrix of
          a block. (IA)^3 without T-Few's two other losses and its pre-training of the vectors.

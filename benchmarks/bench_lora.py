@@ -13,10 +13,11 @@ the clock starts. In bfloat16 a step runs under autocast. `--plain` leaves out t
 chooses on some CPUs. Timed in turns; the ratio is the median over rounds of theirs / ours (above 1: ours is faster),
 the middle half in brackets.
 
-Their side gets what makes it fast in training: the fused GELU (the same function as GPT-2's default, which is written
-out in Python) and no cache.
+Their side runs as it comes, and once more with what makes it faster in training: the fused GELU (the same function as
+GPT-2's default, which is written out in Python) and no cache.
 """
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -37,6 +38,7 @@ from pairs import compare, pair
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOW = dict(vocab=257, context=256, dim=384, depth=6, heads=6)
 RANK, ALPHA, BATCH = 8, 16., 8
+FUSED = ", fused GELU, no cache"
 NAME = "step, 6 x 384, context 256, batch 8, rank 8 on qkv"
 
 
@@ -49,13 +51,13 @@ def ours():
     return model.to(DEVICE)
 
 
-def theirs():
-    """GPT2LMHeadModel with peft's LoRA, weights of its own."""
+def theirs(fused):
+    """GPT2LMHeadModel with peft's LoRA, weights of its own; fused: what is faster in training than its defaults."""
     import peft
     import transformers
     config = transformers.GPT2Config(vocab_size=257, n_positions=256, n_embd=384, n_layer=6, n_head=6, resid_pdrop=0.,
                                      embd_pdrop=0., attn_pdrop=0., bos_token_id=256, eos_token_id=None,
-                                     activation_function="gelu_pytorch_tanh", use_cache=False)
+                                     **(dict(activation_function="gelu_pytorch_tanh", use_cache=False) if fused else {}))
     how = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["c_attn"], fan_in_fan_out=True)
     return peft.get_peft_model(transformers.GPT2LMHeadModel(config), how).to(DEVICE).train()
 
@@ -83,13 +85,13 @@ def context(dtype, plain):
     return common.autocast(SimpleNamespace(device=DEVICE, dtype=dtype, compile=False))
 
 
-def sides(which, dtype, plain):
+def sides(which, dtype, plain, fused):
     """{side: (model, its loss, a training step)}"""
     torch.manual_seed(1)
     masked, target = lora.mask(torch.randint(256, (BATCH, 256), device=DEVICE), 256)
     built = {}
     for side in which:
-        model = ours() if side == "ours" else theirs()
+        model = ours() if side == "ours" else theirs(fused)
         logits = model if side == "ours" else lambda x, model=model: model(x).logits
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
 
@@ -123,14 +125,14 @@ def agree(mine, other):
         model.zero_grad()
 
 
-def timed_step(dtype, plain, rounds):
+def timed_step(dtype, plain, fused, rounds):
     """The figures of the case `step`."""
-    built = sides(("ours", "theirs"), dtype, plain)
+    built = sides(("ours", "theirs"), dtype, plain, fused)
     agree(built["ours"], built["theirs"])
-    return dict(case=NAME, beside="peft", dtype=dtype, **compare(*pair(built["ours"][2], built["theirs"][2], rounds)))
+    return dict(case=NAME, beside="peft" + FUSED * fused, dtype=dtype, **compare(*pair(built["ours"][2], built["theirs"][2], rounds)))
 
 
-def peak(side, dtype, plain):
+def peak(side, dtype, plain, fused):
     """In a process of its own: prints the most memory it ever had, in MB, and what it had before the model."""
     high = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1000
     if side == "theirs":
@@ -138,22 +140,22 @@ def peak(side, dtype, plain):
         import transformers
         transformers.GPT2LMHeadModel, peft.get_peft_model                       # lazily imported
     before = high()
-    _, _, run = sides([side], dtype, plain)[side]
+    _, _, run = sides([side], dtype, plain, fused)[side]
     for _ in range(5):
         run()
     print(json.dumps([high(), before]))
 
 
-def memory(dtype, plain, times=3):
+def memory(dtype, plain, fused, times=3):
     """The figures of the case `memory`: medians of several processes a side."""
     found = {"ours": [], "theirs": []}
     for _ in range(times):
         for side in found:
-            line = [sys.executable, __file__, "--peak", side, "--dtypes", dtype] + ["--plain"] * plain
+            line = [sys.executable, __file__, "--peak", side, "--dtypes", dtype] + ["--plain"] * plain + ["--fused"] * fused
             found[side].append(json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout))
     mb = {side: [sorted(column)[times // 2] for column in zip(*runs)] for side, runs in found.items()}
     (a, a0), (b, b0) = mb["ours"], mb["theirs"]
-    return dict(case=NAME.replace("step", "memory"), beside="peft", dtype=dtype, ours_mb=a, theirs_mb=b, ratio=b / a,
+    return dict(case=NAME.replace("step", "memory"), beside="peft" + FUSED * fused, dtype=dtype, ours_mb=a, theirs_mb=b, ratio=b / a,
                 ours_after_imports_mb=a - a0, theirs_after_imports_mb=b - b0, ratio_after_imports=(b - b0) / (a - a0))
 
 
@@ -161,30 +163,32 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["step", "memory"], choices=["step", "memory"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plain", action="store_true", help="ours, too, on PyTorch's choice of kernels")
     parser.add_argument("--peak", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--fused", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
-        return peak(args.peak, args.dtypes[0], args.plain)
+        return peak(args.peak, args.dtypes[0], args.plain, args.fused)
     import peft
     import transformers
     print(f"{common.machine()}, torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
           f"{torch.get_num_threads()} threads; {args.rounds} rounds")
     rows, figures = [("case", "dtype", "ours", "theirs", "theirs / ours")], []
-    for case in args.cases:
-        for dtype in args.dtypes:
-            if case == "step":
-                f = timed_step(dtype, args.plain, args.rounds)
-                rows.append((f["case"], dtype, f"{f['ours_ms']:.0f} ms", f"{f['theirs_ms']:.0f} ms",
-                             "{:.2f} [{:.2f} to {:.2f}]".format(f["ratio"], *f["quartiles"])))
-            else:
-                f = memory(dtype, args.plain)
-                rows.append((f["case"], dtype, f"{f['ours_mb']:.0f} MB", f"{f['theirs_mb']:.0f} MB", f"{f['ratio']:.2f}"))
-                rows.append(("  of it after the imports", dtype, f"{f['ours_after_imports_mb']:.0f} MB",
-                             f"{f['theirs_after_imports_mb']:.0f} MB", f"{f['ratio_after_imports']:.2f}"))
-            figures.append(f)
+    for case, dtype, fused in itertools.product(args.cases, args.dtypes, (False, True)):
+        if case == "step":
+            f = timed_step(dtype, args.plain, fused, args.rounds)
+            rows.append((f"{f['case']}, beside {f['beside']}", dtype, f"{f['ours_ms']:.0f} ms", f"{f['theirs_ms']:.0f} ms",
+                         "{:.2f} [{:.2f} to {:.2f}]".format(f["ratio"], *f["quartiles"])))
+        else:
+            f = memory(dtype, args.plain, fused)
+            rows.append((f"{f['case']}, beside {f['beside']}", dtype, f"{f['ours_mb']:.0f} MB", f"{f['theirs_mb']:.0f} MB",
+                         f"{f['ratio']:.2f}"))
+            rows.append(("  of it after the imports", dtype, f"{f['ours_after_imports_mb']:.0f} MB",
+                         f"{f['theirs_after_imports_mb']:.0f} MB", f"{f['ratio_after_imports']:.2f}"))
+        figures.append(f)
+        print(f"  {' | '.join(rows[-1])}", file=sys.stderr, flush=True)
     print(common.table(rows))
     if args.json:
         args.json.write_text(json.dumps(dict(

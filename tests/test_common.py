@@ -694,11 +694,11 @@ def test_ctrl_c_ends_a_series_between_two_fits(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "script", lambda: "some.py")
     usual, run = signal.getsignal(signal.SIGINT), series(common.Args(out=str(tmp_path), device="cpu"))
     with pytest.raises(KeyboardInterrupt):
-        for fit in run.rest([1, 2, 3]):
-            if fit == 2:
+        for fit in run.rest([(1,), (2,), (3,)]):
+            if fit == (2,):
                 os.kill(os.getpid(), signal.SIGINT)
             run.add(fit, loss=0.)
-    assert list(run.done) == [1, 2] and signal.getsignal(signal.SIGINT) is usual
+    assert list(run.done) == [(1,), (2,)] and signal.getsignal(signal.SIGINT) is usual
 
 
 def test_a_part_of_a_series_leaves_no_files(tmp_path, capsys):
@@ -717,3 +717,15 @@ def test_fingerprint():
     assert len(mark) == 8 and mark == common.fingerprint({k: v.clone() for k, v in weights.items()})
     weights["b"][1] = 1e-9
     assert common.fingerprint(weights) != mark
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+def test_onednn_keeps_no_input_for_a_frozen_weight():
+    x, weight = torch.randn(5, 7, requires_grad=True), torch.randn(3, 7)
+    for frozen in True, False:
+        kept, w = [], weight.clone().requires_grad_(not frozen)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+            y = common.Linear.apply(x, w, None)
+        assert kept == ([(3, 7)] if frozen else [(5, 7), (3, 7)])
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+        torch.testing.assert_close(grad, 2 * (x @ weight.T) @ weight, rtol=1e-5, atol=1e-5)

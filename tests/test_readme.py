@@ -227,7 +227,7 @@ def adapted(patterns):
         share = f" ({100 * one['trained'][0] / f['parameters']:.1f} %)" if one["trained"][0] else ""
         size = f"{one['bytes'][0]:,}" if one["trained"][0] else f"{how['example']} k"
         rows.append([method, f"{one['trained'][0]:,}{share}", size, [of_base(runs, method, k, what) for k in how["k"]]])
-    text = lora_table(rows, how["k"], [f"loss on {how['data' if what == 'new' else 'old']}", "trained", "bytes"])
+    text = lora_table(rows, how["k"], [f"loss on {how['data'] if what == 'new' else f['old']}", "trained", "bytes"])
     return (f"{text}\n\nNats a token, mean ± standard deviation over {len(runs)} bases, each the mean of {how['draws']} draws of the examples; "
             f"{runs[0]['machine']}, torch {runs[0]['versions']['torch']}, Python {runs[0]['versions']['python']}.")
 
@@ -258,7 +258,7 @@ def directions(pattern):
         for name in f["shares"][method]:
             cells = [f"{100 * statistics.mean(r['figures']['shares'][method][name][i] for r in runs):.0f}" for i in range(len(f["counts"]))]
             lines.append(f"| {method}, {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + (f"\n\nIn its 1, 2, 4 ... most important directions; mean over the blocks and {len(runs)} bases, at k = {max(runs[0]['settings']['k'])}.")
+    return "\n".join(lines) + (f"\n\nIn its 1, 2, 3 ... most important directions (squared singular values); mean over the blocks and {len(runs)} bases, at k = {max(runs[0]['settings']['k'])}.")
 
 
 def memory(pattern):
@@ -268,7 +268,7 @@ def memory(pattern):
     for f in (f for f in bench["figures"] if "ours_mb" in f):
         for what, key in ("the whole process", ""), ("of it after the imports", "_after_imports"):
             a, b, c = (f"{f[name.format(key)]:.{digits}f}" for name, digits in (("ours{}_mb", 0), ("theirs{}_mb", 0), ("ratio{}", 2)))
-            lines.append(f"| {what} | {f['dtype']} | {a} | {b} | {c} |")
+            lines.append(f"| {what}{', beside ' + f['beside'] if not key else ''} | {f['dtype']} | {a} | {b} | {c} |")
     return "\n".join(lines)
 
 
