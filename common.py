@@ -1114,7 +1114,7 @@ def read_saved(path, *due, flag="--out"):
 
 
 def fingerprint(weights):
-    """Eight letters that tell {name: tensor on the CPU} from any other."""
+    """Eight hexadecimal digits that tell {name: tensor on the CPU} from others of its names."""
     return hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()[:8]
 
 

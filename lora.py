@@ -23,11 +23,11 @@ Flow     k examples (k, 1 + T) of the new text: a newline, and the T bytes behin
          C. compare   cross-entropy of the T bytes
          after that   loss on the new text and on the OLD one (what was forgotten), bytes to store
 
-Run      python lora.py --method lora
+Run      python lora.py
 Expect   64 examples of pycode bring its loss from 1.95 ± 0.02 to 1.78 ± 0.01 nats a token with
          LoRA, 2.9 % of the parameters, and to 1.78 ± 0.01 with all of them; that of pydocs
-         goes from 1.52 ± 0.00 to 1.57 ± 0.00 and 1.56 ± 0.01 (3 bases; 45 s of training
-         after 109 s for the base, on AMD EPYC, 2 cores, torch 2.13.0+cpu)
+         goes from 1.52 ± 0.00 to 1.57 ± 0.00 and 1.56 ± 0.01 (3 bases; 45 s for all
+         methods after 109 s for the base, on AMD EPYC, 2 cores, torch 2.13.0+cpu)
 Differs  LoRA's paper leaves scaling, first weights and matrices open to taste: here alpha / rank,
          B normal, A zero (its names are the other way round: there W0 + B A), on every matrix of
          a block. (IA)^3 without T-Few's two other losses and its pre-training of the vectors.
@@ -53,12 +53,13 @@ import common
 
 Method = Literal["all", "lora", "ia3", "bias", "first", "middle", "last", "full", "prompt"]
 FREE = "method", "k", "draws", "prompt", "length", "temperature"     # change no training
+# Best on average over k = 1 to 256, of three or four rates each: results/lora-search.json
 LR = dict(lora=1e-3, ia3=1e-2, bias=1e-3, first=1e-4, middle=1e-4, last=1e-4, full=5e-5)
 
 
 @dataclass
 class Args(common.Args):
-    """Settings of lora.py: for a GPU, and under `cpu` what two cores do in four minutes."""
+    """Settings of lora.py: for a GPU, and under `cpu` what two cores do in three minutes."""
     passes: int = 20                # times that each example is seen: passes x k / batch steps
     steps: int = 1000               # most training steps of an adaptation
     batch: int = 16                 # examples a step, at most k
@@ -72,7 +73,7 @@ class Args(common.Args):
     example: int = 24               # bytes of an example: the beginning of a line, and on
     where: str = "qkv,proj,fc1,fc2"    # LoRA: matrices of each block that get memories
     rank: int = 3                   # LoRA: memories that each of them gets
-    alpha: float = 0.               # LoRA: the update is scaled by alpha / rank; 0: not at all
+    alpha: float = 0.               # LoRA: the update is scaled by alpha / rank; 0: not scaled
     dropout: float = 0.             # LoRA: share of its inputs dropped
     adapter: str = ""               # an adapter to look at, in place of training one
     base: str = ""                  # folder of a run of gpt.py; else one is trained in --out/base
@@ -574,7 +575,7 @@ def recipe(args, method, k, draw):
     batch = min(args.batch, k)
     return dataclasses.replace(args, seed=args.seed + 1000 * draw, lr=args.lr or LR[method],
                                batch=batch, steps=min(args.steps, round(args.passes * k / batch)),
-                               compile=False)        # a minute of compiling for a few seconds
+                               compile=False)       # each copy would be compiled anew
 
 
 def measure(args, base, fit, model, val, old):
@@ -696,7 +697,8 @@ def tell(args, series, base, rows, start, shares, texts):
     common.say(f"The base is a {base.name}, of {total:,} parameters. It gets k examples of "
                f"{args.example} bytes of {args.data} to train on or (prompt) in front of the text. "
                "Loss: nats a token of new text. Bytes: what has to be stored. ms: a training step. "
-               f"Mean and standard deviation of {args.draws} draws of examples and first weights:")
+               + (f"Mean and standard deviation of {args.draws} draws" if args.draws > 1 else
+                  "One draw") + " of examples and first weights:")
     print("\n" + common.table(lines(args, base, rows, start)) + "\n")
     best = {method: min(sum(f["new"]) / len(f["new"]) for f in ks.values())
             for method, ks in rows.items()}

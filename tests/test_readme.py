@@ -288,8 +288,8 @@ def expect(name):
         share = 100 * f["rows"]["lora"][str(k)]["trained"][0] / f["parameters"]
         text = (f"{k} examples of pycode bring its loss from {loss('the base', 'new')} to {loss('lora', 'new')} nats a token with LoRA, "
                 f"{share:.1f} % of the parameters, and to {loss('full', 'new')} with all of them; that of pydocs goes from "
-                f"{loss('the base', 'old')} to {loss('lora', 'old')} and {loss('full', 'old')} ({len(runs)} bases; {seconds:.0f} s of "
-                f"training after {base:.0f} s for the base, on {r['machine']}, torch {r['versions']['torch']})")
+                f"{loss('the base', 'old')} to {loss('lora', 'old')} and {loss('full', 'old')} ({len(runs)} bases; {seconds:.0f} s for "
+                f"all methods after {base:.0f} s for the base, on {r['machine']}, torch {r['versions']['torch']})")
     elif name == "bert":
         get = lambda who, key, digits: number([r["figures"][who][key] for r in runs], digits)
         text = (f"{get('masked', 'accuracy', 1)} % of the hidden words of new text are right, at a perplexity of "
