@@ -392,9 +392,9 @@ def test_spectrum():
 def test_sample_equals_reading_all_of_it_each_time(base):
     prompt, g, text = tokens()[0, :3], torch.Generator().manual_seed(4), []
     for _ in range(10):
-        p = (base.eval()(torch.cat([prompt, torch.tensor(text, dtype=torch.int64)])[None])[0, -1] / .7).softmax(0)
+        p = (base.eval()(torch.cat([prompt, torch.tensor(text, dtype=torch.int64)])[None])[0, -1] / .1).softmax(0)
         text.append(torch.multinomial(p[None], 1, generator=g).item())
-    assert lora.sample(base, prompt, 10, temperature=.7, seed=4).tolist() == text
+    assert lora.sample(base, prompt, 10, temperature=.1, seed=4).tolist() == text
 
 
 def test_an_adapter_comes_back(base, tmp_path):
@@ -673,3 +673,15 @@ def test_dropouts(done, texts, monkeypatch):
         seen.clear()
         model.train(train)(torch.zeros(1, 3, dtype=torch.int64))
         assert {p for p, training in seen if training and p} == ({.25} if train else set())
+    assert all(m.dropout == 0 for m in lora.adapt(new_base(), "lora").modules() if isinstance(m, lora.LoRA))
+
+
+def test_dropout_is_there_in_training_alone(done, texts, tmp_path):
+    flags = [*texts, *SMALL, "--base", done[0] / "base"]
+    made = run(*flags, "--method", "lora", "--lr", .05, "--k", 3, "--dropout", .5, "--out", tmp_path, script="lora.py")
+    plain = run(*flags, "--method", "lora", "--lr", .05, "--k", 3, "--out", tmp_path / "plain", script="lora.py")
+    assert made.returncode == plain.returncode == 0, made.stderr
+    loss, other = (result(out)["rows"]["lora"]["3"]["new"] for out in (tmp_path, tmp_path / "plain"))
+    assert abs(loss[0] - other[0]) > 1e-6                                  # in training
+    again = run(*flags, "--adapter", tmp_path / "lora-3.pt", script="lora.py")
+    assert f": {loss[0]:.3f} nats" in again.stdout                         # not when it is measured
