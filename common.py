@@ -4,6 +4,7 @@ surroundings, few-label evaluation and pictures. No model, loss, mask or augment
     settings     Args, start            a dataclass becomes the command line
     data         load_images            uint8 images that live on the device, with their labels
                  draw, shapes           the embedded world: ten figures, drawn in a second
+                 scene, paint, caption, question     several figures, in pictures and in words
                  load_text              documents as bytes; the embedded one is Python's own manual
                  Bytes, Words           tokenizers: a token a byte, or a token a word
     training     Run                    optimizer, schedule, bar, log, checkpoint, exact resume
@@ -433,6 +434,104 @@ def shapes(n, seed=0, size=32, device="cpu"):
     return (canvas * 255).round().byte(), labels
 
 
+# The shapes world in pictures and words: scenes of one to three figures, what is said and asked of
+# them, and new words for old things. flamingo.py reads it.
+
+FIGURES = [kind for kind in SHAPES if kind not in ("half", "bar")]      # those with a plain name
+KINDS = [(shape, colour) for shape in range(len(FIGURES)) for colour in range(len(COLOURS))]
+UNSEEN = [(i, (3 * i + 1) % len(COLOURS)) for i in range(len(FIGURES))]  # one of each, kept back
+SEEN = [kind for kind in KINDS if kind not in UNSEEN]
+NUMBERS = ["one", "two", "three"]
+ABOUT = ["colour", "shape", "number", "side"]
+NEW_WORDS = "dax blicket wug toma fep zib koba mip lun vosk tazz pim gorp nal sefi rud".split()
+
+
+class Figure(typing.NamedTuple):
+    """A figure of a scene, by ids: FIGURES, COLOURS, 0 small or 1 large, 0 left or 1 right, 0 top
+    or 1 bottom."""
+    shape: int
+    colour: int
+    size: int
+    column: int
+    row: int
+
+
+def scene(rng, count=None, kinds=KINDS):
+    """Figures of some kinds (shape, colour), as one reads: row by row. All shapes and all colours
+    of a scene differ; two figures are neighbours. rng: random.Random; count: 1 to 3, else any."""
+    count = count or rng.randint(1, 3)
+    chosen = rng.sample(kinds, count)
+    while any(len(set(ids)) < count for ids in zip(*chosen)):
+        chosen = rng.sample(kinds, count)
+    first = rng.randrange(4)                              # quarter 0 1
+    quarters = rng.sample(range(4), count)                #         2 3
+    if count == 2:
+        quarters = [first, first ^ rng.choice([1, 2])]    # beside it, or above or below
+    return [Figure(*kind, rng.randrange(2), quarter % 2, quarter // 2)
+            for kind, quarter in zip(chosen, sorted(quarters))]
+
+
+def paint(scenes, seed=0, size=32, device="cpu"):
+    """Pictures of n scenes, on a dark ground: (n, 3, size, size) uint8. The exact place, size, turn
+    and hue of each figure are drawn at random."""
+    n, most = len(scenes), max(map(len, scenes))
+    ids = torch.full((n, most, 5), -1)
+    for i, figures in enumerate(scenes):
+        ids[i, :len(figures)] = torch.tensor(figures)
+    shape, colour, large, column, row = ids.to(device).unbind(2)
+    u = torch.rand(12, n, most, generator=torch.Generator().manual_seed(seed)).to(device)
+    unit, names = size / 32, torch.tensor([SHAPES.index(name) for name in FIGURES], device=device)
+    radius = torch.where(large == 1, 4.6 + .8 * u[0], 3. + .6 * u[0]) * unit
+    x, y = ((16 * at + 6 + 4 * part) * unit for at, part in ((column, u[1]), (row, u[2])))
+    hue = torch.tensor(list(COLOURS.values()), device=device)[colour]             # (n, most, 3)
+    hue = (hue * (.85 + .3 * u[3, ..., None]) + .08 * (u[4:7].permute(1, 2, 0) - .5)).clamp(0, 1)
+    ramp = torch.linspace(.05, -.05, size, device=device)[:, None]
+    shade = .1 + .1 * u[7, :, :1, None, None]
+    shade = shade + .08 * (u[8:11, :, :1, None].permute(1, 0, 2, 3) - .5)         # (n, 3, 1, 1)
+    canvas = (shade + ramp).clamp(0, 1).expand(n, 3, size, size).contiguous()
+    for j in range(most):
+        i = (shape[:, j] >= 0).nonzero().flatten()
+        canvas[i] = draw(canvas[i], names[shape[i, j]], hue[i, j], radius[i, j], x[i, j], y[i, j],
+                         .6 * (u[11, i, j] - .5))
+    return (canvas * 255).round().byte()
+
+
+def kind_name(figure):
+    """'a red circle'."""
+    return f"a {list(COLOURS)[figure.colour]} {FIGURES[figure.shape]}"
+
+
+def caption(figures):
+    """What a scene shows: 'a small red circle left of a large blue star'."""
+    parts = [f"a {('small', 'large')[f.size]} {kind_name(f)[2:]}" for f in figures]
+    if len(parts) == 1:
+        return f"{parts[0]} on the {('left', 'right')[figures[0].column]}"
+    if len(parts) == 2:
+        return f"{' left of ' if figures[0].row == figures[1].row else ' above '}".join(parts)
+    return f"{parts[0]} , {parts[1]} and {parts[2]}"
+
+
+def question(rng, figures, about=None):
+    """(about, question, answer) of a scene, about one of its figures: colour, shape, number or
+    side, any if it is None. The caption tells the answer; so of a side it is asked of single
+    figures and of two in a row, and else (None, None, None) is returned."""
+    abouts = ABOUT if len(figures) == 1 or len(figures) == 2 and figures[0].row == figures[1].row \
+        else ABOUT[:3]
+    about = about or rng.choice(abouts)
+    if about not in abouts:
+        return None, None, None
+    figure, single = rng.choice(figures), len(figures) == 1
+    colour, shape = list(COLOURS)[figure.colour], FIGURES[figure.shape]
+    which = "it" if single else f"the {shape}"
+    if about == "colour":
+        return about, f"what colour is {which} ?", colour
+    if about == "shape":
+        return about, f"what shape is {'it' if single else f'the {colour} one'} ?", shape
+    if about == "number":
+        return about, "how many figures are there ?", NUMBERS[len(figures) - 1]
+    return about, f"which side is {which} on ?", ("left", "right")[figure.column]
+
+
 def load_images(name, data_dir="data", size=32, device="cpu"):
     """A data set by name -> Images.
 
@@ -615,6 +714,24 @@ def read_npz(path):
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         why = "it holds pickled objects" if "pickle" in str(error) else "it is truncated or no .npz"
         raise UserError(f"cannot read {path}: {why}") from None
+
+
+def read_pictures(path, size, device="cpu"):
+    """`images` (n, size, size, 3) uint8 of an .npz -> (n, 3, size, size). Raises UserError for what
+    is missing, broken or of another form."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            require("images" in file, f"{path} holds {', '.join(file.files)}; due is images")
+            x = file["images"]
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        why = "it holds pickled objects" if "pickle" in str(error) else "it is truncated or no .npz"
+        raise UserError(f"cannot read {path}: {why}") from None
+    require(x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] == (size, size, 3) and len(x) > 0,
+            f"{path}: images is {x.dtype} {x.shape}, and (n, {size}, {size}, 3) uint8 is due: "
+            "scale them, or take another --image-size")
+    return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().to(device)
 
 
 def read_folder(path, size):

@@ -1,0 +1,1039 @@
+"""Flamingo: a frozen language model and a frozen eye, joined by gated cross-attention.
+
+Paper    Alayrac et al. 2022, "Flamingo: a Visual Language Model for Few-Shot Learning",
+         arXiv 2204.14198
+
+Idea     How would you build a model that reads pictures and text, and writes? From scratch? No.
+         Take a language model and a vision encoder that are there, freeze both, and train only what
+         joins them. A resampler turns the patches of any picture into a few tokens; between the
+         blocks of the language model new layers look at these. Each is multiplied by the tanh of a
+         gate that starts at 0, so that at the first step this IS the language model. What it could
+         do with text, it can now do with pictures: answer, and learn a new word from examples that
+         stand before the question.
+
+Loss     L = - mean_t log p(x_t | x_<t, the last picture before x_t)          in nats a token,
+         over all tokens but the <image> marks; pictures further back reach x_t through the text
+
+Flow     tokens x (B, 1 + T) with <image> marks, pictures (B, M, 3, S, S)
+         0. see       the frozen eye, once a picture   -> visual tokens (B, M, N, E)
+         A. mask      shift: what is seen (B, T), what is owed (B, T)
+         B. predict   resample     N tokens of each picture -> R latents
+                      the LM's blocks, a gated look at the last picture before every n-th
+                                                       -> logits (B, T, V)
+         C. compare   cross-entropy of all but the marks
+         sample       the text's keys and values are cached as in gpt.py, the pictures' once
+
+Run      python flamingo.py
+Expect   to be measured
+Differs  A world of eight shapes in eight colours, a language of 60 words; the LM learns from text
+         alone in which descriptions stand in the place of pictures. The eye is a ViT and not an
+         NFNet, trained, as the paper's, by contrast with captions. No video, so no time embedding;
+         the rows of <image> and <end> are the frozen LM's own, not trained.
+
+Try      --gate-start 0.5, or inf (no gate): what does the loss do at the first steps?
+         --attend all: which kind of question gets worse?
+         --every 2, --latents 1: how little is enough?
+"""
+import contextlib
+import dataclasses
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+# -------------------------------------------------------------------------------------- settings
+
+
+@dataclass
+class Args(common.Args):
+    """Settings of flamingo.py: for a GPU, and under `cpu` what two cores do in five minutes."""
+    steps: int = 6000               # training steps of the join
+    batch: int = 64                 # documents a step
+    lr: float = 1e-3                # peak learning rate
+    warmup: float = 0.1             # fraction of the steps in which the learning rate rises
+    weight_decay: float = 0.1       # AdamW's decay, on matrices only (Flamingo, sec. 3.2)
+    data: str = "scenes"            # what the prompt is about: scenes, or an .npz with `images`
+    images: int = 40_000            # painted scenes to train on, half of them single figures
+    tests: int = 1000               # held-out scenes, as many more of unseen kinds, and episodes
+    image_size: int = 32            # side of a picture in pixels
+    context: int = 96               # tokens of a document
+    every: int = 1                  # a gated look before every n-th block of the LM (table 3, iv)
+    latents: int = 8                # tokens that the resampler makes of a picture (64)
+    resampler_depth: int = 2        # its layers (6)
+    attend: Literal["last", "all"] = "last"    # pictures that a token sees: the last before it, all
+    gate_start: float = 0.          # what gates start at; inf: no gates
+    resample: bool = True           # resample, or look at all visual tokens
+    freeze: bool = True             # keep the LM as it is
+    lm: str = ""                    # folder of a run of gpt.py; else one is trained in --out/lm
+    lm_steps: int = 10_000          # LM: training steps
+    lm_batch: int = 64              # LM: documents a step
+    lm_lr: float = 1e-3             # LM: peak learning rate
+    lm_short: float = 0.5           # LM: share of the steps with short documents, at first
+    dim: int = 256                  # LM: channels
+    depth: int = 6                  # LM: blocks
+    heads: int = 8                  # LM: attention heads, of the join, too
+    eye: str = ""                   # folder of a run of mae.py; else one is trained in --out/eye
+    eye_steps: int = 5000           # eye: training steps
+    eye_batch: int = 256            # eye: pictures with captions a step
+    eye_lr: float = 1e-3            # eye: peak learning rate
+    patch: int = 8                  # eye: side of a patch in pixels
+    eye_dim: int = 192              # eye: channels
+    eye_depth: int = 4              # eye: blocks
+    eye_heads: int = 6              # eye: attention heads
+    shots: tuple[int, ...] = (0, 1, 2, 4, 8)    # examples before the question
+    prompt: str = ""                # asked at the end: "<image> what colour is it ?"
+    temperature: float = 0.         # divides the logits of its answer; 0 takes the most likely
+
+    cpu = dict(steps=800, batch=32, lr=3e-3, images=16_000, tests=300, context=64,
+               resampler_depth=1, lm_steps=800, lm_batch=96, lm_lr=3e-3,
+               lm_short=0.6, dim=128, depth=4, heads=4,
+               eye_steps=600, eye_batch=128, eye_lr=3e-3, eye_dim=128, eye_depth=3, eye_heads=4)
+
+    def check(self):
+        super().check()
+        need = common.require
+        for name in ("images", "tests", "every", "latents", "resampler_depth", "depth", "patch",
+                     "eye_depth", "image_size", "lm_batch", "eye_batch", "lm_steps", "eye_steps"):
+            value = getattr(self, name)
+            need(value > 0, f"{common.flag(name)} must be 1 or more, not {value}")
+        need(self.every <= self.depth or self.lm, f"--every {self.every} is more than the LM's "
+             f"{self.depth} blocks (--depth): it would never look")
+        for name in "lm_lr", "eye_lr", "temperature":
+            value = getattr(self, name)
+            need(0 <= value < math.inf, f"{common.flag(name)} must be 0 or more, not {value}")
+        for dim, heads in ("dim", "heads"), ("eye_dim", "eye_heads"):
+            d, h = getattr(self, dim), getattr(self, heads)
+            need(d > 0 and h > 0 and d % h == 0 and (dim == "dim" or d % 4 == 0),
+                 f"{common.flag(dim)} {d} must be a multiple of {common.flag(heads)} {h}"
+                 + " and of 4 (sines and cosines of x and y)" * (dim == "eye_dim"))
+        need(self.image_size % self.patch == 0, f"--patch {self.patch} does not divide the "
+             f"{self.image_size} x {self.image_size} pictures (--image-size)")
+        need(self.context > 24, f"--context must be 25 or more, not {self.context}: a caption and "
+             "a question have to fit")
+        need(not math.isnan(self.gate_start), "--gate-start must be a number, or inf for no gate")
+        need(self.shots and min(self.shots) >= 0, "--shots must be 0 or more")
+        need(self.images >= 500, f"--images must be 500 or more, not {self.images}")
+
+
+# ------------------------------------------------------------------------------------- the model
+# B batch, M pictures, N visual tokens of one, R latents of one, E their channels; T tokens that
+# are new, L tokens in all, C channels of the LM, H heads, D = C / H, V vocabulary.
+# First the language model, gpt.py's:
+
+
+class Cache:
+    """KV cache of one block: the keys and values of all L tokens so far, (B, H, L, D) each, in room
+    for a whole context that is allocated once."""
+
+    def __init__(self, batch, heads, context, head_dim, like):
+        self.k = like.new_empty(batch, heads, context, head_dim)
+        self.v = torch.empty_like(self.k)
+        self.length = 0
+
+    def add(self, k, v):
+        """Appends those of T new tokens (B, H, T, D); returns those of all, (B, H, L, D)."""
+        new, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, new:self.length] = k
+        self.v[:, :, new:self.length] = v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, each token to itself and those before it: (B, T, C) -> (B, T, C).
+
+    With a cache, the T tokens come after those that it holds, and are added to it.
+    """
+
+    def __init__(self, dim, heads, dropout=0.):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        H, D = self.heads, C // self.heads
+        q, k, v = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)    # each (B, H, T, D)
+        if cache is not None:
+            k, v = cache.add(k, v)                                          # each (B, H, L, D)
+        L, seen = k.shape[2], None
+        if 1 < T < L:         # new token i sees the L - T old ones, and i + 1 new: is_causal counts
+            seen = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)    # from key 0
+        drop = self.dropout if self.training else 0.
+        x = F.scaled_dot_product_attention(q, k, v, seen, drop, is_causal=1 < T == L)
+        return F.dropout(self.proj(x.transpose(1, 2).reshape(B, T, C)), drop)
+
+
+class MLP(nn.Module):
+    """Two layers, each token for itself: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim, dropout=0.):
+        super().__init__()
+        self.dropout = dropout
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        x = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim, heads, dropout=0.):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.attn = Attention(dim, heads, dropout)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp = MLP(dim, dropout)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.norm1(x), cache)
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2: tokens (B, T) -> logits of the token after each, (B, T, V).
+
+    Without a cache the tokens stand at places 0 to T - 1; with one, from `cache()`, behind those
+    that it holds, so that a prompt, one token, or a few at a time give the same logits as the
+    whole. Raises ValueError where they are more than the context holds.
+    """
+
+    def __init__(self, vocab, context, dim, depth, heads, dropout=0.):
+        super().__init__()
+        self.dropout = dropout
+        self.token_embed = nn.Embedding(vocab, dim)              # the head is the same matrix
+        self.pos_embed = nn.Embedding(context, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        for name, p in self.named_parameters():                  # as GPT-2: 0.02, places 0.01
+            if p.ndim > 1:
+                residual = name.endswith(("proj.weight", "fc2.weight"))     # 2 depth terms add up
+                std = .02 / math.sqrt(2 * depth) if residual else .02
+                nn.init.normal_(p, std=.01 if name == "pos_embed.weight" else std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, tokens, cache=None):
+        context = len(self.pos_embed.weight)
+        old = cache[0].length if cache else 0
+        new = old + tokens.shape[1]
+        if new > context:
+            raise ValueError(f"{new} tokens are more than the context of {context} holds")
+        x = self.token_embed(tokens) + self.pos_embed.weight[old:new]               # (B, T, C)
+        x = F.dropout(x, self.dropout, self.training)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cache[i] if cache else None)
+        return F.linear(self.norm(x), self.token_embed.weight)
+
+    def cache(self, batch):
+        """An empty cache for a batch: a Cache for each block."""
+        context, dim = self.pos_embed.weight.shape
+        return [Cache(batch, block.attn.heads, context, dim // block.attn.heads,
+                      self.pos_embed.weight) for block in self.blocks]
+
+# The eye, mae.py's. Where a name is taken, it begins with Eye:
+
+
+class EyeAttention(nn.Module):
+    """Multi-head self-attention, every token to every token: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        H, D = self.heads, C // self.heads
+        q, k, v = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)    # each (B, H, T, D)
+        x = F.scaled_dot_product_attention(q, k, v)                  # softmax(q k^T / sqrt(D)) v
+        return self.proj(x.transpose(1, 2).reshape(B, T, C))
+
+
+class EyeMLP(nn.Module):
+    """Two layers, each token for itself: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class EyeBlock(nn.Module):
+    """Pre-norm Transformer block: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = EyeAttention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = EyeMLP(dim)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def sincos(side, dim):
+    """Fixed position code of a side x side grid, row by row: (1, 1 + side^2, dim).
+
+    Half the channels tell the column, half the row, each by sines then cosines of falling frequency
+    10000^(-4 i / dim). The row in front is the cls token's: zeros.
+    """
+    frequency = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) * 4 / dim)
+    angle = torch.arange(side)[:, None] * frequency                         # (side, dim / 4)
+    code = torch.cat([angle.sin(), angle.cos()], 1)                         # (side, dim / 2)
+    column, row = code.repeat(side, 1), code.repeat_interleave(side, 0)     # each (side^2, dim / 2)
+    return F.pad(torch.cat([column, row], 1), (0, 0, 1, 0)).float()[None]
+
+
+def take(x, at):
+    """The tokens of x (B, T, C) at places (B, n), another choice for each image: (B, n, C)."""
+    return x.gather(1, at[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+class ViT(nn.Module):
+    """Vision Transformer over any of the patches: (B, n, P) at places (B, n) -> (B, 1 + n, C).
+
+    Token 0 is cls. Without `places`, the patches are all N in order. grid: patches to a side.
+    """
+
+    def __init__(self, grid, pixels, dim, depth, heads):
+        super().__init__()
+        self.patch_embed = nn.Linear(pixels, dim)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * .02)
+        self.register_buffer("pos_embed", sincos(grid, dim), persistent=False)
+        self.blocks = nn.ModuleList(EyeBlock(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, patches, places=None):
+        B = len(patches)
+        position = self.pos_embed[:, 1:].expand(B, -1, -1)
+        x = self.patch_embed(patches) + (position if places is None else take(position, places))
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)
+        x = torch.cat([cls, x], 1)                                          # (B, 1 + n, C)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+# And what joins them.
+
+
+class CrossAttention(nn.Module):
+    """Queries from x (B, T, C), keys and values from another sequence (B, L, E): (B, T, C).
+
+    No biases: what sees nothing gives exactly 0.
+    """
+
+    def __init__(self, dim, source, heads):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(source, 2 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+
+    def keys(self, source):
+        """(B, L, E) -> keys and values, (B, H, L, D) each."""
+        B, L, _ = source.shape
+        k, v = self.kv(source).view(B, L, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return k, v
+
+    def forward(self, x, k, v, seen=None):
+        """seen: which of the L each token may look at, bool, to be broadcast to (B, H, T, L)."""
+        B, T, C = x.shape
+        q = self.q(x).view(B, T, self.heads, -1).transpose(1, 2)            # (B, H, T, D)
+        if seen is None:
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:                                        # softmax of nothing is not a number, so where
+            blind = ~seen.any(-1, keepdim=True)      # nothing is seen: look at all, and drop it
+            x = F.scaled_dot_product_attention(q, k, v, seen | blind).masked_fill(blind, 0.)
+        return self.proj(x.transpose(1, 2).reshape(B, T, C))
+
+
+class FeedForward(nn.Module):
+    """Norm, and two layers with a squared ReLU between (Flamingo, B.1): (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, 4 * dim, bias=False)
+        self.fc2 = nn.Linear(4 * dim, dim, bias=False)
+
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(self.norm(x))).square())
+
+
+class Resampler(nn.Module):
+    """Perceiver resampler: any number of visual tokens (B, N, E) -> R latents (B, R, E).
+
+    Learned queries look at the visual tokens AND at themselves (Flamingo, fig. 5). Nothing tells
+    the places of the tokens but what the eye put into them: their order does not matter.
+    """
+
+    def __init__(self, dim, depth, heads, latents):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(latents, dim) * dim ** -.5)
+        for name, layer in (("norm_visual", nn.LayerNorm), ("norm_latents", nn.LayerNorm),
+                            ("attn", lambda dim: CrossAttention(dim, dim, heads)),
+                            ("mlp", FeedForward)):
+            setattr(self, name, nn.ModuleList(layer(dim) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, visual):
+        x = self.latents.expand(len(visual), -1, -1)                        # (B, R, E)
+        layers = zip(self.norm_visual, self.norm_latents, self.attn, self.mlp)
+        for norm_visual, norm_latents, attn, mlp in layers:
+            query = norm_latents(x)
+            x = x + attn(query, *attn.keys(torch.cat([norm_visual(visual), query], 1)))
+            x = x + mlp(x)
+        return self.norm(x)
+
+
+class GatedLook(nn.Module):
+    """Gated cross-attention and a gated feed-forward layer (Flamingo, fig. 4): (B, T, C)."""
+
+    def __init__(self, dim, source, heads, start=0.):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.attn = CrossAttention(dim, source, heads)
+        self.mlp = FeedForward(dim)
+        trained = math.isfinite(start)               # tanh(inf) is 1: no gate
+        self.attn_gate = nn.Parameter(torch.tensor([start]), requires_grad=trained)
+        self.mlp_gate = nn.Parameter(torch.tensor([start]), requires_grad=trained)
+
+    def forward(self, x, k, v, seen):
+        x = x + self.attn_gate.tanh() * self.attn(self.norm(x), k, v, seen)      # at 0: the LM,
+        return x + self.mlp_gate.tanh() * self.mlp(x)                            # unchanged
+
+
+class Memory:
+    """What a text leaves behind while it is written: the LM's KV cache, and the number of <image>
+    marks in each row so far, (B, 1)."""
+
+    def __init__(self, lm, batch):
+        self.text = lm.cache(batch)
+        self.marks = torch.zeros(batch, 1, dtype=torch.long, device=lm.pos_embed.weight.device)
+
+
+class Flamingo(nn.Module):
+    """tokens (B, T), and pictures that are looked at where they have an <image> mark ->
+    logits (B, T, V). Pictures: (B, M, 3, S, S), by way of `see` and `look`."""
+
+    def __init__(self, lm, eye, patch, image, every=1, latents=8, depth=1, attend="last", start=0.):
+        super().__init__()
+        self.lm, self.eye, self.patch = lm, eye.requires_grad_(False), patch
+        self.image, self.every, self.attend = image, every, attend       # image: token of a mark
+        dim, heads = lm.pos_embed.weight.shape[1], lm.blocks[0].attn.heads
+        E, own = len(eye.norm.weight), eye.blocks[0].attn.heads
+        self.resampler = Resampler(E, depth, own, latents) if latents else nn.LayerNorm(E)
+        self.looks = nn.ModuleList(GatedLook(dim, E, heads, start) for _ in lm.blocks[::every])
+
+    @torch.no_grad()
+    def see(self, pictures):
+        """0. Normalised pictures (n, 3, S, S) -> visual tokens (n, N, E), by the frozen eye."""
+        return self.eye(patchify(pictures, self.patch))
+
+    def look(self, visual):
+        """Visual tokens (B, M, N, E) -> keys and values of each gated layer, (B, H, M, R, D)."""
+        B, M, N, E = visual.shape
+        latents = self.resampler(visual.flatten(0, 1))                      # (B M, R, E)
+        R = latents.shape[1]
+        pairs = (layer.attn.keys(latents.view(B, M * R, E)) for layer in self.looks)
+        return [tuple(x.unflatten(2, (M, R)) for x in pair) for pair in pairs]
+
+    def forward(self, tokens, media=None, memory=None):
+        """media: from `look`; None: the LM alone. With a memory, from `memory()`, the tokens come
+        behind those that it holds. Raises ValueError where they are more than the context holds."""
+        lm, T = self.lm, tokens.shape[1]
+        cache = memory.text if memory else None
+        old, context = cache[0].length if cache else 0, len(lm.pos_embed.weight)
+        if old + T > context:
+            raise ValueError(f"{old + T} tokens are more than the context of {context} holds")
+        if media is not None:
+            time = (tokens == self.image).cumsum(1)                         # (B, T) marks so far
+            if memory:
+                time = time + memory.marks
+                memory.marks = time[:, -1:]
+            media, seen = reach(media, time, self.attend)
+        x = lm.token_embed(tokens) + lm.pos_embed.weight[old:old + T]
+        for i, block in enumerate(lm.blocks):
+            if media is not None and i % self.every == 0:
+                x = self.looks[i // self.every](x, *media[i // self.every], seen)
+            x = block(x, cache[i] if cache else None)
+        return F.linear(lm.norm(x), lm.token_embed.weight)
+
+    def memory(self, batch):
+        """An empty Memory for a batch of texts."""
+        return Memory(self.lm, batch)
+
+    def train(self, mode=True):
+        """What is frozen stays in evaluation mode."""
+        super().train(mode)
+        for part in (self.eye, self.lm):
+            part.train(mode and any(p.requires_grad for p in part.parameters()))
+        return self
+
+
+# ------------------------------------------------------------------------------------ the method
+
+
+def patchify(x, p):
+    """Images (B, 3, S, S) -> patches (B, N, P), row by row; inside, too: (row, column, colour)."""
+    B, _, S, _ = x.shape
+    n = S // p
+    return x.reshape(B, 3, n, p, n, p).permute(0, 2, 4, 3, 5, 1).reshape(B, n * n, 3 * p * p)
+
+def reach(media, time, attend="last"):
+    """Which pictures a token may look at: the last before it, or all before it (attend).
+
+    media: keys and values (B, H, M, R, D) of each layer; time (B, T): the number of marks up to
+    each token, its own included. -> keys and values (B, H, L, D) of each layer, and who sees what,
+    (B, 1, T, L). A token before the first mark sees nothing. L is M R; or R for a single token and
+    its last picture, since then nothing else is needed.
+    """
+    B, _, M, R, _ = media[0][0].shape
+    if time.shape[1] == 1 and attend == "last":
+        rows, at = torch.arange(B, device=time.device), (time[:, 0] - 1).clamp(min=0)
+        seen = (time > 0)[:, None, :, None].expand(-1, -1, -1, R)
+        return [tuple(x[rows, :, at] for x in pair) for pair in media], seen
+    number = torch.arange(1, M + 1, device=time.device)                     # of each picture
+    seen = time[:, :, None] == number if attend == "last" else time[:, :, None] >= number
+    seen = seen[:, None].repeat_interleave(R, 3)
+    return [tuple(x.flatten(2, 3) for x in pair) for pair in media], seen
+
+
+def contrast(picture, text, scale):
+    """The eye's loss: n pictures and their captions (n, E) each, as vectors; each picture has to
+    find its caption among all, and each caption its picture (Flamingo, B.1.1). At chance ln n."""
+    similar = scale * F.normalize(picture.float(), dim=1) @ F.normalize(text.float(), dim=1).T
+    own = torch.arange(len(similar), device=similar.device)
+    return (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2
+
+
+def mask(x, image):
+    """A. Tokens x (B, 1 + T), -100 behind a text's end -> what the model may see (B, T), and what
+    it owes (B, T): the next token, -100 where that is a mark or behind the end."""
+    return x[:, :-1].clamp(min=0), x[:, 1:].masked_fill(x[:, 1:] == image, -100)
+
+
+def distance(prediction, target):
+    """C. Mean cross-entropy of logits (B, T, V) with the tokens owed (B, T), in nats a token."""
+    return F.cross_entropy(prediction.flatten(0, 1).float(), target.flatten(), ignore_index=-100)
+
+
+@torch.inference_mode()
+def sample(model, prompts, media, n, end, temperature=0., seed=0, cached=True):
+    """Continues each of the prompts, a list of (t,) tokens, up to `end`, which is left out, or by n
+    tokens: a list of (n,) or shorter. media: as in Flamingo.forward; pictures are looked at once.
+
+    Written column by column, as in gpt.py; temperature 0 takes the most likely token. Raises
+    ValueError where a prompt has more marks than there are pictures, or is longer than the context.
+    """
+    lengths, device = [len(prompt) for prompt in prompts], model.lm.pos_embed.weight.device
+    marks = max(int((torch.as_tensor(prompt) == model.image).sum()) for prompt in prompts)
+    if media is not None and marks > media[0][0].shape[2]:
+        raise ValueError(f"a text has {marks} <image> marks, and there are "
+                         f"{media[0][0].shape[2]} pictures")
+    size = min(max(lengths) + n, len(model.lm.pos_embed.weight))
+    text = torch.full((len(prompts), max(size, max(lengths))), end, device=device)
+    for row, prompt in zip(text, prompts):
+        row[:len(prompt)] = torch.as_tensor(prompt)
+    ends, generator = torch.tensor(lengths, device=device), torch.Generator().manual_seed(seed)
+    memory, new, ended = model.memory(len(prompts)), text[:, :min(lengths)], ends < 0
+    for t in range(min(lengths), text.shape[1]):
+        logits = model(new, media, memory) if cached else model(text[:, :t], media)
+        token = logits[:, -1].argmax(1)
+        if temperature > 0:
+            p = (logits[:, -1].float() / temperature).softmax(1)
+            token = torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(device)
+        text[:, t] = torch.where(t >= ends, token, text[:, t])           # a prompt stays as it is
+        ended |= (t >= ends) & (text[:, t] == end)
+        if ended.all():
+            break
+        new = text[:, t:t + 1]
+    rows = [row[length:][:n] for row, length in zip(text, lengths)]
+    return [row[:(row != end).cumprod(0).sum()] for row in rows]
+
+
+# ------------------------------------------------------------------------------------------ look
+
+
+KEPT = 4        # of the new words so many are in no picture's text until the test
+SHORT = 27      # tokens of a short document: four new words, told
+LM = "lm_steps", "lm_batch", "lm_lr", "lm_short", "context", "dim", "depth", "heads", "seed"
+EYE = "eye_steps", "eye_batch", "eye_lr", "images", "image_size", "patch", "eye_dim", \
+    "eye_depth", "eye_heads", "seed"                 # settings that make another LM, another eye
+
+
+class Tokens:
+    """Tokenizer of texts with marks: a token a word of the shapes world; or a token a byte, for an
+    LM of gpt.py, whose BOS is the end of a chunk and whose byte 0, in no text, marks a picture."""
+    WORDS = [*("a is called what colour shape it the one of how many figures are there which side "
+               "on left right above small large and two three ? , .").split(), *common.COLOURS,
+             *common.FIGURES, *common.NEW_WORDS]
+
+    def __init__(self, bytes=False):
+        self.words = [] if bytes else ["<end>", "<image>", *self.WORDS]
+        self.end, self.image, self.vocab = (256, 0, 257) if bytes else (0, 1, len(self.words))
+        self.ids = {word: i for i, word in enumerate(self.words)}
+
+    def encode(self, text):
+        """str -> tokens, a list. Raises UserError for a word that is none of the world's."""
+        if not self.words:
+            parts = text.replace("<image> ", "\0").replace("<image>", "\0").split("<end>")
+            return [t for i, part in enumerate(parts)
+                    for t in [256] * (i > 0) + list(part.strip(" ").encode())]
+        found = text.replace("?", " ? ").replace(",", " , ").replace(">", "> ")
+        found = found.replace("<", " <").split()
+        for word in found:
+            common.require(word in self.ids, f"the LM knows no word {word!r}: its words are "
+                           f"{', '.join(self.words)}")
+        return [self.ids[word] for word in found]
+
+    def decode(self, tokens):
+        """Tokens -> str."""
+        if self.words:
+            return " ".join(self.words[int(t)] for t in tokens)
+        return common.Bytes().decode(tokens)
+
+
+class Scenes:
+    """Scenes, half of them (or all) of single figures, and where those of a kind are."""
+
+    def __init__(self, seed, n, kinds, single=False):
+        rng = random.Random(seed)
+        self.all = [common.scene(rng, 1 if single or i % 2 else None, kinds) for i in range(n)]
+        self.of = {}                                     # kind: indices of single figures
+        for i, figures in enumerate(self.all):
+            if len(figures) == 1:
+                self.of.setdefault(figures[0][:2], []).append(i)
+
+
+def naming(rng, scenes, names, k, ways):
+    """An episode: `ways` new words for as many kinds, k examples and one more: [(index of a scene,
+    how, text)]. The words mean something else in each episode, so that the examples alone tell."""
+    kinds, names = rng.sample(sorted(scenes.of), ways), rng.sample(names, ways)
+    order = [i % ways for i in range(k)]
+    rng.shuffle(order)
+    return [(rng.choice(scenes.of[kinds[i]]), "name", f"called {names[i]}")
+            for i in (*order, rng.randrange(ways))]
+
+
+def answering(rng, scenes, about, k):
+    """An episode of answers to one question, which is not asked: k examples and one more."""
+    single = sorted(i for own in scenes.of.values() for i in own)
+    choose = lambda: rng.randrange(len(scenes.all)) if about == "number" else rng.choice(single)
+    return [(i, "answer", common.question(rng, scenes.all[i], about)[2])
+            for i in (choose() for _ in range(k + 1))]
+
+
+def talk(rng, scenes, k):
+    """k captions, and questions with their answers, of any scenes."""
+    said = []
+    for _ in range(k):
+        i = rng.randrange(len(scenes.all))
+        if rng.random() < .4:
+            said.append((i, "caption", common.caption(scenes.all[i])))
+        else:
+            said.append((i, "question", " ".join(common.question(rng, scenes.all[i])[1:])))
+    return said
+
+
+def document(rng, scenes, names, share):
+    """[(scene, how, text)] of one of three sorts; `share` of the documents give new names."""
+    sort = rng.random()
+    if sort < share:
+        return naming(rng, scenes, names, 8, rng.randint(2, 3))
+    if sort < share + .1:
+        return answering(rng, scenes, rng.choice(common.ABOUT[:3]), 8)
+    return talk(rng, scenes, 9)
+
+
+def described(figures, how, text):
+    """A chunk as the LM reads it, before it has eyes: words in the place of the picture."""
+    if how == "caption":
+        return text
+    if how == "name":
+        return f"{common.kind_name(figures[0])} {text}"
+    return f"{common.caption(figures)} . {text}"
+
+
+def texts(args, tokens, n):
+    """Documents of the shapes world without pictures: (n, 1 + context)."""
+    rng, scenes = random.Random(args.seed), Scenes(args.seed, 8000, common.KINDS)
+    rows = torch.full((n, args.context + 1), tokens.end)
+    for row in rows:
+        said = [tokens.end]
+        while len(said) < len(row):
+            for i, how, text in document(rng, scenes, common.NEW_WORDS, .7):
+                said += tokens.encode(f"{described(scenes.all[i], how, text)} <end>")
+        row.copy_(torch.tensor(said[:len(row)]))
+    return rows
+
+
+def interleaved(args, tokens, scenes, n, context):
+    """Documents with pictures: tokens (n, 1 + context), -100 behind the last chunk that fits, and
+    the indices of their scenes (n, 9), 0 where there are fewer."""
+    rng, names = random.Random(args.seed + 1), common.NEW_WORDS[KEPT:]
+    x, at = torch.full((n, context + 1), -100), torch.zeros(n, 9, dtype=torch.long)
+    for row, places in zip(x, at):
+        said, seen = [tokens.end], []
+        for i, _, text in document(rng, scenes, names, .4):
+            chunk = tokens.encode(f"<image> {text} <end>")
+            if len(said) + len(chunk) > len(row):
+                break
+            said, seen = said + chunk, seen + [i]
+        row[:len(said)] = torch.tensor(said)
+        places[:len(seen)] = torch.tensor(seen)
+    return x, at
+
+
+class Captioned(nn.Module):
+    """The eye while it learns, beside a reader of captions, another ViT: a word is a patch, too,
+    one-hot, in rows of four."""
+
+    def __init__(self, eye, vocab, dim, patch):
+        super().__init__()
+        self.eye, self.reader, self.patch, self.vocab = eye, ViT(4, vocab, 64, 2, 4), patch, vocab
+        self.of_eye, self.of_reader = nn.Linear(dim, 64), nn.Linear(64, 64)
+        self.scale = nn.Parameter(torch.tensor(math.log(10.)))
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, pictures, captions):
+        """Pictures (B, 3, S, S) and captions (B, 16) -> a vector of each, and their scale."""
+        words = F.one_hot(captions, self.vocab).float()
+        return (self.of_eye(self.eye(patchify(pictures, self.patch))[:, 0]),
+                self.of_reader(self.reader(words)[:, 0]), self.scale.exp().clamp(max=100))
+
+
+def part(args, name, recipe):
+    """Settings of a stage, in --out/name, and whether it is done there already."""
+    how = dataclasses.replace(args, out=f"{args.out}/{name}", resume=False, compile=False, **{
+        setting: getattr(args, f"{name}_{setting}") for setting in ("steps", "batch", "lr")})
+    if (Path(how.out) / "checkpoint.pt").exists():
+        state = common.read_checkpoint(how.out, common.script())
+        how.resume = all(getattr(how, key) == value for key, value in state["args"].items()
+                         if key in (*recipe, "steps", "batch", "lr"))
+        return how, how.resume and state["step"] == how.steps
+    return how, False
+
+
+@contextlib.contextmanager
+def stage(what, run):
+    """Says how to go on when the training of a part is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise common.UserError(f"stopped at step {run.step} of {what}: the same command goes on "
+                               "from there") from None
+
+
+def learn_language(args, tokens):
+    """1. A GPT learns the language of the shapes world, from text alone. Returns its folder."""
+    how, done = part(args, "lm", LM)
+    if done:
+        return how.out
+    model = GPT(tokens.vocab, args.context, args.dim, args.depth, args.heads)
+    with torch.no_grad():                        # GPT-2's first weights are right for its width
+        for p in model.parameters():
+            p *= math.sqrt(768 / args.dim) if p.ndim > 1 else 1.
+    common.say(f"First the LM, which learns the language from text alone ({how.out}).")
+    train = texts(args, tokens, min(how.steps * how.batch, 60_000)).to(args.device)
+    short = round(args.lm_short * how.steps)
+    run = common.Run(how, model.to(args.device), chance=math.log(tokens.vocab))
+    with stage("the LM", run):
+        for step in run:
+            x = run.batch(train)
+            if step < short:                         # the beginnings of documents: less to confuse
+                x = x[:, :SHORT + 1]
+            masked, target = mask(x, tokens.image)
+            prediction = model(masked)
+            loss = distance(prediction, target)
+            run.update(loss)
+    return how.out
+
+
+def learn_to_see(args, tokens, scenes, pictures):
+    """2. A ViT learns which caption belongs to a picture (n, 3, S, S). Returns its folder."""
+    how, done = part(args, "eye", EYE)
+    if done:
+        return how.out
+    eye = ViT(args.image_size // args.patch, 3 * args.patch ** 2, args.eye_dim, args.eye_depth,
+              args.eye_heads)
+    model = Captioned(eye, tokens.vocab, args.eye_dim, args.patch)
+    common.say(f"Then the eye, which learns to tell pictures by their captions ({how.out}).")
+    captions = torch.zeros(len(pictures), 16, dtype=torch.long)
+    for row, figures in zip(captions, scenes.all):
+        words = tokens.encode(common.caption(figures))
+        row[:len(words)] = torch.tensor(words)
+    captions = captions.to(args.device)
+    run = common.Run(how, model.to(args.device), chance=math.log(how.batch))
+    with stage("the eye", run):
+        for step in run:
+            i = run.batch(torch.arange(len(pictures), device=args.device))
+            loss = contrast(*model(normalize(pictures[i]), captions[i]))
+            run.update(loss)
+    return how.out
+
+
+def prompted(args, tokens, context, n):
+    """The tokens of --prompt, for n pictures; None without one. Raises UserError where it has more
+    marks than there are pictures, or does not fit the context."""
+    if not args.prompt:
+        return None
+    prompt = tokens.encode(f"<end> {args.prompt}")
+    marks = prompt.count(tokens.image)
+    common.require(marks <= n, f"--prompt has {marks} <image> marks, and there are {n} pictures of "
+                   f"--data {args.data}")
+    common.require(len(prompt) < context, f"--prompt has {len(prompt)} tokens, and the context of "
+                   f"{context} has to hold it and its answer: shorten it")
+    return prompt
+
+
+def own_pictures(args):
+    """The pictures of --data, (n, 3, S, S) uint8, or None for held-out scenes. Raises UserError."""
+    if args.data == "scenes":
+        return None
+    common.require(args.data.endswith(".npz"), "--data takes scenes, or an .npz with pictures that "
+                   f"--prompt is about, not {args.data!r}")
+    common.require(args.prompt, f"--data {args.data} needs a --prompt about its pictures, such as "
+                   '"<image> what colour is it ?"')
+    return common.read_pictures(Path(args.data), args.image_size, args.device)
+
+
+def reply(args, model, tokens, prompt, visual):
+    """What the model says to --prompt, whose marks stand for visual tokens (n, N, E) in order."""
+    with common.autocast(args), torch.inference_mode():
+        media = model.look(visual[None, :max(1, prompt.count(tokens.image))].float())
+        (new,) = sample(model, [prompt], media, 40, tokens.end, args.temperature, args.seed)
+    return tokens.decode(new).strip()
+
+
+def normalize(pictures):
+    """uint8 -> about mean 0 and variance 1, on this dark ground."""
+    return (pictures.float() / 255 - .2) / .2
+
+
+def load_lm(args, folder):
+    """The LM in a folder of a run of gpt.py, or of this script, and its tokenizer."""
+    state = common.read_checkpoint(folder, "gpt.py", common.script(), flag="--lm",
+                                   otherwise="python gpt.py makes one, or leave out --lm")
+    how, weights = state["args"], state["model"]
+    common.require("token_embed.weight" in weights, f"{folder} holds no LM: try --lm {folder}/lm")
+    vocab, context = (len(weights[f"{name}_embed.weight"]) for name in ("token", "pos"))
+    tokens = Tokens(bytes=state["script"] == "gpt.py")
+    common.require(vocab == tokens.vocab, f"the LM in {folder} has {vocab} tokens, and "
+                   f"{tokens.vocab} are due: train it anew with this version")
+    common.require(context > 40, f"the LM in {folder} has a context of {context} tokens: 41 or "
+                   "more are needed for a picture, a question and its answer")
+    common.require(args.every <= how["depth"], f"--every {args.every} is more than the "
+                   f"{how['depth']} blocks of the LM in {folder}: it would never look")
+    lm = GPT(vocab, context, how["dim"], how["depth"], how["heads"])     # from now on no dropout
+    lm.load_state_dict(weights)
+    return lm.requires_grad_(not args.freeze), tokens
+
+
+def load_eye(args, folder):
+    """The eye in a folder of a run of mae.py, or of this script, and the side of its patches."""
+    state = common.read_checkpoint(folder, "mae.py", common.script(), flag="--eye",
+                                   otherwise="python mae.py makes one, or leave out --eye")
+    how, own = state["args"], state["script"] == common.script()
+    prefix, names = ("eye.", ("eye_dim", "eye_depth", "eye_heads")) if own else \
+        ("encoder.", ("dim", "depth", "heads"))
+    weights = {k[len(prefix):]: v for k, v in state["model"].items() if k.startswith(prefix)}
+    common.require(weights and (not own or "reader.cls_token" in state["model"]),
+                   f"{folder} holds no eye: try --eye {folder}/eye")
+    patch, pixels = how["patch"], weights["patch_embed.weight"].shape[1]
+    common.require(args.image_size % patch == 0, f"the eye in {folder} has patches of {patch} "
+                   f"pixels, which do not divide --image-size {args.image_size}")
+    eye = ViT(args.image_size // patch, pixels, *(how[name] for name in names))
+    eye.load_state_dict(weights)
+    return eye, patch
+
+
+@torch.no_grad()
+def views(args, model, pictures):
+    """What the frozen eye sees, once for all: (n, N, E) bfloat16, half of float32's memory."""
+    with common.autocast(args):
+        return torch.cat([model.see(normalize(x)).bfloat16() for x in pictures.split(500)])
+
+
+def held_out(args):
+    """Scenes to test on: of the kinds that were seen, and single figures of those that were not;
+    and the pictures of all, behind each other."""
+    seed = args.seed + 1_000_000
+    test = Scenes(seed, args.tests, common.SEEN)
+    unseen = Scenes(seed, args.tests, common.UNSEEN, single=True)
+    return test, unseen, common.paint(test.all + unseen.all, seed, args.image_size, args.device)
+
+
+def queries(args, scenes, unseen, context, tokens):
+    """What is asked at the end, of held-out scenes: (group, prompt, indices of scenes, answer, and
+    the prompt with words in the place of pictures). Those of unseen kinds are behind the others."""
+    rng, asked = random.Random(args.seed + 2), []
+    for i, figures in enumerate([*scenes.all, *unseen.all]):
+        sort = "unseen kind" if i >= len(scenes.all) else \
+            ("1 figure", "2 figures", "3 figures")[len(figures) - 1]
+        asked.append((f"caption, {sort}", "<image> a", [i], common.caption(figures)[2:], ""))
+        for about in common.ABOUT:
+            _, question, answer = common.question(rng, figures, about)
+            if question:
+                group = sort if len(figures) == 1 else "2 or 3 figures"
+                asked.append((f"{about}, {group}", f"<image> {question}", [i], answer,
+                              described(figures, "question", question)))
+    for k in args.shots:
+        for _ in range(args.tests):
+            for name, episode in (
+                    ("new words", naming(rng, scenes, common.NEW_WORDS[:KEPT], k, 2)),
+                    ("answers", answering(rng, scenes, rng.choice(common.ABOUT[:3]), k))):
+                at, _, said = zip(*episode)
+                answer, prompts = said[-1].split()[-1], []
+                for words in (f"<image> {text}" for text in said), (
+                        described(scenes.all[i], how, text) for i, how, text in episode):
+                    prompts.append(" <end> ".join(words).removesuffix(answer).strip())
+                asked.append((f"{name}, {k}", prompts[0], list(at), answer, prompts[1]))
+    fits = lambda q: all(len(tokens.encode(f"<end> {prompt} {q[3]} <end>")) <= context
+                         for prompt in (q[1], q[4]))
+    return sorted(filter(fits, asked), key=lambda q: q[0])
+
+
+def ask(args, model, tokens, asked, visual, how="pictures"):
+    """The answers to queries, as texts. how: pictures; blind, the LM alone, without pictures or
+    marks; told, the LM alone, with words in their place."""
+    said = []
+    for part in (asked[i:i + 250] for i in range(0, len(asked), 250)):
+        prompts = [tokens.encode(f"<end> {q[4 if how == 'told' else 1]}") for q in part]
+        media, n = None, 1 + max(len(tokens.encode(q[3])) for q in part)
+        with common.autocast(args), torch.inference_mode():
+            if how != "pictures":
+                prompts = [[t for t in prompt if t != tokens.image] for prompt in prompts]
+            else:
+                most = max(len(q[2]) for q in part)
+                at = torch.tensor([q[2] + [0] * (most - len(q[2])) for q in part])
+                media = model.look(visual[at.to(visual.device)].float())
+            new = sample(model, prompts, media, n, tokens.end)
+        said += [tokens.decode(row).strip() for row in new]
+    return said
+
+
+def evaluate(args, model, tokens, asked, visual):
+    """{group: {who: % of the answers that are right to the word}}; who: flamingo; lm, the
+    LM alone; told, the LM alone with words in the place of pictures; majority."""
+    answers, found, right = {}, {}, {}
+    for group, _, _, answer, _ in asked:
+        answers.setdefault(group, []).append(answer)
+    for who, how in ("flamingo", "pictures"), ("lm", "blind"), ("told", "told"):
+        said = ask(args, model, tokens, asked, visual, how)
+        right[who] = [a == q[3] for a, q in zip(said, asked)]
+    for group, all in answers.items():
+        own = [i for i, q in enumerate(asked) if q[0] == group]
+        found[group] = {who: 100 * sum(row[i] for i in own) / len(own)
+                        for who, row in right.items()}
+        found[group]["majority"] = 100 * max(map(all.count, set(all))) / len(all)
+    return found
+
+
+def look(args, model, tokens, asked, visual, pictures):
+    """Writes scenes.png, twelve held-out scenes; returns what is said of each, a list of lines."""
+    own = [[q for q in asked if q[2] == [i] and not q[0].startswith(("new", "answers"))]
+           for i in range(12)]
+    chosen = [q for i, of in enumerate(own) for q in (
+        [q for q in of if q[0].startswith("caption")]
+        + [q for q in of if not q[0].startswith("caption")][i % 3:][:1])]
+    lines, replies = [], ask(args, model, tokens, chosen, visual)
+    for (group, prompt, at, answer, _), said in zip(chosen, replies):
+        wrong = "" if said == answer else f"   (it is: {answer})"
+        number = f"{at[0] + 1:>2}" if group.startswith("caption") else "  "
+        lines.append(f"{number}  {prompt.removeprefix('<image> ')} {said}{wrong}")
+    common.save_png(f"{args.out}/scenes.png", pictures[:12].float() / 255, 6)
+    return lines
+
+
+def tell(args, run, model, found, lines, answer):
+    """The end of the run, in words and in result.json."""
+    print("\nSaid of twelve held-out scenes, the first six in the upper row of "
+          f"\n{args.out}/scenes.png:\n\n" + "\n".join(lines) + "\n")
+    shots = [k for k in args.shots if f"new words, {k}" in found]
+    table = [["right to the word, %", "Flamingo", "LM, told", "LM alone", "most frequent"]]
+    number = lambda group, who: "-" if group.startswith("caption") and who == "told" else \
+        f"{found[group][who]:.1f}"
+    table += [[group, *(number(group, who) for who in ("flamingo", "told", "lm", "majority"))]
+              for group in found if not group.startswith(("new words", "answers"))]
+    print(f"{common.table(table)}\n")
+    table = [["examples before the question", *map(str, shots)]]
+    for name, what in ("new words", "new word for it"), ("answers", "question not asked"):
+        for who, title in ("flamingo", "Flamingo"), ("told", "LM, told"), ("lm", "LM alone"):
+            table.append([f"{what}, {title}", *(
+                f"{found[f'{name}, {k}'][who]:.1f}" if f"{name}, {k}" in found else "-"
+                for k in shots)])
+    print(f"{common.table(table)}\n")
+    gates = [[layer.attn_gate.tanh().item(), layer.mlp_gate.tanh().item()] for layer in model.looks]
+    table = [["tanh of the gates before block", *(str(i * args.every) for i in range(len(gates)))]]
+    table += [[name, *(f"{gate[i]:.2f}" for gate in gates)]
+              for i, name in enumerate(("attention", "feed-forward"))]
+    print(f"{common.table(table)}\n")
+    if answer is not None:
+        print(f"{args.prompt} -> {answer}\n")
+    captions = sum(found[f"caption, {n} figure{'s' * (n > 1)}"]["flamingo"] for n in (1, 2, 3)) / 3
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    common.say(f"Trained were {trained:,} of {sum(p.numel() for p in model.parameters()):,} "
+               f"parameters. Captions right to the word: {captions:.1f} %.")
+    common.report(run, f"captions {captions:.1f} %", dict(
+        right=found, shots=shots, gates=gates, lines=lines, trained=trained))
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def main(args):
+    own = own_pictures(args)
+    scenes = Scenes(args.seed, args.images, common.SEEN)
+    pictures = common.paint(scenes.all, args.seed, args.image_size, args.device)
+    tokens = Tokens()
+    lm, tokens_of_lm = load_lm(args, args.lm or learn_language(args, tokens))
+    eye, patch = load_eye(args, args.eye or learn_to_see(args, tokens, scenes, pictures))
+    tokens, context = tokens_of_lm, len(lm.pos_embed.weight)
+    prompt = prompted(args, tokens, context, args.tests if own is None else len(own))
+    model = Flamingo(lm, eye, patch, tokens.image, args.every, args.latents * args.resample,
+                     args.resampler_depth, args.attend, args.gate_start).to(args.device)
+    common.say("Now what joins them.")
+    run = common.Run(args, model)
+    visual = views(args, model, pictures)                                          # (n, N, E)
+    x, at = (t.to(args.device) for t in interleaved(
+        args, tokens, scenes, min(60_000, max(args.steps * args.batch, args.batch)), context))
+    for step in run:
+        i = run.batch(torch.arange(len(x), device=args.device))
+        masked, target = mask(x[i], tokens.image)
+        prediction = model(masked, model.look(visual[at[i]].float()))
+        loss = distance(prediction, target)
+        run.update(loss)
+
+    model.eval()
+    test, unseen, pictures = held_out(args)
+    asked, visual = queries(args, test, unseen, context, tokens), views(args, model, pictures)
+    found = evaluate(args, model, tokens, asked, visual)
+    lines = look(args, model, tokens, asked, visual, pictures)
+    answer = prompt and reply(args, model, tokens, prompt,
+                              visual if own is None else views(args, model, own))
+    tell(args, run, model, found, lines, answer)
+
+
+if __name__ == "__main__":
+    common.start(main, Args)
