@@ -1,7 +1,7 @@
 # Flags for a script go into ARGS: make mae ARGS="--mask-ratio 0.5 --steps 5000"
 PYTHON ?= python3
 ARGS   ?=
-SCRIPTS = simclr autoencoder bert mae gpt lora
+SCRIPTS = simclr autoencoder bert mae gpt lora flamingo
 ENV     = .venv/installed
 BENCH   = .venv-bench/installed
 
@@ -25,6 +25,7 @@ bench: $(BENCH) ## measure our speed beside other packages
 	.venv-bench/bin/python benchmarks/bench_bert.py
 	.venv-bench/bin/python benchmarks/bench_gpt.py
 	.venv-bench/bin/python benchmarks/bench_lora.py
+	.venv-bench/bin/python benchmarks/bench_flamingo.py
 
 bench-%: $(BENCH)
 	.venv-bench/bin/python benchmarks/bench_$*.py $(ARGS)

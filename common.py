@@ -725,8 +725,8 @@ def read_pictures(path, size, device="cpu"):
             x = file["images"]
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        why = "it holds pickled objects" if "pickle" in str(error) else "it is truncated or no .npz"
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error):
+        why = "it is truncated, or no .npz of plain arrays"
         raise UserError(f"cannot read {path}: {why}") from None
     require(x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] == (size, size, 3) and len(x) > 0,
             f"{path}: images is {x.dtype} {x.shape}, and (n, {size}, {size}, 3) uint8 is due: "
@@ -1018,6 +1018,7 @@ class Run:
         norm = nn.utils.clip_grad_norm_(self.parameters, args.clip or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = args.lr * schedule(self.step, args.steps, args.warmup)
+            group["lr"] *= group.get("times", 1.)           # of a group's own learning rate
         self.check()                            # the step before: its loss is there without waiting
         self.pending = self.step, loss.detach(), norm
         self.optimizer.step()

@@ -69,6 +69,7 @@ class Args(common.Args):
     resampler_depth: int = 2        # its layers (6)
     attend: Literal["last", "all"] = "last"    # pictures that a token sees: the last before it, all
     gate_start: float = 0.          # what gates start at; inf: no gates
+    gate_lr: float = 10.            # times the learning rate is that of the gates
     resample: bool = True           # resample, or look at all visual tokens
     freeze: bool = True             # keep the LM as it is
     lm: str = ""                    # folder of a run of gpt.py; else one is trained in --out/lm
@@ -94,13 +95,13 @@ class Args(common.Args):
     cpu = dict(steps=800, batch=32, lr=3e-3, images=16_000, tests=300, context=64,
                resampler_depth=1, lm_steps=800, lm_batch=96, lm_lr=3e-3,
                lm_short=0.6, dim=128, depth=4, heads=4,
-               eye_steps=600, eye_batch=128, eye_lr=3e-3, eye_dim=128, eye_depth=3, eye_heads=4)
+               eye_steps=500, eye_batch=128, eye_lr=2e-3, eye_dim=128, eye_depth=3, eye_heads=4)
 
     def check(self):
         super().check()
         need = common.require
-        for name in ("images", "tests", "every", "latents", "resampler_depth", "depth", "patch",
-                     "eye_depth", "image_size", "lm_batch", "eye_batch", "lm_steps", "eye_steps"):
+        for name in ("every", "resampler_depth", "depth", "patch", "eye_depth", "image_size",
+                     "lm_batch", "eye_batch", "lm_steps", "eye_steps"):
             value = getattr(self, name)
             need(value > 0, f"{common.flag(name)} must be 1 or more, not {value}")
         need(self.every <= self.depth or self.lm, f"--every {self.every} is more than the LM's "
@@ -115,11 +116,15 @@ class Args(common.Args):
                  + " and of 4 (sines and cosines of x and y)" * (dim == "eye_dim"))
         need(self.image_size % self.patch == 0, f"--patch {self.patch} does not divide the "
              f"{self.image_size} x {self.image_size} pictures (--image-size)")
-        need(self.context > 24, f"--context must be 25 or more, not {self.context}: a caption and "
-             "a question have to fit")
+        need(self.latents > 0, f"--latents must be 1 or more, not {self.latents}; without a "
+             "resampler: --no-resample")
+        need(self.context > 40, f"--context must be 41 or more, not {self.context}: a picture, a "
+             "question and its answer have to fit")
+        need(0 <= self.lm_short <= 1, f"--lm-short is a share from 0 to 1, not {self.lm_short}")
         need(not math.isnan(self.gate_start), "--gate-start must be a number, or inf for no gate")
         need(self.shots and min(self.shots) >= 0, "--shots must be 0 or more")
         need(self.images >= 500, f"--images must be 500 or more, not {self.images}")
+        need(self.tests >= 12, f"--tests must be 12 or more, not {self.tests}")
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -555,10 +560,11 @@ def sample(model, prompts, media, n, end, temperature=0., seed=0, cached=True):
     ends, generator = torch.tensor(lengths, device=device), torch.Generator().manual_seed(seed)
     memory, new, ended = model.memory(len(prompts)), text[:, :min(lengths)], ends < 0
     for t in range(min(lengths), text.shape[1]):
-        logits = model(new, media, memory) if cached else model(text[:, :t], media)
-        token = logits[:, -1].argmax(1)
+        logits = (model(new, media, memory) if cached else model(text[:, :t], media))[:, -1].float()
+        logits[:, model.image] = -math.inf                    # it writes, and draws no pictures
+        token = logits.argmax(1)
         if temperature > 0:
-            p = (logits[:, -1].float() / temperature).softmax(1)
+            p = (logits / temperature).softmax(1)
             token = torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(device)
         text[:, t] = torch.where(t >= ends, token, text[:, t])           # a prompt stays as it is
         ended |= (t >= ends) & (text[:, t] == end)
@@ -572,6 +578,7 @@ def sample(model, prompts, media, n, end, temperature=0., seed=0, cached=True):
 # ------------------------------------------------------------------------------------------ look
 
 
+EPISODES = "new words", "kept words", "answers"
 KEPT = 4        # of the new words so many are in no picture's text until the test
 SHORT = 27      # tokens of a short document: four new words, told
 LM = "lm_steps", "lm_batch", "lm_lr", "lm_short", "context", "dim", "depth", "heads", "seed"
@@ -692,7 +699,9 @@ def interleaved(args, tokens, scenes, n, context):
     x, at = torch.full((n, context + 1), -100), torch.zeros(n, 9, dtype=torch.long)
     for row, places in zip(x, at):
         said, seen = [tokens.end], []
-        for i, _, text in document(rng, scenes, names, .4):
+        for i, how, text in document(rng, scenes, names, .5):
+            if how == "name" and rng.random() < .5:            # a picture, and the same in words:
+                text = described(scenes.all[i], how, text)     # what the LM knows shows the way
             chunk = tokens.encode(f"<image> {text} <end>")
             if len(said) + len(chunk) > len(row):
                 break
@@ -703,13 +712,13 @@ def interleaved(args, tokens, scenes, n, context):
 
 
 class Captioned(nn.Module):
-    """The eye while it learns, beside a reader of captions, another ViT: a word is a patch, too,
-    one-hot, in rows of four."""
+    """The eye while it learns, beside a reader of captions: a vector for each word at each of 16
+    places, added up. The captions of this world are so regular that no more is needed."""
 
     def __init__(self, eye, vocab, dim, patch):
         super().__init__()
-        self.eye, self.reader, self.patch, self.vocab = eye, ViT(4, vocab, 64, 2, 4), patch, vocab
-        self.of_eye, self.of_reader = nn.Linear(dim, 64), nn.Linear(64, 64)
+        self.eye, self.patch, self.vocab = eye, patch, vocab
+        self.of_eye, self.of_reader = nn.Linear(dim, 64), nn.Linear(16 * vocab, 64)
         self.scale = nn.Parameter(torch.tensor(math.log(10.)))
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
@@ -718,9 +727,9 @@ class Captioned(nn.Module):
 
     def forward(self, pictures, captions):
         """Pictures (B, 3, S, S) and captions (B, 16) -> a vector of each, and their scale."""
-        words = F.one_hot(captions, self.vocab).float()
-        return (self.of_eye(self.eye(patchify(pictures, self.patch))[:, 0]),
-                self.of_reader(self.reader(words)[:, 0]), self.scale.exp().clamp(max=100))
+        tokens = self.eye(patchify(pictures, self.patch))[:, 1:]
+        words = F.one_hot(captions, self.vocab).flatten(1).float()
+        return self.of_eye(tokens.mean(1)), self.of_reader(words), self.scale.exp().clamp(max=100)
 
 
 def part(args, name, recipe):
@@ -784,10 +793,15 @@ def learn_to_see(args, tokens, scenes, pictures):
         words = tokens.encode(common.caption(figures))
         row[:len(words)] = torch.tensor(words)
     captions = captions.to(args.device)
+    alike = [torch.tensor([i for kind, own in scenes.of.items() if kind[1] == colour for i in own])
+             for colour in range(len(common.COLOURS))]         # single figures of one colour
     run = common.Run(how, model.to(args.device), chance=math.log(how.batch))
     with stage("the eye", run):
         for step in run:
             i = run.batch(torch.arange(len(pictures), device=args.device))
+            if step % 3:                             # hard negatives: only shape, size and side
+                own = alike[step % len(alike)]       # tell them apart
+                i = own[torch.randint(len(own), (how.batch,))].to(args.device)
             loss = contrast(*model(normalize(pictures[i]), captions[i]))
             run.update(loss)
     return how.out
@@ -858,7 +872,7 @@ def load_eye(args, folder):
     prefix, names = ("eye.", ("eye_dim", "eye_depth", "eye_heads")) if own else \
         ("encoder.", ("dim", "depth", "heads"))
     weights = {k[len(prefix):]: v for k, v in state["model"].items() if k.startswith(prefix)}
-    common.require(weights and (not own or "reader.cls_token" in state["model"]),
+    common.require(weights and (not own or "of_reader.weight" in state["model"]),
                    f"{folder} holds no eye: try --eye {folder}/eye")
     patch, pixels = how["patch"], weights["patch_embed.weight"].shape[1]
     common.require(args.image_size % patch == 0, f"the eye in {folder} has patches of {patch} "
@@ -866,6 +880,18 @@ def load_eye(args, folder):
     eye = ViT(args.image_size // patch, pixels, *(how[name] for name in names))
     eye.load_state_dict(weights)
     return eye, patch
+
+
+def optimizer(args, model):
+    """AdamW, with the gates at --gate-lr times the learning rate: all that is learned has to pass
+    them, and one number moves by no more than the learning rate in a step."""
+    gates = [p for name, p in model.named_parameters() if name.endswith("gate")]
+    rest = [p for name, p in model.named_parameters() if not name.endswith("gate")]
+    adamw = common.adamw(rest, args.lr, args.weight_decay)
+    gates = [p for p in gates if p.requires_grad]
+    if gates:
+        adamw.add_param_group(dict(params=gates, weight_decay=0., times=args.gate_lr))
+    return adamw
 
 
 @torch.no_grad()
@@ -901,7 +927,8 @@ def queries(args, scenes, unseen, context, tokens):
     for k in args.shots:
         for _ in range(args.tests):
             for name, episode in (
-                    ("new words", naming(rng, scenes, common.NEW_WORDS[:KEPT], k, 2)),
+                    ("new words", naming(rng, scenes, common.NEW_WORDS[KEPT:], k, 2)),
+                    ("kept words", naming(rng, scenes, common.NEW_WORDS[:KEPT], k, 2)),
                     ("answers", answering(rng, scenes, rng.choice(common.ABOUT[:3]), k))):
                 at, _, said = zip(*episode)
                 answer, prompts = said[-1].split()[-1], []
@@ -952,7 +979,7 @@ def evaluate(args, model, tokens, asked, visual):
 
 def look(args, model, tokens, asked, visual, pictures):
     """Writes scenes.png, twelve held-out scenes; returns what is said of each, a list of lines."""
-    own = [[q for q in asked if q[2] == [i] and not q[0].startswith(("new", "answers"))]
+    own = [[q for q in asked if q[2] == [i] and not q[0].startswith(EPISODES)]
            for i in range(12)]
     chosen = [q for i, of in enumerate(own) for q in (
         [q for q in of if q[0].startswith("caption")]
@@ -968,17 +995,21 @@ def look(args, model, tokens, asked, visual, pictures):
 
 def tell(args, run, model, found, lines, answer):
     """The end of the run, in words and in result.json."""
-    print("\nSaid of twelve held-out scenes, the first six in the upper row of "
-          f"\n{args.out}/scenes.png:\n\n" + "\n".join(lines) + "\n")
+    print()
+    common.say(f"Said of twelve held-out scenes, six in a row of {args.out}/scenes.png:")
+    print()
+    for line in lines:
+        common.say(line, "    ")
+    print()
     shots = [k for k in args.shots if f"new words, {k}" in found]
     table = [["right to the word, %", "Flamingo", "LM, told", "LM alone", "most frequent"]]
     number = lambda group, who: "-" if group.startswith("caption") and who == "told" else \
         f"{found[group][who]:.1f}"
     table += [[group, *(number(group, who) for who in ("flamingo", "told", "lm", "majority"))]
-              for group in found if not group.startswith(("new words", "answers"))]
+              for group in found if not group.startswith(EPISODES)]
     print(f"{common.table(table)}\n")
     table = [["examples before the question", *map(str, shots)]]
-    for name, what in ("new words", "new word for it"), ("answers", "question not asked"):
+    for name, what in zip(EPISODES, ("its new word", "a word never shown", "question not asked")):
         for who, title in ("flamingo", "Flamingo"), ("told", "LM, told"), ("lm", "LM alone"):
             table.append([f"{what}, {title}", *(
                 f"{found[f'{name}, {k}'][who]:.1f}" if f"{name}, {k}" in found else "-"
@@ -990,7 +1021,7 @@ def tell(args, run, model, found, lines, answer):
               for i, name in enumerate(("attention", "feed-forward"))]
     print(f"{common.table(table)}\n")
     if answer is not None:
-        print(f"{args.prompt} -> {answer}\n")
+        common.say(f"{args.prompt} -> {answer}")
     captions = sum(found[f"caption, {n} figure{'s' * (n > 1)}"]["flamingo"] for n in (1, 2, 3)) / 3
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     common.say(f"Trained were {trained:,} of {sum(p.numel() for p in model.parameters()):,} "
@@ -1014,7 +1045,7 @@ def main(args):
     model = Flamingo(lm, eye, patch, tokens.image, args.every, args.latents * args.resample,
                      args.resampler_depth, args.attend, args.gate_start).to(args.device)
     common.say("Now what joins them.")
-    run = common.Run(args, model)
+    run = common.Run(args, model, optimizer(args, model))
     visual = views(args, model, pictures)                                          # (n, N, E)
     x, at = (t.to(args.device) for t in interleaved(
         args, tokens, scenes, min(60_000, max(args.steps * args.batch, args.batch)), context))

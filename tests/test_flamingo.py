@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,9 +126,9 @@ def test_cross_attention_equals_a_loop_in_float64(attend):
                     scores = torch.stack([query[own] @ key / math.sqrt(D) for key in keys])
                     shares = scores.exp() / scores.exp().sum()
                     out[own] = sum(share * value for share, value in zip(shares, values))
-            x = h[b, t] + math.tanh(layer.attn_gate) * (W.proj.weight @ out)
+            x = h[b, t] + layer.attn_gate.tanh() * (W.proj.weight @ out)
             hidden = (layer.mlp.fc1.weight @ layer.mlp.norm(x)).clamp(min=0) ** 2
-            x = x + math.tanh(layer.mlp_gate) * (layer.mlp.fc2.weight @ hidden)
+            x = x + layer.mlp_gate.tanh() * (layer.mlp.fc2.weight @ hidden)
             torch.testing.assert_close(y[b, t], x, rtol=1e-10, atol=1e-10)
 
 
@@ -315,3 +314,364 @@ def test_contrast_equals_a_loop():
     assert flamingo.contrast(a, b, scale).item() == pytest.approx(loss, rel=1e-5)
     assert flamingo.contrast(torch.ones(5, 7), b, scale).item() == pytest.approx(
         math.log(5) / 2 + sum(-F.log_softmax(scale * F.normalize(b, dim=1) @ torch.full((7, 1), 7 ** -.5).double(), 0)) .item() / 10, rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------- the world
+
+
+def test_pictures_show_what_is_said():
+    """Count, colour, side and size of the figures, read from the pixels without any network."""
+    rng = random.Random(0)
+    scenes = [common.scene(rng) for _ in range(300)]
+    x = common.paint(scenes, 3).float() / 255
+    assert torch.equal((x * 255).round().byte(), common.paint(scenes, 3)) and not torch.equal(x[:, 0], common.paint(scenes, 4)[:, 0] / 255)
+    hues = torch.tensor(list(common.COLOURS.values()))
+    areas = {0: [], 1: []}
+    for picture, figures in zip(x, scenes):
+        words = common.caption(figures)
+        assert words.count("a ") == len(figures) == len({f.shape for f in figures}) == len({f.colour for f in figures})
+        quarters = [(f.row, f.column) for f in figures]
+        assert quarters == sorted(quarters)                                    # as one reads
+        for f in figures:
+            r, c = 16 * f.row, 16 * f.column
+            part = picture[:, r:r + 16, c:c + 16]
+            bright = part.amax(0) > .4                                         # figures are, the ground is not
+            areas[f.size].append(bright.sum().item())
+            hue = part[:, bright].median(1).values
+            assert F.cosine_similarity(hue, hues, dim=1).argmax() == f.colour
+            assert f"{('small', 'large')[f.size]} {list(common.COLOURS)[f.colour]} {common.FIGURES[f.shape]}" in words
+        for r in (0, 1):
+            for c in (0, 1):
+                if (r, c) not in quarters:
+                    assert picture[:, 16 * r + 4:16 * r + 12, 16 * c + 4:16 * c + 12].amax() < .4
+    assert np.median(areas[1]) > 1.5 * np.median(areas[0])
+
+
+def test_captions_and_questions():
+    F_ = common.Figure
+    one, two = [F_(0, 0, 0, 1, 0)], [F_(0, 0, 0, 0, 1), F_(6, 5, 1, 1, 1)]
+    assert common.caption(one) == "a small red circle on the right"
+    assert common.caption(two) == "a small red circle left of a large blue heart"
+    column = [F_(0, 0, 0, 0, 0), F_(6, 5, 1, 0, 1)]
+    assert common.caption(column) == "a small red circle above a large blue heart"
+    three = [*two[:1], F_(4, 7, 1, 1, 0), F_(7, 2, 0, 1, 1)]
+    assert common.caption(three) == "a small red circle , a large pink star and a small yellow moon"
+    ask = lambda figures, about: common.question(random.Random(1), figures, about)
+    assert ask(one, "colour") == ("colour", "what colour is it ?", "red")
+    assert ask(one, "side") == ("side", "which side is it on ?", "right")
+    assert ask(three, "number") == ("number", "how many figures are there ?", "three")
+    assert ask(three, "side") == ask(column, "side") == (None, None, None)       # the caption does not tell
+    assert {ask(two, "shape")[1:], common.question(random.Random(4), two, "shape")[1:]} <= {
+        ("what shape is the red one ?", "circle"), ("what shape is the blue one ?", "heart")}
+    tokens = flamingo.Tokens()
+    rng = random.Random(0)
+    for _ in range(300):
+        figures = common.scene(rng)
+        about, question, answer = common.question(rng, figures)
+        assert about in common.ABOUT and len(tokens.encode(common.caption(figures))) <= 16
+        for text in common.caption(figures), question, answer:
+            assert tokens.decode(tokens.encode(text)) == text
+    assert all(len({kind[i] for kind in common.UNSEEN}) == 8 for i in (0, 1))    # each shape, each colour once
+
+
+def documents(n=60, **changes):
+    args = flamingo.Args(device="cpu", context=64, **changes)
+    tokens, scenes = flamingo.Tokens(), flamingo.Scenes(0, 1000, common.SEEN)
+    x, at = flamingo.interleaved(args, tokens, scenes, n, 64)
+    return tokens, scenes, x, at
+
+
+def test_what_pictures_come_with():
+    """Marks and pictures fit each other, kinds and words that are kept back do not occur, a new word is never told by
+    anything but its own episode."""
+    tokens, scenes, x, at = documents(400)
+    sorts = {"called": 0, "both": 0, "caption": 0}
+    for row, places in zip(x, at):
+        said = row[row >= 0].tolist()
+        assert said[0] == tokens.end and said[-1] == tokens.end and (row >= 0).long().diff().min() >= -1
+        chunks = tokens.decode(said).split("<end>")[1:-1]
+        for chunk, place in zip(chunks, places.tolist()):
+            assert chunk.strip().startswith("<image>") and chunk.count("<image>") == 1
+            figures, words = scenes.all[place], chunk.split()[1:]
+            assert not any((f.shape, f.colour) in common.UNSEEN for f in figures)
+            if "called" in words:
+                sorts["called" if words[0] == "called" else "both"] += 1
+                assert len(figures) == 1 and words[-1] in common.NEW_WORDS[flamingo.KEPT:]
+                assert words[:-2] in ([], common.kind_name(figures[0]).split())
+            elif words[0] == "a":
+                sorts["caption"] += 1
+                assert " ".join(words) == common.caption(figures)
+            elif "?" in words:
+                about = {"colour": "colour", "shape": "shape", "many": "number", "side": "side"}[words[1]]
+                assert any(common.question(random.Random(s), figures, about)[1:] == (" ".join(words[:-1]), words[-1]) for s in range(20))
+        kinds = {}
+        for chunk, place in zip(chunks, places.tolist()):
+            if "called" in chunk:
+                assert kinds.setdefault(scenes.all[place][0][:2], chunk.split()[-1]) == chunk.split()[-1]
+        assert len(set(kinds.values())) == len(kinds)
+    assert min(sorts.values()) > 100
+    words = {word for row in x for word in tokens.decode(row[row >= 0]).split()}
+    assert not words & set(common.NEW_WORDS[:flamingo.KEPT]) and set(common.NEW_WORDS[flamingo.KEPT:]) <= words
+    again = documents(400)
+    assert torch.equal(again[2], x) and torch.equal(again[3], at)
+
+
+def test_what_the_lm_reads_has_no_picture():
+    args, tokens = flamingo.Args(device="cpu", context=64), flamingo.Tokens()
+    x = flamingo.texts(args, tokens, 200)
+    assert x.shape == (200, 65) and (x[:, 0] == tokens.end).all() and not (x == tokens.image).any()
+    text = " ".join(tokens.decode(row) for row in x)
+    assert set(tokens.words) - {"<image>"} <= set(text.split())                # all kinds, all new words
+    assert "a red circle called" in text and ". what colour is" in text
+    for row in x:                                                              # of one kind in a row, always one word
+        meant = {}
+        chunks = [c.split() for c in tokens.decode(row).split("<end>")]
+        if all(len(c) == 5 and c[3] == "called" for c in chunks[1:-1]) and len(chunks) > 3:
+            for a, colour, shape, called, name in chunks[1:-1][:9]:
+                assert meant.setdefault((colour, shape), name) == name
+
+
+def test_tokens_of_bytes():
+    tokens = flamingo.Tokens(bytes=True)
+    said = tokens.encode("<end> <image> called dax <end> <image> a red one")
+    assert said == [256, 0, *b"called dax", 256, 0, *b"a red one"] and (tokens.image, tokens.end, tokens.vocab) == (0, 256, 257)
+    assert tokens.encode("<image> called dax <end>") == [0, *b"called dax", 256]
+    assert tokens.decode(b"a red one") == "a red one"
+    with pytest.raises(common.UserError, match="knows no word 'sphere'"):
+        flamingo.Tokens().encode("a red sphere")
+    assert flamingo.Tokens().encode("<image>what colour is it?") == flamingo.Tokens().encode("<image> what colour is it ?")
+
+
+def test_exact_answers_are_counted(monkeypatch):
+    """The figures of the table, from answers that are given by hand."""
+    args = flamingo.Args(device="cpu", tests=40, shots=(0, 2))
+    tokens = flamingo.Tokens()
+    test, unseen, pictures = flamingo.held_out(args)
+    assert len(pictures) == 80
+    asked = flamingo.queries(args, test, unseen, 64, tokens)
+    scenes = test.all + unseen.all
+    for group, prompt, at, answer, told in asked:
+        assert prompt.count("<image>") == len(at)
+        if group.startswith("caption"):
+            assert "a " + answer == common.caption(scenes[at[0]]) and prompt == "<image> a"
+        elif group.startswith(("new", "kept")):
+            assert prompt.endswith("<image> called") and told.endswith("called") and "<image>" not in told
+            names = common.NEW_WORDS[:4] if group.startswith("kept") else common.NEW_WORDS[4:]
+            assert answer in names
+            shown = dict((scenes[i][0][:2], chunk.split()[-1]) for i, chunk in zip(at, prompt.split("<end>")[:-1]))
+            assert len(at) == 1 or shown.get(scenes[at[-1]][0][:2], answer) == answer
+        elif group.startswith("answers"):
+            assert told.endswith(".") and prompt.endswith("<image>")
+        else:
+            assert prompt == f"<image> {told.split(' . ')[1]}"
+        if "unseen" in group:
+            assert scenes[at[0]][0][:2] in common.UNSEEN and at[0] >= 40
+    monkeypatch.setattr(flamingo, "ask", lambda a, m, t, asked, v, how="pictures": [
+        q[3] if how == "pictures" and i % 2 or how == "told" else "no" for i, q in enumerate(asked)])
+    found = flamingo.evaluate(args, None, tokens, asked, None)
+    for group, right in found.items():
+        own = [i for i, q in enumerate(asked) if q[0] == group]
+        assert right["flamingo"] == pytest.approx(100 * sum(i % 2 for i in own) / len(own)) and right["told"] == 100 and right["lm"] == 0
+        answers = [asked[i][3] for i in own]
+        assert right["majority"] == pytest.approx(100 * max(answers.count(a) for a in answers) / len(own))
+    assert {"caption, 1 figure", "caption, 3 figures", "colour, unseen kind", "side, 2 or 3 figures", "new words, 0",
+            "kept words, 2", "answers, 2"} <= set(found)
+
+
+# ---------------------------------------------------------------------------------------- the script
+
+
+def result(out):
+    return json.loads((out / "result.json").read_text())["figures"]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished run of seconds, and what it printed."""
+    out = tmp_path_factory.mktemp("flamingo")
+    process = run(*SMALL, "--prompt", "<image> what colour is it ?", "--out", out, script="flamingo.py")
+    assert process.returncode == 0, process.stderr
+    return out, process.stdout
+
+
+def test_what_a_run_shows(done):
+    out, text = done
+    assert all(len(line) <= 80 for line in text.splitlines())
+    f = result(out)
+    assert f["shots"] == [0, 1, 2, 4, 8] and len(f["gates"]) == 2 and f["trained"] > 0
+    for name in "caption, 1 figure", "colour, unseen kind", "new words, 0", "answers, 4":
+        assert set(f["right"][name]) == {"flamingo", "lm", "told", "majority"}
+    assert (out / "scenes.png").read_bytes()[:4] == b"\x89PNG" and "<image> what colour is it ? -> " in text
+    for words in ("First the LM", "Then the eye", "Now what joins them", "tanh of the gates", "right to the word, %"):
+        assert words in text
+    assert {p.name for p in out.iterdir()} >= {"lm", "eye", "checkpoint.pt", "log.jsonl", "result.json", "scenes.png"}
+
+
+def test_stages_are_kept_and_frozen(done):
+    """A second run trains neither the LM nor the eye, and in the first neither changed while the join was trained."""
+    out, _ = done
+    kept = {part: (out / part / "checkpoint.pt").read_bytes() for part in ("lm", "eye")}
+    weights = torch.load(out / "checkpoint.pt", weights_only=True)
+    for part in "lm", "eye":
+        stage = torch.load(out / part / "checkpoint.pt", weights_only=True)["model"]
+        own = {k.removeprefix("eye."): v for k, v in stage.items() if part == "lm" or k.startswith("eye.")}
+        ours = {k.removeprefix(f"{part}."): v for k, v in weights["model"].items() if k.startswith(f"{part}.")}
+        assert set(own) == set(ours) and all(torch.equal(own[k], ours[k]) for k in own)
+    trained = sum(len(group["params"]) for group in weights["optimizer"]["param_groups"])
+    assert trained == sum(not k.startswith(("lm.", "eye.")) for k in weights["model"])
+    again = run(*SMALL, "--steps", 2, "--out", out, script="flamingo.py")
+    assert again.returncode == 0 and "First the LM" not in again.stdout and "Then the eye" not in again.stdout
+    assert kept == {part: (out / part / "checkpoint.pt").read_bytes() for part in kept}
+    for flags, anew in (["--dim", 18], "lm"), (["--lm-steps", 4], "lm"), (["--eye-dim", 12], "eye"), (["--images", 502], "eye"), (["--every", 2], ""):
+        args = common.cli(flamingo.Args, list(map(str, [*SMALL, "--out", out, *flags])))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(common, "script", lambda: "flamingo.py")
+            for name, recipe in ("lm", flamingo.LM), ("eye", flamingo.EYE):
+                how, ready = flamingo.part(args, name, recipe)
+                assert ready == (name != anew) and how.resume == ready, flags
+
+
+def test_resumed_equals_uninterrupted(done, tmp_path):
+    stages = ["--lm", done[0] / "lm", "--eye", done[0] / "eye"]
+    flags = [*SMALL, *stages, "--steps", 120]
+    whole = run(*flags, "--out", tmp_path / "a", script="flamingo.py")
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(command(*flags, "--save-every", .1, "--out", tmp_path / "b", script="flamingo.py"),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(3000):
+        if (tmp_path / "b/checkpoint.pt").exists() or process.poll() is not None:
+            break
+        time.sleep(.02)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert 0 < torch.load(tmp_path / "b/checkpoint.pt", weights_only=True)["step"] < 120
+    again = run("--resume", "--out", tmp_path / "b", script="flamingo.py")
+    assert again.returncode == 0, again.stderr
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a) and result(tmp_path / "a") == result(tmp_path / "b")
+    asked = run("--resume", "--steps", 0, "--prompt", "<image> a", "--out", tmp_path / "b", script="flamingo.py")
+    assert asked.returncode == 0 and "<image> a -> " in asked.stdout
+    assert result(tmp_path / "a")["right"] == result(tmp_path / "b")["right"]
+
+
+@pytest.mark.parametrize("part, what", [("lm", "the LM"), ("eye", "the eye")])
+def test_an_interrupted_stage_goes_on(part, what, tmp_path):
+    flags = [*SMALL, f"--{part}-steps", 900, "--save-every", .1, "--out", tmp_path]
+    process = subprocess.Popen(command(*flags, script="flamingo.py"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(3000):
+        if (tmp_path / part / "checkpoint.pt").exists() or process.poll() is not None:
+            break
+        time.sleep(.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and f"of {what}: the same command goes on" in error and "Traceback" not in error
+    half = torch.load(tmp_path / part / "checkpoint.pt", weights_only=True)["step"]
+    assert 0 < half < 900
+    again = run(*flags, script="flamingo.py")
+    assert again.returncode == 0 and f"Going on from step {half}" in again.stdout, again.stderr
+
+
+def test_a_gpt_and_a_mae_from_elsewhere(done, tmp_path):
+    """An LM of bytes, and an eye with other patches."""
+    (tmp_path / "text.txt").write_text("a red circle called dax. " * 200)
+    made = run("--data", tmp_path / "text.txt", *"--dim 16 --heads 2 --depth 2 --batch 4 --context 64 --length 5 --steps 2".split(),
+               "--device", "cpu", "--out", tmp_path / "gpt", script="gpt.py")
+    assert made.returncode == 0, made.stderr
+    made = run(*"--dim 16 --heads 2 --depth 1 --decoder-dim 8 --decoder-heads 2 --decoder-depth 1 --batch 8 --steps 2 --tune linear".split(),
+               *"--labels 1 --device cpu".split(), "--out", tmp_path / "mae", script="mae.py")
+    assert made.returncode == 0, made.stderr
+    process = run(*SMALL, "--lm", tmp_path / "gpt", "--eye", tmp_path / "mae", "--out", tmp_path / "run", script="flamingo.py")
+    assert process.returncode == 0 and "First" not in process.stdout and "Then" not in process.stdout, process.stderr
+    weights = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["model"]
+    assert weights["lm.token_embed.weight"].shape == (257, 16) and weights["eye.patch_embed.weight"].shape == (16, 48)
+    gpts = torch.load(tmp_path / "gpt/checkpoint.pt", weights_only=True)["model"]
+    assert all(torch.equal(weights[f"lm.{k}"], v) for k, v in gpts.items())
+    assert "new words, 1" in result(tmp_path / "run")["right"] and "new words, 8" not in result(tmp_path / "run")["right"]
+
+
+def test_own_pictures(done, tmp_path):
+    flags = ["--resume", "--steps", 0, "--out", done[0], "--prompt", "<image> a red circle <end> <image> what shape is it ?"]
+    x = common.paint([common.scene(random.Random(i), 1) for i in range(3)]).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "own.npz", images=x)
+    asked = run(*flags, "--data", tmp_path / "own.npz", script="flamingo.py")
+    assert asked.returncode == 0 and "what shape is it ? -> " in asked.stdout, asked.stderr
+    np.savez(tmp_path / "large.npz", images=x.repeat(2, 1).repeat(2, 2))
+    np.savez(tmp_path / "none.npz", pictures=x)
+    np.savez(tmp_path / "one.npz", images=x[:1])
+    (tmp_path / "broken.npz").write_bytes(b"no zip")
+    for name, words in (("large", ["images is uint8 (3, 64, 64, 3)", "(n, 32, 32, 3) uint8 is due"]), ("none", ["holds pictures; due is images"]),
+                        ("broken", ["truncated, or no .npz"]), ("missing", ["there is no file"]),
+                        ("one", ["--prompt has 2 <image> marks, and there are 1 pictures"])):
+        refused(run(*flags, "--data", tmp_path / f"{name}.npz", script="flamingo.py"), 1, *words, script="flamingo.py")
+    before = (done[0] / "checkpoint.pt").read_bytes()
+    refused(run(*flags[:4], "--data", tmp_path / "own.npz", script="flamingo.py"), 1, "needs a --prompt", script="flamingo.py")
+    refused(run(*flags, "--data", "shapes", script="flamingo.py"), 1, "--data takes scenes, or an .npz", script="flamingo.py")
+    refused(run(*flags[:4], "--prompt", "<image> a sphere", script="flamingo.py"), 1, "knows no word 'sphere'", script="flamingo.py")
+    refused(run(*flags[:4], "--prompt", "a " * 70, script="flamingo.py"), 1, "shorten it", script="flamingo.py")
+    assert (done[0] / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--every", "0"], ["--every must be 1 or more, not 0"]),
+    (["--every", "3"], ["--every 3 is more than the LM's 2 blocks"]),
+    (["--latents", "0"], ["--latents must be 1 or more", "--no-resample"]),
+    (["--patch", "5"], ["--patch 5 does not divide the 32 x 32 pictures"]),
+    (["--heads", "3"], ["--dim 16 must be a multiple of --heads 3"]),
+    (["--eye-dim", "6"], ["--eye-dim 6 must be a multiple of --eye-heads 2 and of 4"]),
+    (["--context", "20"], ["--context must be 41 or more"]),
+    (["--gate-start", "nan"], ["--gate-start must be a number"]),
+    (["--shots", "-1"], ["--shots must be 0 or more"]),
+    (["--images", "100"], ["--images must be 500 or more"]),
+    (["--tests", "5"], ["--tests must be 12 or more"]),
+    (["--lm-short", "2"], ["--lm-short is a share from 0 to 1"]),
+    (["--lm-lr", "-1"], ["--lm-lr must be 0 or more"]),
+    (["--temperature", "inf"], ["--temperature must be 0 or more"]),
+    (["--attend", "none"], ["invalid choice: 'none'", "last"]),
+    (["--evry", "2"], ["unknown flag --evry", "did you mean --every?"])])
+def test_bad_flags(flags, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        common.start(lambda args: None, flamingo.Args, [*SMALL, *flags])
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and len(text.strip().splitlines()) == 1
+    for word in words:
+        assert word in text
+
+
+def test_foreign_and_broken_stages(done, tmp_path):
+    out, _ = done
+    flamingo_py = lambda *flags: run(*SMALL, "--out", tmp_path / "out", *flags, script="flamingo.py")
+    no = lambda *flags, words: refused(flamingo_py(*flags), 1, *words, script="flamingo.py")
+    no("--lm", "nowhere", words=["there is no nowhere/checkpoint.pt", "python gpt.py", "--lm"])
+    no("--lm", out, words=["holds no LM", f"--lm {out}/lm"])
+    no("--lm", out / "eye", words=["holds no LM"])
+    no("--lm", out / "lm", "--eye", out, words=["holds no eye", f"--eye {out}/eye"])
+    no("--lm", out / "lm", "--eye", out / "lm", words=["holds no eye"])
+    no("--lm", out / "lm", "--eye", out / "eye", "--image-size", 36, "--patch", 6, words=["patches of 8 pixels", "--image-size 36"])
+    no("--lm", out / "lm", "--every", 3, words=["--every 3 is more than the 2 blocks"])
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/checkpoint.pt").write_bytes(b"no checkpoint")
+    no("--lm", tmp_path / "broken", words=["not a checkpoint that can be read"])
+    for script, flag in ("mae.py", "--lm"), ("gpt.py", "--eye"):
+        torch.save(dict(script=script), tmp_path / "broken/checkpoint.pt")
+        no("--lm", out / "lm", flag, tmp_path / "broken", words=[f"written by {script}", flag])
+    state = torch.load(out / "lm/checkpoint.pt", weights_only=True)
+    state["model"]["pos_embed.weight"] = state["model"]["pos_embed.weight"][:30]
+    torch.save(state, tmp_path / "broken/checkpoint.pt")
+    no("--lm", tmp_path / "broken", words=["a context of 30 tokens", "41 or more"])
+    state["model"]["token_embed.weight"] = state["model"]["token_embed.weight"][:50]
+    torch.save(state, tmp_path / "broken/checkpoint.pt")
+    no("--lm", tmp_path / "broken", words=["has 50 tokens"])
+    refused(run("--resume", "--out", out / "lm", "--every", 1, script="flamingo.py"), 1, "does not fit", script="flamingo.py")
+    assert not (tmp_path / "out/checkpoint.pt").exists()
+
+
+def test_it_learns_to_see(done, tmp_path):
+    """In seconds: with pictures the loss falls below what the frozen LM alone can reach, which knows how questions
+    end, but not what is in the picture."""
+    how = ["--lm-steps", 60, "--lm-batch", 16, "--eye-steps", 150, "--eye-batch", 32, "--dim", 32, "--eye-dim", 32, "--steps", 150, "--batch", 16,
+           "--lr", .01, "--lm-lr", .01, "--eye-lr", .004, "--images", 2000, "--tests", 60]
+    process = run(*SMALL, *how, "--out", tmp_path, script="flamingo.py")
+    assert process.returncode == 0, process.stderr
+    right = result(tmp_path)["right"]
+    assert right["colour, 1 figure"]["flamingo"] > 2 * right["colour, 1 figure"]["majority"] > right["colour, 1 figure"]["lm"]

@@ -21,6 +21,8 @@ QUICK = {   # added to a command, so that it takes seconds
     "autoencoder.py": "--steps 2 --labels 1 --draws 1 --width 4 --code 4 --keep 4 --image-size 12",
     "bert.py": "--steps 2 --labels 1 --draws 1 --tune-steps 2 --dim 16 --heads 2 --depth 1",
     "gpt.py": "--steps 2 --length 9 --dim 16 --heads 2 --depth 1",
+    "flamingo.py": "--lm-steps 2 --lm-batch 2 --eye-steps 2 --eye-batch 2 --steps 2 --batch 2 --dim 16 --heads 2 --depth 2 --images 500 "
+                   "--eye-dim 8 --eye-heads 2 --eye-depth 1 --tests 12 --latents 2 --shots 0 1",
     "lora.py": "--base-steps 2 --base-batch 2 --dim 16 --heads 2 --depth 2 --context 60 --k 1 --passes 1 --draws 1 --length 9"}
 
 
@@ -261,6 +263,72 @@ def directions(pattern):
     return "\n".join(lines) + (f"\n\nIn its 1, 2, 3 ... most important directions (squared singular values); mean over the blocks and {len(runs)} bases, at k = {max(runs[0]['settings']['k'])}.")
 
 
+EPISODES = "new words", "kept words", "answers"
+
+
+def answered(pattern):
+    """What flamingo.py answers rightly, beside the LM told in words, the LM alone and the most frequent answer."""
+    runs = load(pattern)
+    right = [r["figures"]["right"] for r in runs]
+    lines = ["| right to the word, % | Flamingo | the LM, told in words | the LM alone | most frequent |", "|---|" + "---:|" * 4]
+    for group in (g for g in right[0] if not g.startswith(EPISODES)):
+        cells = ["" if who == "told" and group.startswith("caption") else number([r[group][who] for r in right], 1)
+                 for who in ("flamingo", "told", "lm", "majority")]
+        lines.append(f"| {group} | " + " | ".join(cells) + " |")
+    seeds = f"mean ± standard deviation over {len(runs)} seeds" if len(runs) > 1 else "one run"
+    return "\n".join(lines) + (f"\n\n{seeds.capitalize()}, {runs[0]['settings']['tests']} held-out scenes and as many of unseen kinds; "
+                              f"{runs[0]['machine']}, torch {runs[0]['versions']['torch']}.")
+
+
+def shots(pattern):
+    """Answers after 0, 1, 2 ... examples."""
+    runs = load(pattern)
+    f = runs[0]["figures"]
+    lines = ["| right to the word, % |" + "".join(f" {k} shots |" for k in f["shots"]), "|---|" + "---:|" * len(f["shots"])]
+    for name, what in zip(EPISODES, ("its new word", "its new word, one that no picture came with in training", "a question that is not asked")):
+        for who, title in ("flamingo", "Flamingo"), ("told", "the LM, told in words"), ("lm", "the LM alone"):
+            cells = [number([r["figures"]["right"][f"{name}, {k}"][who] for r in runs], 1) if f"{name}, {k}" in f["right"] else ""
+                     for k in f["shots"]]
+            lines.append(f"| {what}: {title} | " + " | ".join(cells) + " |")
+    seeds = f"Mean ± standard deviation over {len(runs)} seeds" if len(runs) > 1 else "One run"
+    return "\n".join(lines) + f"\n\n{seeds}, {runs[0]['settings']['tests']} episodes each; two new words an episode, so that chance is 50 % once both were shown."
+
+
+def described(pattern):
+    """What flamingo.py says of held-out scenes."""
+    (r,) = load(pattern)
+    return "```text\n" + "\n".join(r["figures"]["lines"]) + "\n```"
+
+
+def gates(pattern):
+    """tanh of the gates, layer by layer."""
+    (r,) = load(pattern)
+    every, rows = r["settings"]["every"], list(zip(*r["figures"]["gates"]))
+    lines = ["| tanh of the gate before block |" + "".join(f" {i * every} |" for i in range(len(rows[0]))), "|---|" + "---:|" * len(rows[0])]
+    lines += [f"| {name} | " + " | ".join(f"{value:.2f}" for value in row) + " |" for name, row in zip(("attention", "feed-forward"), rows)]
+    return "\n".join(lines)
+
+
+PAPER = {"": 70.7, "--gate-start inf": 66.5, "--attend all": 63.5, "--no-freeze": 62.7, "--no-resample": 66.6, "--every 2": 68.2, "--every 4": 68.8}
+
+
+def ablated(patterns):
+    """One line for each measurement of flamingo.py, by its flags, beside the paper's ablation where it has one."""
+    lines = ["| `flamingo.py` | captions | questions, seen kinds | questions, unseen kinds | new word, 4 shots | seconds | the paper's score |",
+             "|---|" + "---:|" * 6]
+    for r in (r for pattern in patterns.split(",") for r in load(pattern)):
+        right = {group: row["flamingo"] for group, row in r["figures"]["right"].items()}
+        mean = lambda fits: f"{statistics.mean(value for group, value in right.items() if fits(group)):.1f}"
+        asked = lambda group: not group.startswith((*EPISODES, "caption"))
+        own = re.findall(r"--(?:gate-start|attend|no-freeze|no-resample|every)\b[^-]*", r["command"])
+        flags = " ".join(flag.strip() for flag in own)
+        lines.append(f"| {flags or 'as it is'} | {mean(lambda g: g.startswith('caption') and 'unseen' not in g)} | "
+                     f"{mean(lambda g: asked(g) and 'unseen' not in g)} | {mean(lambda g: asked(g) and 'unseen' in g)} | "
+                     f"{right['new words, 4']:.1f} | {r['seconds']:.0f} | {PAPER.get(flags, '')} |")
+    return "\n".join(lines) + (f"\n\nRight to the word, %, means over the sorts of the table above; one run each of {r['settings']['steps']} steps, the same LM and "
+                              f"eye. {r['machine']}, torch {r['versions']['torch']}. The paper's: Flamingo-3B, overall score of its table 3.")
+
+
 def memory(pattern):
     """Peak memory beside the other package's."""
     (bench,) = load(pattern)
@@ -274,7 +342,8 @@ def memory(pattern):
 
 def expect(name):
     """The lines of a script's docstring that say what its plain command gives."""
-    runs = load(f"{name}-{'pydocs' if name in ('bert', 'gpt', 'lora') else 'shapes'}-*.json")
+    data = {"bert": "pydocs", "gpt": "pydocs", "lora": "pydocs", "flamingo": "scenes"}.get(name, "shapes")
+    runs = load(f"{name}-{data}-*.json")
     most = max(r["threads"] for r in runs)                     # some seeds may have run on one core, beside others
     r, seconds = runs[0], statistics.mean(r["seconds"] for r in runs if r["threads"] == most)
     where = (f"({len(runs)} seeds; {seconds:.0f} s of training on {r['machine']}, torch {r['versions']['torch']})")
@@ -290,6 +359,12 @@ def expect(name):
                 f"{share:.1f} % of the parameters, and to {loss('full', 'new')} with all of them; that of pydocs goes from "
                 f"{loss('the base', 'old')} to {loss('lora', 'old')} and {loss('full', 'old')} ({len(runs)} bases; {seconds:.0f} s for "
                 f"all methods after {base:.0f} s for the base, on {r['machine']}, torch {r['versions']['torch']})")
+    elif name == "flamingo":
+        get = lambda group: number([r["figures"]["right"][group]["flamingo"] for r in runs], 1)
+        text = (f"of held-out scenes {get('caption, 1 figure')}, {get('caption, 2 figures')} and {get('caption, 3 figures')} % of the captions "
+                f"of 1, 2 and 3 figures are right to the word; of single figures of unseen kinds {get('colour, unseen kind')} % of the colours "
+                f"and {get('shape, unseen kind')} % of the shapes (chance 12.5) ({len(runs)} seed{'s' * (len(runs) > 1)}; {seconds:.0f} s of training "
+                f"the join on {r['machine']}, torch {r['versions']['torch']})")
     elif name == "bert":
         get = lambda who, key, digits: number([r["figures"][who][key] for r in runs], digits)
         text = (f"{get('masked', 'accuracy', 1)} % of the hidden words of new text are right, at a perplexity of "
@@ -311,7 +386,8 @@ def expect(name):
 
 
 FIGURES = {f.__name__: f for f in (few_labels, speed, knows, while_training, flags,
-                                     losses, sampled, blanks, hidden, fine_tuned, adapted, searched, directions, memory)}
+                                     losses, sampled, blanks, hidden, fine_tuned, adapted, searched, directions, memory,
+                                     answered, shots, described, gates, ablated)}
 
 
 def written(text):
