@@ -38,9 +38,10 @@ import contextlib
 import dataclasses
 import math
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,18 +59,18 @@ class Args(common.Args):
     batch: int = 64                 # documents a step
     lr: float = 1e-3                # peak learning rate
     warmup: float = 0.1             # fraction of the steps in which the learning rate rises
-    weight_decay: float = 0.1       # AdamW's decay, on matrices only (Flamingo, sec. 3.2)
+    weight_decay: float = 0.1       # AdamW's decay, on matrices, not the resampler's (B.1.2)
     data: str = "scenes"            # what the prompt is about: scenes, or an .npz with `images`
-    images: int = 40_000            # painted scenes to train on, half of them single figures
+    images: int = 40_000            # painted scenes to train on, two thirds of single figures
     tests: int = 1000               # held-out scenes, as many more of unseen kinds, and episodes
     image_size: int = 32            # side of a picture in pixels
     context: int = 96               # tokens of a document
-    every: int = 1                  # a gated look before every n-th block of the LM (table 3, iv)
+    every: int = 6                  # a gated look before every n-th block of the LM (table 3, v)
     latents: int = 8                # tokens that the resampler makes of a picture (64)
     resampler_depth: int = 2        # its layers (6)
     attend: Literal["last", "all"] = "last"    # pictures that a token sees: the last before it, all
     gate_start: float = 0.          # what gates start at; inf: no gates
-    gate_lr: float = 10.            # times the learning rate is that of the gates
+    gate_lr: float = 10.            # the gates' learning rate, as a multiple of --lr
     resample: bool = True           # resample, or look at all visual tokens
     freeze: bool = True             # keep the LM as it is
     lm: str = ""                    # folder of a run of gpt.py; else one is trained in --out/lm
@@ -92,9 +93,9 @@ class Args(common.Args):
     prompt: str = ""                # asked at the end: "<image> what colour is it ?"
     temperature: float = 0.         # divides the logits of its answer; 0 takes the most likely
 
-    cpu = dict(steps=800, batch=32, lr=3e-3, images=16_000, tests=300, context=64,
-               resampler_depth=1, lm_steps=800, lm_batch=96, lm_lr=3e-3,
-               lm_short=0.6, dim=128, depth=4, heads=4,
+    cpu = dict(steps=900, every=4, batch=32, lr=3e-3, images=16_000, tests=300, context=64,
+               resampler_depth=1, lm_steps=900, lm_batch=96, lm_lr=3e-3,
+               lm_short=0.5, dim=128, depth=4, heads=4,
                eye_steps=500, eye_batch=128, eye_lr=2e-3, eye_dim=128, eye_depth=3, eye_heads=4)
 
     def check(self):
@@ -106,7 +107,9 @@ class Args(common.Args):
             need(value > 0, f"{common.flag(name)} must be 1 or more, not {value}")
         need(self.every <= self.depth or self.lm, f"--every {self.every} is more than the LM's "
              f"{self.depth} blocks (--depth): it would never look")
-        for name in "lm_lr", "eye_lr", "temperature":
+        need(self.eye_batch <= self.images, f"--eye-batch {self.eye_batch} is more than the "
+             f"{self.images} pictures (--images)")
+        for name in "lm_lr", "eye_lr", "gate_lr", "temperature":
             value = getattr(self, name)
             need(0 <= value < math.inf, f"{common.flag(name)} must be 0 or more, not {value}")
         for dim, heads in ("dim", "heads"), ("eye_dim", "eye_heads"):
@@ -370,7 +373,7 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Norm, and two layers with a squared ReLU between (Flamingo, B.1): (B, T, C) -> (B, T, C)."""
+    """Norm, two layers, a squared ReLU between them (Flamingo, A.1.4): (B, T, C) -> (B, T, C)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -408,7 +411,7 @@ class Resampler(nn.Module):
         return self.norm(x)
 
 
-class GatedLook(nn.Module):
+class GatedCrossAttention(nn.Module):
     """Gated cross-attention and a gated feed-forward layer (Flamingo, fig. 4): (B, T, C)."""
 
     def __init__(self, dim, source, heads, start=0.):
@@ -436,7 +439,7 @@ class Memory:
 
 class Flamingo(nn.Module):
     """tokens (B, T), and pictures that are looked at where they have an <image> mark ->
-    logits (B, T, V). Pictures: (B, M, 3, S, S), by way of `see` and `look`."""
+    logits (B, T, V). Pictures: (B, M, 3, S, S), by way of `see` and `media`."""
 
     def __init__(self, lm, eye, patch, image, every=1, latents=8, depth=1, attend="last", start=0.):
         super().__init__()
@@ -445,23 +448,24 @@ class Flamingo(nn.Module):
         dim, heads = lm.pos_embed.weight.shape[1], lm.blocks[0].attn.heads
         E, own = len(eye.norm.weight), eye.blocks[0].attn.heads
         self.resampler = Resampler(E, depth, own, latents) if latents else nn.LayerNorm(E)
-        self.looks = nn.ModuleList(GatedLook(dim, E, heads, start) for _ in lm.blocks[::every])
+        self.gated = nn.ModuleList(GatedCrossAttention(dim, E, heads, start)
+                                   for _ in lm.blocks[::every])
 
     @torch.no_grad()
     def see(self, pictures):
         """0. Normalised pictures (n, 3, S, S) -> visual tokens (n, N, E), by the frozen eye."""
         return self.eye(patchify(pictures, self.patch))
 
-    def look(self, visual):
+    def media(self, visual):
         """Visual tokens (B, M, N, E) -> keys and values of each gated layer, (B, H, M, R, D)."""
         B, M, N, E = visual.shape
         latents = self.resampler(visual.flatten(0, 1))                      # (B M, R, E)
         R = latents.shape[1]
-        pairs = (layer.attn.keys(latents.view(B, M * R, E)) for layer in self.looks)
+        pairs = (layer.attn.keys(latents.view(B, M * R, E)) for layer in self.gated)
         return [tuple(x.unflatten(2, (M, R)) for x in pair) for pair in pairs]
 
     def forward(self, tokens, media=None, memory=None):
-        """media: from `look`; None: the LM alone. With a memory, from `memory()`, the tokens come
+        """media: from `media`; None: the LM alone. With a memory, from `memory()`, the tokens come
         behind those that it holds. Raises ValueError where they are more than the context holds."""
         lm, T = self.lm, tokens.shape[1]
         cache = memory.text if memory else None
@@ -477,7 +481,7 @@ class Flamingo(nn.Module):
         x = lm.token_embed(tokens) + lm.pos_embed.weight[old:old + T]
         for i, block in enumerate(lm.blocks):
             if media is not None and i % self.every == 0:
-                x = self.looks[i // self.every](x, *media[i // self.every], seen)
+                x = self.gated[i // self.every](x, *media[i // self.every], seen)
             x = block(x, cache[i] if cache else None)
         return F.linear(lm.norm(x), lm.token_embed.weight)
 
@@ -523,7 +527,8 @@ def reach(media, time, attend="last"):
 
 def contrast(picture, text, scale):
     """The eye's loss: n pictures and their captions (n, E) each, as vectors; each picture has to
-    find its caption among all, and each caption its picture (Flamingo, B.1.1). At chance ln n."""
+    find its caption among all, and each caption its picture (Flamingo, B.1.3). At chance ln n; not
+    down to 0 where two captions are the same."""
     similar = scale * F.normalize(picture.float(), dim=1) @ F.normalize(text.float(), dim=1).T
     own = torch.arange(len(similar), device=similar.device)
     return (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2
@@ -532,7 +537,9 @@ def contrast(picture, text, scale):
 def mask(x, image):
     """A. Tokens x (B, 1 + T), -100 behind a text's end -> what the model may see (B, T), and what
     it owes (B, T): the next token, -100 where that is a mark or behind the end."""
-    return x[:, :-1].clamp(min=0), x[:, 1:].masked_fill(x[:, 1:] == image, -100)
+    masked, target = x[:, :-1], x[:, 1:]
+    end = x[:, :1]                                       # a text begins with the end of one
+    return torch.where(masked < 0, end, masked), target.masked_fill(target == image, -100)
 
 
 def distance(prediction, target):
@@ -558,13 +565,15 @@ def sample(model, prompts, media, n, end, temperature=0., seed=0, cached=True):
     for row, prompt in zip(text, prompts):
         row[:len(prompt)] = torch.as_tensor(prompt)
     ends, generator = torch.tensor(lengths, device=device), torch.Generator().manual_seed(seed)
-    memory, new, ended = model.memory(len(prompts)), text[:, :min(lengths)], ends < 0
+    memory, ended = model.memory(len(prompts)), torch.zeros_like(ends, dtype=torch.bool)
+    forward, new = model.forward, text[:, :min(lengths)]          # never compiled, as in gpt.py
     for t in range(min(lengths), text.shape[1]):
-        logits = (model(new, media, memory) if cached else model(text[:, :t], media))[:, -1].float()
+        logits = forward(new, media, memory) if cached else forward(text[:, :t], media)
+        logits = logits[:, -1].float()
         logits[:, model.image] = -math.inf                    # it writes, and draws no pictures
         token = logits.argmax(1)
         if temperature > 0:
-            p = (logits / temperature).softmax(1)
+            p = ((logits - logits.amax(1, keepdim=True)) / temperature).softmax(1)
             token = torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(device)
         text[:, t] = torch.where(t >= ends, token, text[:, t])           # a prompt stays as it is
         ended |= (t >= ends) & (text[:, t] == end)
@@ -581,9 +590,9 @@ def sample(model, prompts, media, n, end, temperature=0., seed=0, cached=True):
 EPISODES = "new words", "kept words", "answers"
 KEPT = 4        # of the new words so many are in no picture's text until the test
 SHORT = 27      # tokens of a short document: four new words, told
-LM = "lm_steps", "lm_batch", "lm_lr", "lm_short", "context", "dim", "depth", "heads", "seed"
-EYE = "eye_steps", "eye_batch", "eye_lr", "images", "image_size", "patch", "eye_dim", \
-    "eye_depth", "eye_heads", "seed"                 # settings that make another LM, another eye
+HOW = "steps", "batch", "lr", "warmup", "weight_decay", "clip", "seed", "dtype"
+LM = *HOW, "lm_short", "context", "dim", "depth", "heads"       # settings that make another LM,
+EYE = *HOW, "images", "image_size", "patch", "eye_dim", "eye_depth", "eye_heads"   # another eye
 
 
 class Tokens:
@@ -602,13 +611,12 @@ class Tokens:
         """str -> tokens, a list. Raises UserError for a word that is none of the world's."""
         if not self.words:
             parts = text.replace("<image> ", "\0").replace("<image>", "\0").split("<end>")
-            return [t for i, part in enumerate(parts)
-                    for t in [256] * (i > 0) + list(part.strip(" ").encode())]
-        found = text.replace("?", " ? ").replace(",", " , ").replace(">", "> ")
-        found = found.replace("<", " <").split()
-        for word in found:
-            common.require(word in self.ids, f"the LM knows no word {word!r}: its words are "
-                           f"{', '.join(self.words)}")
+            raw = [part.strip(" ").encode(errors="surrogateescape") for part in parts]
+            return [t for i, part in enumerate(raw) for t in [256] * (i > 0) + list(part)]
+        found = re.findall(r"<\w+>|\w+|[^\w\s]", text)
+        unknown = [word for word in found if word not in self.ids]
+        common.require(not unknown, f"the LM knows no word {(unknown or [''])[0]!r}: its words are "
+                       + " ".join(self.words))
         return [self.ids[word] for word in found]
 
     def decode(self, tokens):
@@ -619,7 +627,7 @@ class Tokens:
 
 
 class Scenes:
-    """Scenes, half of them (or all) of single figures, and where those of a kind are."""
+    """Scenes, two thirds of them (or all) of single figures, and where those of a kind are."""
 
     def __init__(self, seed, n, kinds, single=False):
         rng = random.Random(seed)
@@ -636,16 +644,18 @@ def naming(rng, scenes, names, k, ways):
     kinds, names = rng.sample(sorted(scenes.of), ways), rng.sample(names, ways)
     order = [i % ways for i in range(k)]
     rng.shuffle(order)
-    return [(rng.choice(scenes.of[kinds[i]]), "name", f"called {names[i]}")
-            for i in (*order, rng.randrange(ways))]
+    order.append(rng.choice(order or range(ways)))     # it is asked of a kind that was shown, but
+    # of another picture, while there are any:
+    own = [rng.sample(scenes.of[kind], min(k + 1, len(scenes.of[kind]))) for kind in kinds]
+    at = [own[i].pop() if own[i] else rng.choice(scenes.of[kinds[i]]) for i in order]
+    return [(at[j], "name", f"called {names[i]}") for j, i in enumerate(order)]
 
 
 def answering(rng, scenes, about, k):
     """An episode of answers to one question, which is not asked: k examples and one more."""
     single = sorted(i for own in scenes.of.values() for i in own)
-    choose = lambda: rng.randrange(len(scenes.all)) if about == "number" else rng.choice(single)
-    return [(i, "answer", common.question(rng, scenes.all[i], about)[2])
-            for i in (choose() for _ in range(k + 1))]
+    at = rng.sample(range(len(scenes.all)) if about == "number" else single, k + 1)
+    return [(i, "answer", common.question(rng, scenes.all[i], about)[2]) for i in at]
 
 
 def talk(rng, scenes, k):
@@ -672,8 +682,6 @@ def document(rng, scenes, names, share):
 
 def described(figures, how, text):
     """A chunk as the LM reads it, before it has eyes: words in the place of the picture."""
-    if how == "caption":
-        return text
     if how == "name":
         return f"{common.kind_name(figures[0])} {text}"
     return f"{common.caption(figures)} . {text}"
@@ -686,7 +694,7 @@ def texts(args, tokens, n):
     for row in rows:
         said = [tokens.end]
         while len(said) < len(row):
-            for i, how, text in document(rng, scenes, common.NEW_WORDS, .7):
+            for i, how, text in document(rng, scenes, common.NEW_WORDS, .6):
                 said += tokens.encode(f"{described(scenes.all[i], how, text)} <end>")
         row.copy_(torch.tensor(said[:len(row)]))
     return rows
@@ -698,16 +706,15 @@ def interleaved(args, tokens, scenes, n, context):
     rng, names = random.Random(args.seed + 1), common.NEW_WORDS[KEPT:]
     x, at = torch.full((n, context + 1), -100), torch.zeros(n, 9, dtype=torch.long)
     for row, places in zip(x, at):
-        said, seen = [tokens.end], []
-        for i, how, text in document(rng, scenes, names, .5):
-            if how == "name" and rng.random() < .5:            # a picture, and the same in words:
-                text = described(scenes.all[i], how, text)     # what the LM knows shows the way
-            chunk = tokens.encode(f"<image> {text} <end>")
-            if len(said) + len(chunk) > len(row):
-                break
-            said, seen = said + chunk, seen + [i]
+        said, shown = [tokens.end], []
+        while not shown:                             # a long caption may not fit a short context
+            for i, _, text in document(rng, scenes, names, .4):
+                chunk = tokens.encode(f"<image> {text} <end>")
+                if len(said) + len(chunk) > len(row):
+                    break
+                said, shown = said + chunk, shown + [i]
         row[:len(said)] = torch.tensor(said)
-        places[:len(seen)] = torch.tensor(seen)
+        places[:len(shown)] = torch.tensor(shown)
     return x, at
 
 
@@ -739,7 +746,7 @@ def part(args, name, recipe):
     if (Path(how.out) / "checkpoint.pt").exists():
         state = common.read_checkpoint(how.out, common.script())
         how.resume = all(getattr(how, key) == value for key, value in state["args"].items()
-                         if key in (*recipe, "steps", "batch", "lr"))
+                         if key in recipe)
         return how, how.resume and state["step"] == how.steps
     return how, False
 
@@ -759,6 +766,7 @@ def learn_language(args, tokens):
     how, done = part(args, "lm", LM)
     if done:
         return how.out
+    torch.manual_seed(args.seed)
     model = GPT(tokens.vocab, args.context, args.dim, args.depth, args.heads)
     with torch.no_grad():                        # GPT-2's first weights are right for its width
         for p in model.parameters():
@@ -784,6 +792,7 @@ def learn_to_see(args, tokens, scenes, pictures):
     how, done = part(args, "eye", EYE)
     if done:
         return how.out
+    torch.manual_seed(args.seed)
     eye = ViT(args.image_size // args.patch, 3 * args.patch ** 2, args.eye_dim, args.eye_depth,
               args.eye_heads)
     model = Captioned(eye, tokens.vocab, args.eye_dim, args.patch)
@@ -835,7 +844,7 @@ def own_pictures(args):
 def reply(args, model, tokens, prompt, visual):
     """What the model says to --prompt, whose marks stand for visual tokens (n, N, E) in order."""
     with common.autocast(args), torch.inference_mode():
-        media = model.look(visual[None, :max(1, prompt.count(tokens.image))].float())
+        media = model.media(visual[None, :max(1, prompt.count(tokens.image))].float())
         (new,) = sample(model, [prompt], media, 40, tokens.end, args.temperature, args.seed)
     return tokens.decode(new).strip()
 
@@ -846,7 +855,8 @@ def normalize(pictures):
 
 
 def load_lm(args, folder):
-    """The LM in a folder of a run of gpt.py, or of this script, and its tokenizer."""
+    """The LM in a folder of a run of gpt.py, or of this script, its tokenizer, and the seconds that
+    its training took."""
     state = common.read_checkpoint(folder, "gpt.py", common.script(), flag="--lm",
                                    otherwise="python gpt.py makes one, or leave out --lm")
     how, weights = state["args"], state["model"]
@@ -861,11 +871,12 @@ def load_lm(args, folder):
                    f"{how['depth']} blocks of the LM in {folder}: it would never look")
     lm = GPT(vocab, context, how["dim"], how["depth"], how["heads"])     # from now on no dropout
     lm.load_state_dict(weights)
-    return lm.requires_grad_(not args.freeze), tokens
+    return lm.requires_grad_(not args.freeze), tokens, state["seconds"]
 
 
 def load_eye(args, folder):
-    """The eye in a folder of a run of mae.py, or of this script, and the side of its patches."""
+    """The eye in a folder of a run of mae.py, or of this script, the side of its patches, and the
+    seconds that its training took."""
     state = common.read_checkpoint(folder, "mae.py", common.script(), flag="--eye",
                                    otherwise="python mae.py makes one, or leave out --eye")
     how, own = state["args"], state["script"] == common.script()
@@ -879,16 +890,19 @@ def load_eye(args, folder):
                    f"pixels, which do not divide --image-size {args.image_size}")
     eye = ViT(args.image_size // patch, pixels, *(how[name] for name in names))
     eye.load_state_dict(weights)
-    return eye, patch
+    return eye, patch, state["seconds"]
 
 
 def optimizer(args, model):
-    """AdamW, with the gates at --gate-lr times the learning rate: all that is learned has to pass
-    them, and one number moves by no more than the learning rate in a step."""
-    gates = [p for name, p in model.named_parameters() if name.endswith("gate")]
-    rest = [p for name, p in model.named_parameters() if not name.endswith("gate")]
+    """AdamW. The resampler does not decay (Flamingo, B.1.2); the gates learn at --gate-lr times the
+    learning rate: all has to pass them, and in a step a number moves by about that rate."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gates = [p for name, p in named.items() if name.endswith("gate")]
+    resampler = [p for name, p in named.items() if name.startswith("resampler")]
+    rest = [p for name, p in named.items() if not name.startswith("resampler")
+            and not name.endswith("gate")]
     adamw = common.adamw(rest, args.lr, args.weight_decay)
-    gates = [p for p in gates if p.requires_grad]
+    adamw.add_param_group(dict(params=resampler, weight_decay=0.))
     if gates:
         adamw.add_param_group(dict(params=gates, weight_decay=0., times=args.gate_lr))
     return adamw
@@ -902,43 +916,58 @@ def views(args, model, pictures):
 
 
 def held_out(args):
-    """Scenes to test on: of the kinds that were seen, and single figures of those that were not;
-    and the pictures of all, behind each other."""
+    """Scenes to test on, of kinds that were seen; single figures of kinds that were not; scenes for
+    episodes; and the pictures of all, behind each other."""
     seed = args.seed + 1_000_000
-    test = Scenes(seed, args.tests, common.SEEN)
-    unseen = Scenes(seed, args.tests, common.UNSEEN, single=True)
-    return test, unseen, common.paint(test.all + unseen.all, seed, args.image_size, args.device)
+    parts = (Scenes(seed, args.tests, common.SEEN),
+             Scenes(seed + 1, args.tests, common.UNSEEN, single=True),
+             Scenes(seed + 2, 2000, common.SEEN))
+    scenes = [figures for part in parts for figures in part.all]
+    return *parts, common.paint(scenes, seed, args.image_size, args.device)
 
 
-def queries(args, scenes, unseen, context, tokens):
-    """What is asked at the end, of held-out scenes: (group, prompt, indices of scenes, answer, and
-    the prompt with words in the place of pictures). Those of unseen kinds are behind the others."""
+class Query(NamedTuple):
+    """Something to be asked: what sort it is, the prompt, whose marks stand for these of the held
+    out scenes, the answer, and the prompt with words in the place of pictures."""
+    group: str
+    prompt: str
+    at: list
+    answer: str
+    told: str
+
+
+def queries(args, scenes, unseen, others, context, tokens):
+    """All that is asked at the end, sorted by group, as far as it fits the context; `told` is ""
+    where the words do not fit."""
     rng, asked = random.Random(args.seed + 2), []
     for i, figures in enumerate([*scenes.all, *unseen.all]):
         sort = "unseen kind" if i >= len(scenes.all) else \
             ("1 figure", "2 figures", "3 figures")[len(figures) - 1]
-        asked.append((f"caption, {sort}", "<image> a", [i], common.caption(figures)[2:], ""))
+        caption = common.caption(figures)
+        asked.append(Query(f"caption, {sort}", "<image> a", [i], caption[2:], f"{caption} . a"))
         for about in common.ABOUT:
             _, question, answer = common.question(rng, figures, about)
             if question:
                 group = sort if len(figures) == 1 else "2 or 3 figures"
-                asked.append((f"{about}, {group}", f"<image> {question}", [i], answer,
-                              described(figures, "question", question)))
+                asked.append(Query(f"{about}, {group}", f"<image> {question}", [i], answer,
+                                   described(figures, "question", question)))
+    first = len(scenes.all) + len(unseen.all)
     for k in args.shots:
         for _ in range(args.tests):
             for name, episode in (
-                    ("new words", naming(rng, scenes, common.NEW_WORDS[KEPT:], k, 2)),
-                    ("kept words", naming(rng, scenes, common.NEW_WORDS[:KEPT], k, 2)),
-                    ("answers", answering(rng, scenes, rng.choice(common.ABOUT[:3]), k))):
-                at, _, said = zip(*episode)
-                answer, prompts = said[-1].split()[-1], []
-                for words in (f"<image> {text}" for text in said), (
-                        described(scenes.all[i], how, text) for i, how, text in episode):
-                    prompts.append(" <end> ".join(words).removesuffix(answer).strip())
-                asked.append((f"{name}, {k}", prompts[0], list(at), answer, prompts[1]))
-    fits = lambda q: all(len(tokens.encode(f"<end> {prompt} {q[3]} <end>")) <= context
-                         for prompt in (q[1], q[4]))
-    return sorted(filter(fits, asked), key=lambda q: q[0])
+                    ("new words", naming(rng, others, common.NEW_WORDS[KEPT:], k, 2)),
+                    ("kept words", naming(rng, others, common.NEW_WORDS[:KEPT], k, 2)),
+                    ("answers", answering(rng, others, rng.choice(common.ABOUT[:3]), k))):
+                shown = " <end> ".join(f"<image> {text}" for _, _, text in episode)
+                told = " <end> ".join(described(others.all[i], how, text)
+                                      for i, how, text in episode)
+                answer = shown.split()[-1]
+                asked.append(Query(f"{name}, {k}", shown.removesuffix(answer).strip(),
+                                   [first + i for i, _, _ in episode], answer,
+                                   told.removesuffix(answer).strip()))
+    fits = lambda text, q: len(tokens.encode(f"<end> {text} {q.answer} <end>")) <= context
+    asked = [q if fits(q.told, q) else q._replace(told="") for q in asked if fits(q.prompt, q)]
+    return sorted(asked, key=lambda q: q.group)
 
 
 def ask(args, model, tokens, asked, visual, how="pictures"):
@@ -946,15 +975,16 @@ def ask(args, model, tokens, asked, visual, how="pictures"):
     marks; told, the LM alone, with words in their place."""
     said = []
     for part in (asked[i:i + 250] for i in range(0, len(asked), 250)):
-        prompts = [tokens.encode(f"<end> {q[4 if how == 'told' else 1]}") for q in part]
-        media, n = None, 1 + max(len(tokens.encode(q[3])) for q in part)
+        prompts = [tokens.encode(f"<end> {q.told if how == 'told' else q.prompt}")
+                   for q in part]
+        media, n = None, 1 + max(len(tokens.encode(q.answer)) for q in part)
         with common.autocast(args), torch.inference_mode():
             if how != "pictures":
                 prompts = [[t for t in prompt if t != tokens.image] for prompt in prompts]
             else:
-                most = max(len(q[2]) for q in part)
-                at = torch.tensor([q[2] + [0] * (most - len(q[2])) for q in part])
-                media = model.look(visual[at.to(visual.device)].float())
+                most = max(len(q.at) for q in part)
+                at = torch.tensor([q.at + [0] * (most - len(q.at)) for q in part])
+                media = model.media(visual[at.to(visual.device)].float())
             new = sample(model, prompts, media, n, tokens.end)
         said += [tokens.decode(row).strip() for row in new]
     return said
@@ -962,39 +992,38 @@ def ask(args, model, tokens, asked, visual, how="pictures"):
 
 def evaluate(args, model, tokens, asked, visual):
     """{group: {who: % of the answers that are right to the word}}; who: flamingo; lm, the
-    LM alone; told, the LM alone with words in the place of pictures; majority."""
-    answers, found, right = {}, {}, {}
-    for group, _, _, answer, _ in asked:
-        answers.setdefault(group, []).append(answer)
+    LM alone; told, the LM alone with words in the place of pictures, if it can be; majority."""
+    found = {}
     for who, how in ("flamingo", "pictures"), ("lm", "blind"), ("told", "told"):
-        said = ask(args, model, tokens, asked, visual, how)
-        right[who] = [a == q[3] for a, q in zip(said, asked)]
-    for group, all in answers.items():
-        own = [i for i, q in enumerate(asked) if q[0] == group]
-        found[group] = {who: 100 * sum(row[i] for i in own) / len(own)
-                        for who, row in right.items()}
-        found[group]["majority"] = 100 * max(map(all.count, set(all))) / len(all)
+        own = [q for q in asked if q.told or how != "told"]
+        for q, said in zip(own, ask(args, model, tokens, own, visual, how)):
+            found.setdefault(q.group, {}).setdefault(who, []).append(said == q.answer)
+    for group, right in found.items():
+        for who, answers in right.items():
+            right[who] = 100 * sum(answers) / len(answers)
+        answers = [q.answer for q in asked if q.group == group]
+        right["majority"] = 100 * max(map(answers.count, set(answers))) / len(answers)
     return found
 
 
 def look(args, model, tokens, asked, visual, pictures):
     """Writes scenes.png, twelve held-out scenes; returns what is said of each, a list of lines."""
-    own = [[q for q in asked if q[2] == [i] and not q[0].startswith(EPISODES)]
-           for i in range(12)]
-    chosen = [q for i, of in enumerate(own) for q in (
-        [q for q in of if q[0].startswith("caption")]
-        + [q for q in of if not q[0].startswith("caption")][i % 3:][:1])]
+    chosen = []
+    for i in range(12):                              # its caption, and one of the questions
+        caption, *rest = [q for q in asked if q.at == [i] and not q.group.startswith(EPISODES)]
+        chosen += [caption, rest[i % 3]]
     lines, replies = [], ask(args, model, tokens, chosen, visual)
-    for (group, prompt, at, answer, _), said in zip(chosen, replies):
-        wrong = "" if said == answer else f"   (it is: {answer})"
-        number = f"{at[0] + 1:>2}" if group.startswith("caption") else "  "
-        lines.append(f"{number}  {prompt.removeprefix('<image> ')} {said}{wrong}")
+    for q, said in zip(chosen, replies):
+        wrong = "" if said == q.answer else f"   (it is: {q.answer})"
+        number = f"{q.at[0] + 1:>2}" if q.group.startswith("caption") else "  "
+        lines.append(f"{number}  {q.prompt.removeprefix('<image> ')} {said}{wrong}")
     common.save_png(f"{args.out}/scenes.png", pictures[:12].float() / 255, 6)
     return lines
 
 
-def tell(args, run, model, found, lines, answer):
-    """The end of the run, in words and in result.json."""
+def tell(args, run, model, found, lines, answer, seconds):
+    """The end of the run, in words and in result.json; seconds: of the LM's and the eye's
+    training."""
     print()
     common.say(f"Said of twelve held-out scenes, six in a row of {args.out}/scenes.png:")
     print()
@@ -1003,31 +1032,29 @@ def tell(args, run, model, found, lines, answer):
     print()
     shots = [k for k in args.shots if f"new words, {k}" in found]
     table = [["right to the word, %", "Flamingo", "LM, told", "LM alone", "most frequent"]]
-    number = lambda group, who: "-" if group.startswith("caption") and who == "told" else \
-        f"{found[group][who]:.1f}"
+    number = lambda group, who: f"{found[group][who]:.1f}" if who in found.get(group, {}) else "-"
     table += [[group, *(number(group, who) for who in ("flamingo", "told", "lm", "majority"))]
               for group in found if not group.startswith(EPISODES)]
     print(f"{common.table(table)}\n")
     table = [["examples before the question", *map(str, shots)]]
     for name, what in zip(EPISODES, ("its new word", "a word never shown", "question not asked")):
         for who, title in ("flamingo", "Flamingo"), ("told", "LM, told"), ("lm", "LM alone"):
-            table.append([f"{what}, {title}", *(
-                f"{found[f'{name}, {k}'][who]:.1f}" if f"{name}, {k}" in found else "-"
-                for k in shots)])
+            table.append([f"{what}, {title}", *(number(f"{name}, {k}", who) for k in shots)])
     print(f"{common.table(table)}\n")
-    gates = [[layer.attn_gate.tanh().item(), layer.mlp_gate.tanh().item()] for layer in model.looks]
+    gates = [[layer.attn_gate.tanh().item(), layer.mlp_gate.tanh().item()] for layer in model.gated]
     table = [["tanh of the gates before block", *(str(i * args.every) for i in range(len(gates)))]]
     table += [[name, *(f"{gate[i]:.2f}" for gate in gates)]
               for i, name in enumerate(("attention", "feed-forward"))]
     print(f"{common.table(table)}\n")
     if answer is not None:
         common.say(f"{args.prompt} -> {answer}")
-    captions = sum(found[f"caption, {n} figure{'s' * (n > 1)}"]["flamingo"] for n in (1, 2, 3)) / 3
+    own = [found[g]["flamingo"] for g in found if g.startswith("caption") and "unseen" not in g]
+    captions = sum(own) / max(1, len(own))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     common.say(f"Trained were {trained:,} of {sum(p.numel() for p in model.parameters()):,} "
-               f"parameters. Captions right to the word: {captions:.1f} %.")
+               f"parameters. Captions right to the word, mean of the sorts: {captions:.1f} %.")
     common.report(run, f"captions {captions:.1f} %", dict(
-        right=found, shots=shots, gates=gates, lines=lines, trained=trained))
+        right=found, shots=shots, gates=gates, lines=lines, trained=trained, stages=seconds))
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -1037,13 +1064,19 @@ def main(args):
     own = own_pictures(args)
     scenes = Scenes(args.seed, args.images, common.SEEN)
     pictures = common.paint(scenes.all, args.seed, args.image_size, args.device)
-    tokens = Tokens()
-    lm, tokens_of_lm = load_lm(args, args.lm or learn_language(args, tokens))
-    eye, patch = load_eye(args, args.eye or learn_to_see(args, tokens, scenes, pictures))
-    tokens, context = tokens_of_lm, len(lm.pos_embed.weight)
-    prompt = prompted(args, tokens, context, args.tests if own is None else len(own))
-    model = Flamingo(lm, eye, patch, tokens.image, args.every, args.latents * args.resample,
-                     args.resampler_depth, args.attend, args.gate_start).to(args.device)
+    tokens, n = Tokens(), args.tests if own is None else len(own)
+    if args.eye:                                     # mistakes are better found before the training
+        load_eye(args, args.eye)
+    if not args.lm:
+        prompted(args, tokens, args.context, n)
+    lm, of_lm, *seconds = load_lm(args, args.lm or learn_language(args, tokens))
+    eye, patch, *more = load_eye(args, args.eye or learn_to_see(args, tokens, scenes, pictures))
+    tokens, context, seconds = of_lm, len(lm.pos_embed.weight), seconds + more
+    prompt = prompted(args, tokens, context, n)
+    torch.manual_seed(args.seed)
+    latents = args.latents if args.resample else 0
+    model = Flamingo(lm, eye, patch, tokens.image, args.every, latents, args.resampler_depth,
+                     args.attend, args.gate_start).to(args.device)
     common.say("Now what joins them.")
     run = common.Run(args, model, optimizer(args, model))
     visual = views(args, model, pictures)                                          # (n, N, E)
@@ -1052,18 +1085,18 @@ def main(args):
     for step in run:
         i = run.batch(torch.arange(len(x), device=args.device))
         masked, target = mask(x[i], tokens.image)
-        prediction = model(masked, model.look(visual[at[i]].float()))
+        prediction = model(masked, model.media(visual[at[i]].float()))
         loss = distance(prediction, target)
         run.update(loss)
 
     model.eval()
-    test, unseen, pictures = held_out(args)
-    asked, visual = queries(args, test, unseen, context, tokens), views(args, model, pictures)
+    *scenes, pictures = held_out(args)
+    asked, visual = queries(args, *scenes, context, tokens), views(args, model, pictures)
     found = evaluate(args, model, tokens, asked, visual)
     lines = look(args, model, tokens, asked, visual, pictures)
     answer = prompt and reply(args, model, tokens, prompt,
                               visual if own is None else views(args, model, own))
-    tell(args, run, model, found, lines, answer)
+    tell(args, run, model, found, lines, answer, seconds)
 
 
 if __name__ == "__main__":

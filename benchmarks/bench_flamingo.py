@@ -47,7 +47,7 @@ def ours():
     """Our resampler and layer; gates open, so that all gradients can be compared."""
     torch.manual_seed(0)
     return nn.ModuleList([flamingo.Resampler(DIM, DEPTH, HEADS, LATENTS),
-                          flamingo.GatedLook(DIM, DIM, HEADS, .5)]).to(DEVICE)
+                          flamingo.GatedCrossAttention(DIM, DIM, HEADS, .5)]).to(DEVICE)
 
 
 def theirs(mine, squared=False):

@@ -53,10 +53,10 @@ TRIALS = {   # a training step with what was pasted: it must give a finite loss 
         x = torch.tensor([[0, 1, 5, 6, 0, 1, 7, 8, 0, -100], [1, 2, 0, 1, 3, 0, -100, -100, -100, -100]])
         visual = model.see(torch.randn(4, 3, 8, 8)).unflatten(0, (2, 2))
         masked, target = mask(x, image=1)
-        loss = distance(model(masked, model.look(visual)), target)
+        loss = distance(model(masked, model.media(visual)), target)
         loss = loss + contrast(visual[0].mean(1), visual[1].mean(1), scale=10.)
-        assert len(sample(model, [[0, 1, 2], [0]], model.look(visual), 5, end=0)) == 2
-        model = nn.ModuleList([model.resampler, model.looks])
+        assert len(sample(model, [[0, 1, 2], [0]], model.media(visual), 5, end=0)) == 2
+        model = nn.ModuleList([model.resampler, model.gated])
     """,
 }
 
@@ -79,7 +79,7 @@ def test_what_scripts_import(scripts):
                          [node.module] if isinstance(node, ast.ImportFrom) else []):
                 top = name.split(".")[0]
                 assert f"{top}.py" not in scripts, f"{script} imports {name}"
-                assert top in {"torch", "numpy", "common", "contextlib", "copy", "math", "random", "time", "dataclasses", "typing", "pathlib"}, (script, name)
+                assert top in {"torch", "numpy", "common", "contextlib", "copy", "math", "random", "re", "time", "dataclasses", "typing", "pathlib"}, (script, name)
 
 
 def test_the_model_and_the_method_need_torch_alone(scripts):

@@ -272,7 +272,7 @@ def answered(pattern):
     right = [r["figures"]["right"] for r in runs]
     lines = ["| right to the word, % | Flamingo | the LM, told in words | the LM alone | most frequent |", "|---|" + "---:|" * 4]
     for group in (g for g in right[0] if not g.startswith(EPISODES)):
-        cells = ["" if who == "told" and group.startswith("caption") else number([r[group][who] for r in right], 1)
+        cells = [number([r[group][who] for r in right], 1) if who in right[0][group] else ""
                  for who in ("flamingo", "told", "lm", "majority")]
         lines.append(f"| {group} | " + " | ".join(cells) + " |")
     seeds = f"mean ± standard deviation over {len(runs)} seeds" if len(runs) > 1 else "one run"
@@ -287,8 +287,8 @@ def shots(pattern):
     lines = ["| right to the word, % |" + "".join(f" {k} shots |" for k in f["shots"]), "|---|" + "---:|" * len(f["shots"])]
     for name, what in zip(EPISODES, ("its new word", "its new word, one that no picture came with in training", "a question that is not asked")):
         for who, title in ("flamingo", "Flamingo"), ("told", "the LM, told in words"), ("lm", "the LM alone"):
-            cells = [number([r["figures"]["right"][f"{name}, {k}"][who] for r in runs], 1) if f"{name}, {k}" in f["right"] else ""
-                     for k in f["shots"]]
+            cells = [number([r["figures"]["right"][f"{name}, {k}"][who] for r in runs], 1)
+                     if who in f["right"].get(f"{name}, {k}", ()) else "" for k in f["shots"]]
             lines.append(f"| {what}: {title} | " + " | ".join(cells) + " |")
     seeds = f"Mean ± standard deviation over {len(runs)} seeds" if len(runs) > 1 else "One run"
     return "\n".join(lines) + f"\n\n{seeds}, {runs[0]['settings']['tests']} episodes each; two new words an episode, so that chance is 50 % once both were shown."
@@ -438,6 +438,12 @@ def test_command_runs(line, tmp_path):
     if "--adapter" in flags:
         assert Path(flags[-1]).name == "lora-64.pt"                          # of the plain command; here k is 1
         flags[-1] = tmp_path / "run/lora-1.pt"
+    for flag, other in ("--lm", "gpt.py"), ("--eye", "mae.py"):
+        if flag in flags:
+            at = flags.index(flag) + 1
+            assert flags[at] == f"runs/{other[:-3]}"                         # of the plain command
+            flags[at] = tmp_path / other
+            assert run(*QUICK[other].split(), "--out", flags[at], script=other).returncode == 0
     if "--base" in flags:
         at = flags.index("--base") + 1
         assert flags[at] == "runs/gpt"                                       # of gpt.py's plain command
