@@ -664,7 +664,7 @@ def talk(rng, scenes, k):
     for _ in range(k):
         i = rng.randrange(len(scenes.all))
         if rng.random() < .4:
-            said.append((i, "caption", common.caption(scenes.all[i])))
+            said.append((i, "caption", f"there is {common.caption(scenes.all[i])}"))
         else:
             said.append((i, "question", " ".join(common.question(rng, scenes.all[i])[1:])))
     return said
@@ -708,7 +708,9 @@ def interleaved(args, tokens, scenes, n, context):
     for row, places in zip(x, at):
         said, shown = [tokens.end], []
         while not shown:                             # a long caption may not fit a short context
-            for i, _, text in document(rng, scenes, names, .4):
+            for i, how, text in document(rng, scenes, names, .5):
+                if how == "name" and rng.random() < .5:    # the picture, and the same in words:
+                    text = described(scenes.all[i], how, text)   # what the LM can do shows the way
                 chunk = tokens.encode(f"<image> {text} <end>")
                 if len(said) + len(chunk) > len(row):
                     break
@@ -944,7 +946,8 @@ def queries(args, scenes, unseen, others, context, tokens):
         sort = "unseen kind" if i >= len(scenes.all) else \
             ("1 figure", "2 figures", "3 figures")[len(figures) - 1]
         caption = common.caption(figures)
-        asked.append(Query(f"caption, {sort}", "<image> a", [i], caption[2:], f"{caption} . a"))
+        asked.append(Query(f"caption, {sort}", "<image> there is", [i], caption,
+                           described(figures, "caption", "there is")))
         for about in common.ABOUT:
             _, question, answer = common.question(rng, figures, about)
             if question:
@@ -993,17 +996,23 @@ def ask(args, model, tokens, asked, visual, how="pictures"):
 def evaluate(args, model, tokens, asked, visual):
     """{group: {who: % of the answers that are right to the word}}; who: flamingo; lm, the
     LM alone; told, the LM alone with words in the place of pictures, if it can be; majority."""
-    found = {}
+    found, answers = {}, {}
+    seen_caption = lambda q: q.group.startswith("caption") and "unseen" not in q.group
+    groups = lambda q: [q.group, "caption, all"] if seen_caption(q) else [q.group]
     for who, how in ("flamingo", "pictures"), ("lm", "blind"), ("told", "told"):
         own = [q for q in asked if q.told or how != "told"]
         for q, said in zip(own, ask(args, model, tokens, own, visual, how)):
-            found.setdefault(q.group, {}).setdefault(who, []).append(said == q.answer)
+            for group in groups(q):
+                found.setdefault(group, {}).setdefault(who, []).append(said == q.answer)
+    for q in asked:
+        for group in groups(q):
+            answers.setdefault(group, []).append(q.answer)
     for group, right in found.items():
-        for who, answers in right.items():
-            right[who] = 100 * sum(answers) / len(answers)
-        answers = [q.answer for q in asked if q.group == group]
-        right["majority"] = 100 * max(map(answers.count, set(answers))) / len(answers)
-    return found
+        for who, rows in right.items():
+            right[who] = 100 * sum(rows) / len(rows)
+        most = max(map(answers[group].count, set(answers[group])))
+        right["majority"] = 100 * most / len(answers[group])
+    return dict(sorted(found.items()))
 
 
 def look(args, model, tokens, asked, visual, pictures):
@@ -1048,11 +1057,10 @@ def tell(args, run, model, found, lines, answer, seconds):
     print(f"{common.table(table)}\n")
     if answer is not None:
         common.say(f"{args.prompt} -> {answer}")
-    own = [found[g]["flamingo"] for g in found if g.startswith("caption") and "unseen" not in g]
-    captions = sum(own) / max(1, len(own))
+    captions = found["caption, all"]["flamingo"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     common.say(f"Trained were {trained:,} of {sum(p.numel() for p in model.parameters()):,} "
-               f"parameters. Captions right to the word, mean of the sorts: {captions:.1f} %.")
+               f"parameters. Of the captions {captions:.1f} % are right to the word.")
     common.report(run, f"captions {captions:.1f} %", dict(
         right=found, shots=shots, gates=gates, lines=lines, trained=trained, stages=seconds))
 

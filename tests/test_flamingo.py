@@ -304,7 +304,7 @@ def test_no_gate_and_an_unfrozen_lm():
     assert all(layer.attn_gate.tanh() == 1 and not layer.attn_gate.requires_grad for layer in model.gated)
     twin = new_model(start=20.)                                                # tanh(20) is 1, too, to rounding
     media = model.media(seen_by(model, pictures()))
-    torch.testing.assert_close(model(TEXT, media), twin(TEXT, twin.look(seen_by(twin, pictures()))))
+    torch.testing.assert_close(model(TEXT, media), twin(TEXT, twin.media(seen_by(twin, pictures()))))
     model = new_model()
     model.lm.requires_grad_(True)
     before = copy.deepcopy(model.lm.state_dict())
@@ -414,7 +414,7 @@ def test_what_pictures_come_with():
     """Marks and pictures fit each other, kinds and words that are kept back do not occur, a new word is never told by
     anything but its own episode."""
     tokens, scenes, x, at = documents(400)
-    sorts = {"called": 0, "caption": 0}
+    sorts = {"called": 0, "both": 0, "caption": 0}
     for row, places in zip(x, at):
         said = row[row >= 0].tolist()
         assert said[0] == tokens.end and said[-1] == tokens.end and (row >= 0).long().diff().max() <= 0
@@ -423,12 +423,13 @@ def test_what_pictures_come_with():
             assert chunk.strip().startswith("<image>") and chunk.count("<image>") == 1
             figures, words = scenes.all[place], chunk.split()[1:]
             assert not any((f.shape, f.colour) in common.UNSEEN for f in figures)
-            if words[0] == "called":
-                sorts["called"] += 1
-                assert len(figures) == 1 and words[1] in common.NEW_WORDS[flamingo.KEPT:]
-            elif words[0] == "a":
+            if "called" in words:
+                sorts["called" if words[0] == "called" else "both"] += 1
+                assert len(figures) == 1 and words[-1] in common.NEW_WORDS[flamingo.KEPT:]
+                assert words[:-2] in ([], common.kind_name(figures[0]).split())
+            elif words[0] == "there":
                 sorts["caption"] += 1
-                assert " ".join(words) == common.caption(figures)
+                assert " ".join(words[2:]) == common.caption(figures)
             elif "?" in words:
                 about = {"colour": "colour", "shape": "shape", "many": "number", "side": "side"}[words[1]]
                 assert any(common.question(random.Random(s), figures, about)[1:] == (" ".join(words[:-1]), words[-1]) for s in range(20))
@@ -509,7 +510,8 @@ def test_exact_answers_are_counted(monkeypatch):
     for group, prompt, at, answer, told in asked:
         assert prompt.count("<image>") == len(at)
         if group.startswith("caption"):
-            assert "a " + answer == common.caption(scenes[at[0]]) and prompt == "<image> a" and told[:-4] == common.caption(scenes[at[0]])
+            assert answer == common.caption(scenes[at[0]]) and prompt == "<image> there is"
+            assert told in ("", f"{answer} . there is")
         elif group.startswith(("new", "kept")):
             assert prompt.endswith("<image> called") and told.endswith("called") and "<image>" not in told
             assert told.count("called") == len(at)
@@ -522,14 +524,15 @@ def test_exact_answers_are_counted(monkeypatch):
         elif group.startswith("answers"):
             assert prompt.endswith("<image>") and (told == "" or told.endswith(".") and told.count(" . ") == len(at) - 1)
         else:
-            assert prompt == f"<image> {told.split(' . ')[1]}"
+            assert prompt == f"<image> {told.split(' . ')[1]}" and answer in [*told.split(), *common.NUMBERS, "right"]
         if "unseen" in group:
             assert scenes[at[0]][0][:2] in common.UNSEEN and 40 <= at[0] < 80
     monkeypatch.setattr(flamingo, "ask", lambda a, m, t, asked, v, how="pictures": [
         q[3] if how == "pictures" and i % 2 or how == "told" else "no" for i, q in enumerate(asked)])
     found = flamingo.evaluate(args, None, tokens, asked, None)
     for group, right in found.items():
-        own = [i for i, q in enumerate(asked) if q[0] == group]
+        own = [i for i, q in enumerate(asked) if q[0] == group or group == "caption, all" and q[0] in (
+            "caption, 1 figure", "caption, 2 figures", "caption, 3 figures")]
         assert right["flamingo"] == pytest.approx(100 * sum(i % 2 for i in own) / len(own)) and right["lm"] == 0
         assert right.get("told", 100) == 100
         answers = [asked[i][3] for i in own]
@@ -616,8 +619,8 @@ def test_resumed_equals_uninterrupted(done, tmp_path):
     assert again.returncode == 0, again.stderr
     a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a) and result(tmp_path / "a") == result(tmp_path / "b")
-    asked = run("--resume", "--steps", 0, "--prompt", "<image> a", "--out", tmp_path / "b", script="flamingo.py")
-    assert asked.returncode == 0 and "<image> a -> " in asked.stdout
+    asked = run("--resume", "--steps", 0, "--prompt", "<image> there is", "--out", tmp_path / "b", script="flamingo.py")
+    assert asked.returncode == 0 and "<image> there is ->" in asked.stdout
     assert result(tmp_path / "a")["right"] == result(tmp_path / "b")["right"]
 
 
@@ -734,12 +737,30 @@ def test_foreign_and_broken_stages(done, tmp_path):
     assert not (tmp_path / "out/checkpoint.pt").exists()
 
 
-def test_it_learns_to_see(done, tmp_path):
-    """In seconds: with pictures the loss falls below what the frozen LM alone can reach, which knows how questions
-    end, but not what is in the picture."""
-    how = ["--lm-steps", 60, "--lm-batch", 16, "--eye-steps", 150, "--eye-batch", 32, "--dim", 32, "--eye-dim", 32, "--steps", 150, "--batch", 16,
-           "--lr", .01, "--lm-lr", .01, "--eye-lr", .004, "--images", 2000, "--tests", 60]
-    process = run(*SMALL, *how, "--out", tmp_path, script="flamingo.py")
-    assert process.returncode == 0, process.stderr
-    right = result(tmp_path)["right"]
-    assert right["colour, 1 figure"]["flamingo"] > 2 * right["colour, 1 figure"]["majority"] > right["colour, 1 figure"]["lm"]
+def test_it_learns_to_see():
+    """The join alone, gates from 0, between an LM and an eye that were never trained: with the right pictures the colour
+    of new ones is told, with those of others it stays at chance."""
+    tokens, losses = flamingo.Tokens(), []
+    scenes = flamingo.Scenes(0, 800, common.KINDS, single=True)
+    colours = [list(common.COLOURS)[figures[0].colour] for figures in scenes.all]
+    x = torch.tensor([tokens.encode(f"<end> <image> what colour is it ? {colour} <end>") for colour in colours])
+    for wrong in False, True:
+        torch.manual_seed(0)
+        lm, eye = flamingo.GPT(tokens.vocab, 64, 32, 2, 2), flamingo.ViT(4, 192, 32, 1, 2)
+        for p in lm.parameters():
+            if p.ndim > 1:
+                nn.init.normal_(p, std=.2)
+        model = flamingo.Flamingo(lm.requires_grad_(False), eye, 8, tokens.image, latents=4)
+        args = flamingo.Args(steps=200, batch=32, lr=1e-2, device="cpu", dtype="float32")
+        visual = flamingo.views(args, model, common.paint(scenes.all))[:, None].float()
+        visual = visual.roll(1, 0) if wrong else visual
+        loop = common.Run(args, model, flamingo.optimizer(args, model), part="a trial")
+        for _ in loop:
+            i = loop.batch(torch.arange(600))
+            masked, target = flamingo.mask(x[i], tokens.image)
+            loop.update(flamingo.distance(model(masked, model.media(visual[i])), target))
+        with torch.no_grad():
+            masked, target = flamingo.mask(x[600:], tokens.image)
+            prediction = model(masked, model.media(visual[600:]))
+            losses.append(flamingo.distance(prediction[:, -2:-1], target[:, -2:-1]).item())      # of the colour alone
+    assert losses[0] < 1.6 and losses[1] > 1.9, losses                          # chance: ln 8 = 2.08

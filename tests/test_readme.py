@@ -322,7 +322,7 @@ def ablated(patterns):
         asked = lambda group: not group.startswith((*EPISODES, "caption"))
         own = re.findall(r"--(?:gate-start|attend|no-freeze|no-resample|every)\b[^-]*", r["command"])
         flags = " ".join(flag.strip() for flag in own)
-        lines.append(f"| {flags or 'as it is'} | {mean(lambda g: g.startswith('caption') and 'unseen' not in g)} | "
+        lines.append(f"| {flags or 'as it is'} | {right['caption, all']:.1f} | "
                      f"{mean(lambda g: asked(g) and 'unseen' not in g)} | {mean(lambda g: asked(g) and 'unseen' in g)} | "
                      f"{right['new words, 4']:.1f} | {r['seconds']:.0f} | {PAPER.get(flags, '')} |")
     return "\n".join(lines) + (f"\n\nRight to the word, %, means over the sorts of the table above; one run each of {r['settings']['steps']} steps, the same LM and "
