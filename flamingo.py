@@ -385,29 +385,38 @@ class FeedForward(nn.Module):
         return self.fc2(F.relu(self.fc1(self.norm(x))).square())
 
 
-class Resampler(nn.Module):
-    """Perceiver resampler: any number of visual tokens (B, N, E) -> R latents (B, R, E).
+class ResamplerLayer(nn.Module):
+    """Latents (B, R, E) look at visual tokens (B, N, E) AND at themselves (Flamingo, fig. 5)."""
 
-    Learned queries look at the visual tokens AND at themselves (Flamingo, fig. 5). Nothing tells
-    the places of the tokens but what the eye put into them: their order does not matter.
-    """
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm_visual = nn.LayerNorm(dim)
+        self.norm_latents = nn.LayerNorm(dim)
+        self.attn = CrossAttention(dim, dim, heads)
+        self.mlp = FeedForward(dim)
+
+    def forward(self, latents, visual):
+        query = self.norm_latents(latents)
+        k, v = self.attn.keys(torch.cat([self.norm_visual(visual), query], 1))
+        x = latents + self.attn(query, k, v)
+        return x + self.mlp(x)
+
+
+class Resampler(nn.Module):
+    """Perceiver resampler: any number of visual tokens (B, N, E) -> R latents (B, R, E), learned
+    queries at first. Nothing tells the places of the visual tokens but what the eye put into them:
+    their order does not matter."""
 
     def __init__(self, dim, depth, heads, latents):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(latents, dim) * dim ** -.5)
-        for name, layer in (("norm_visual", nn.LayerNorm), ("norm_latents", nn.LayerNorm),
-                            ("attn", lambda dim: CrossAttention(dim, dim, heads)),
-                            ("mlp", FeedForward)):
-            setattr(self, name, nn.ModuleList(layer(dim) for _ in range(depth)))
+        self.layers = nn.ModuleList(ResamplerLayer(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, visual):
         x = self.latents.expand(len(visual), -1, -1)                        # (B, R, E)
-        layers = zip(self.norm_visual, self.norm_latents, self.attn, self.mlp)
-        for norm_visual, norm_latents, attn, mlp in layers:
-            query = norm_latents(x)
-            x = x + attn(query, *attn.keys(torch.cat([norm_visual(visual), query], 1)))
-            x = x + mlp(x)
+        for layer in self.layers:
+            x = layer(x, visual)
         return self.norm(x)
 
 
@@ -632,10 +641,10 @@ class Scenes:
     def __init__(self, seed, n, kinds, single=False):
         rng = random.Random(seed)
         self.all = [common.scene(rng, 1 if single or i % 2 else None, kinds) for i in range(n)]
+        self.single = [i for i, figures in enumerate(self.all) if len(figures) == 1]
         self.of = {}                                     # kind: indices of single figures
-        for i, figures in enumerate(self.all):
-            if len(figures) == 1:
-                self.of.setdefault(figures[0][:2], []).append(i)
+        for i in self.single:
+            self.of.setdefault(self.all[i][0][:2], []).append(i)
 
 
 def naming(rng, scenes, names, k, ways):
@@ -653,8 +662,7 @@ def naming(rng, scenes, names, k, ways):
 
 def answering(rng, scenes, about, k):
     """An episode of answers to one question, which is not asked: k examples and one more."""
-    single = sorted(i for own in scenes.of.values() for i in own)
-    at = rng.sample(range(len(scenes.all)) if about == "number" else single, k + 1)
+    at = rng.sample(range(len(scenes.all)) if about == "number" else scenes.single, k + 1)
     return [(i, "answer", common.question(rng, scenes.all[i], about)[2]) for i in at]
 
 

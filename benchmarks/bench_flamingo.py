@@ -59,17 +59,16 @@ def theirs(mine, squared=False):
     state = {name: torch.zeros_like(value) for name, value in other.state_dict().items() if "pos_emb" in name}
     for name, value in mine.state_dict().items():
         part, name = name.split(".", 1)
-        if part == "0" and name.startswith(("norm_", "attn", "mlp")):                # lists of layers, there pairs
-            kind, i, rest = name.split(".", 2)
-            names = {"norm_visual": "0.norm_media", "norm_latents": "0.norm_latents", "attn": "0", "mlp": "1"}
-            name = f"layers.{i}.{names[kind]}.{rest}"
-        name = name.replace("attn_gate", "attn-gate").replace("mlp_gate", "ff_gate")
-        if part == "1":
-            name = name.replace("norm", "attn.norm", 1) if name.startswith("norm") else name
-        for a, b in (("mlp.", "1." if part == "0" else "ff."), ("1.norm", "1.0"), ("1.fc1", "1.1"), ("1.fc2", "1.3"), ("ff.norm", "ff.0"),
-                     ("ff.fc1", "ff.1"), ("ff.fc2", "ff.3"), (".q.", ".to_q."), (".kv.", ".to_kv."), (".proj.", ".to_out.")):
+        if part == "0":
+            for a, b in ((".norm_latents", ".0.norm_latents"), (".norm_visual", ".0.norm_media"), (".attn.", ".0."), (".mlp.norm.", ".1.0."), (".mlp.fc1.", ".1.1."), (".mlp.fc2.", ".1.3.")):
+                name = name.replace(a, b)
+        else:
+            for a, b in (("mlp_gate", "ff_gate"), ("mlp.norm.", "ff.0."), ("mlp.fc1.", "ff.1."), ("mlp.fc2.", "ff.3.")):
+                name = name.replace(a, b)
+            name = f"attn.{name}" if name.startswith("norm.") else name
+        for a, b in ((".q.", ".to_q."), (".kv.", ".to_kv."), (".proj.", ".to_out.")):
             name = name.replace(a, b)
-        state[f"{part}.{name.replace('attn-gate', 'attn_gate')}"] = value
+        state[f"{part}.{name}"] = value
     other.load_state_dict(state)
     if squared:
         for parent in list(other.modules()):
@@ -114,7 +113,7 @@ def agree():
         x.requires_grad_(), visual.requires_grad_()
         y = forward(side, model, x, visual, marks)
         y.square().sum().backward()
-        weights = model[0].layers[0][0].to_kv.weight if side == "theirs" else model[0].attn[0].kv.weight
+        weights = model[0].layers[0][0].to_kv.weight if side == "theirs" else model[0].layers[0].attn.kv.weight
         found[side] = y.detach(), x.grad, visual.grad, weights.grad
     for a, b in zip(*found.values()):
         assert (a - b).abs().max() < 1e-4 * b.abs().max(), (a - b).abs().max()

@@ -137,15 +137,16 @@ def test_resampler_equals_torchs_attention_and_knows_no_order():
     model, visual = flamingo.Resampler(12, 2, 3, 5).double(), torch.randn(2, 9, 12).double()
     x = model.latents.expand(2, -1, -1)
     for i in range(2):
-        query = model.norm_latents[i](x)
-        keys = torch.cat([model.norm_visual[i](visual), query], 1)               # the latents, too
-        W = model.attn[i]
+        layer = model.layers[i]
+        query = layer.norm_latents(x)
+        keys = torch.cat([layer.norm_visual(visual), query], 1)                  # the latents, too
+        W = layer.attn
         y, _ = F.multi_head_attention_forward(
             query.transpose(0, 1), keys.transpose(0, 1), keys.transpose(0, 1), 12, 3, None, None, None, None, False, 0.,
             W.proj.weight, None, use_separate_proj_weight=True, q_proj_weight=W.q.weight, k_proj_weight=W.kv.weight[:12],
             v_proj_weight=W.kv.weight[12:])
         x = x + y.transpose(0, 1)
-        mlp = model.mlp[i]
+        mlp = layer.mlp
         x = x + F.linear(F.relu(F.linear(mlp.norm(x), mlp.fc1.weight)) ** 2, mlp.fc2.weight)
     out = model(visual)
     assert out.shape == (2, 5, 12)
