@@ -615,7 +615,7 @@ class Tokens:
              *common.FIGURES, *common.NEW_WORDS]
 
     def __init__(self, bytes=False):
-        self.words = [] if bytes else ["<end>", "<image>", *self.WORDS]
+        self.bytes, self.words = bytes, ["<end>", "<image>", *self.WORDS] * (not bytes)
         self.end, self.image, self.vocab = (256, 0, 257) if bytes else (0, 1, len(self.words))
         self.ids = {word: i for i, word in enumerate(self.words)}
 
@@ -876,6 +876,9 @@ def load_lm(args, folder):
     common.require("token_embed.weight" in weights, f"{folder} holds no LM: try --lm {folder}/lm")
     vocab, context = (len(weights[f"{name}_embed.weight"]) for name in ("token", "pos"))
     tokens = Tokens(bytes=state["script"] == "gpt.py")
+    images = how["data"] in ("shapes", *common.IMAGE_SETS) or how["data"].endswith(".npz")
+    common.require(not images or not tokens.bytes, f"the LM in {folder} was trained on images "
+                   f"({how['data']}), and it has to know a text: take another --lm")
     common.require(vocab == tokens.vocab, f"the LM in {folder} has {vocab} tokens, and "
                    f"{tokens.vocab} are due: train it anew with this version")
     common.require(context > 40, f"the LM in {folder} has a context of {context} tokens: 41 or "

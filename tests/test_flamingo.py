@@ -743,6 +743,8 @@ def test_foreign_and_broken_stages(done, tmp_path):
         torch.save(dict(script=script), tmp_path / "broken/checkpoint.pt")
         no("--lm", out / "lm", flag, tmp_path / "broken", words=[f"written by {script}", flag])
     state = torch.load(out / "lm/checkpoint.pt", weights_only=True)
+    torch.save({**state, "script": "gpt.py", "args": {**state["args"], "data": "shapes"}}, tmp_path / "broken/checkpoint.pt")
+    no("--lm", tmp_path / "broken", words=["trained on images (shapes)", "another --lm"])
     state["model"]["pos_embed.weight"] = state["model"]["pos_embed.weight"][:30]
     torch.save(state, tmp_path / "broken/checkpoint.pt")
     no("--lm", tmp_path / "broken", words=["a context of 30 tokens", "41 or more"])
