@@ -68,7 +68,7 @@ class Args(common.Args):
     tests: int = 1000               # held-out scenes, as many more of unseen kinds, and episodes
     image_size: int = 32            # side of a picture in pixels
     context: int = 96               # tokens of a document
-    every: int = 6                  # a gated look before every n-th block of the LM (table 3, v)
+    every: int = 6                  # a gated look before every n-th block, from the first (t. 3, v)
     latents: int = 8                # tokens that the resampler makes of a picture (64)
     resampler_depth: int = 2        # its layers (6)
     attend: Literal["last", "all"] = "last"    # pictures that a token sees: the last before it, all
@@ -108,8 +108,6 @@ class Args(common.Args):
                      "lm_batch", "eye_batch", "lm_steps", "eye_steps"):
             value = getattr(self, name)
             need(value > 0, f"{common.flag(name)} must be 1 or more, not {value}")
-        need(self.every <= self.depth or self.lm, f"--every {self.every} is more than the LM's "
-             f"{self.depth} blocks (--depth): it would never look")
         need(self.eye_batch <= self.images, f"--eye-batch {self.eye_batch} is more than the "
              f"{self.images} pictures (--images)")
         for name in "lm_lr", "eye_lr", "gate_lr", "temperature":
@@ -883,8 +881,6 @@ def load_lm(args, folder):
                    f"{tokens.vocab} are due: train it anew with this version")
     common.require(context > 40, f"the LM in {folder} has a context of {context} tokens: 41 or "
                    "more are needed for a picture, a question and its answer")
-    common.require(args.every <= how["depth"], f"--every {args.every} is more than the "
-                   f"{how['depth']} blocks of the LM in {folder}: it would never look")
     lm = GPT(vocab, context, how["dim"], how["depth"], how["heads"])     # from now on no dropout
     lm.load_state_dict(weights)
     return lm.requires_grad_(not args.freeze), tokens, state["seconds"]
