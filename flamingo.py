@@ -25,10 +25,10 @@ Flow     tokens x (B, 1 + T) with <image> marks, pictures (B, M, 3, S, S)
 
 Run      python flamingo.py
 Expect   to be measured
-Differs  A world of eight shapes in eight colours, a language of 60 words. The LM learns from text in
-         which words stand in the place of pictures, and so binds new words before it has eyes. By
-         default one gated layer, before the first block: with more, the last learn to name what is
-         seen, and the first, which new words need, stay shut. The gates learn at ten times the
+Differs  A world of eight shapes in eight colours, a language of 60 words. The LM learns from text
+         in which words stand in the place of pictures, and so binds new words before it has eyes.
+         By default one gated layer, before the first block: with more, the last learn to name what
+         is seen, and the first, which new words need, stays shut. The gates learn at ten times the
          rate; half of the shots in training show a kind and say it. A cosine schedule. The eye is a
          ViT, its captions are read by a table of words. No video, so no time embedding; the rows of
          <image> and <end> are the frozen LM's own.
