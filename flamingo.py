@@ -24,18 +24,19 @@ Flow     tokens x (B, 1 + T) with <image> marks, pictures (B, M, 3, S, S)
          sample       the text's keys and values are cached as in gpt.py, the pictures' once
 
 Run      python flamingo.py
-Expect   to be measured
+Expect   of held-out scenes 98.0, 13.0 and 0.0 % of the captions of 1, 2 and 3 figures are right to
+         the word; of single figures of unseen kinds 100.0 % of the colours and 94.7 % of
+         the shapes (chance 12.5) (1 seed; 100 s of training the join on AMD EPYC, 2 cores,
+         torch 2.13.0+cpu)
 Differs  A world of eight shapes in eight colours, a language of 60 words. The LM learns from text
          in which words stand in the place of pictures, and so binds new words before it has eyes.
-         By default one gated layer, before the first block: with more, the last learn to name what
-         is seen, and the first, which new words need, stays shut. The gates learn at ten times the
-         rate; half of the shots in training show a kind and say it. A cosine schedule. The eye is a
-         ViT, its captions are read by a table of words. No video, so no time embedding; the rows of
-         <image> and <end> are the frozen LM's own.
+         The gates learn at ten times the rate; half of the shots in training show a kind and say
+         it. A cosine schedule. The eye is a ViT, its captions are read by a table of words. No
+         video, so no time embedding; the rows of <image> and <end> are the frozen LM's own.
 
-Try      --every 1: what becomes of the new words, and which gates open?
-         --gate-start 0.5, or inf (no gate): what does the loss do at the first steps?
-         --attend all: which kind of question gets worse? --latents 1: how little is enough?
+Try      --gate-start 0.5, or inf (no gate): what does the loss do at the first steps?
+         --attend all: which kind of question gets worse?
+         --every 4: one look, before the first block. What is learned later, what better?
 """
 import contextlib
 import dataclasses
@@ -68,7 +69,7 @@ class Args(common.Args):
     tests: int = 1000               # held-out scenes, as many more of unseen kinds, and episodes
     image_size: int = 32            # side of a picture in pixels
     context: int = 96               # tokens of a document
-    every: int = 6                  # a gated look before every n-th block, from the first (t. 3, v)
+    every: int = 1                  # a gated look before every n-th block, from the first (t. 3, v)
     latents: int = 8                # tokens that the resampler makes of a picture (64)
     resampler_depth: int = 2        # its layers (6)
     attend: Literal["last", "all"] = "last"    # pictures that a token sees: the last before it, all
@@ -96,7 +97,7 @@ class Args(common.Args):
     prompt: str = ""                # asked at the end: "<image> what colour is it ?"
     temperature: float = 0.         # divides the logits of its answer; 0 takes the most likely
 
-    cpu = dict(steps=900, every=4, batch=32, lr=3e-3, images=16_000, tests=300, context=64,
+    cpu = dict(steps=650, batch=32, lr=3e-3, images=16_000, tests=300, context=64,
                resampler_depth=1, lm_steps=900, lm_batch=96, lm_lr=3e-3,
                lm_short=0.5, dim=128, depth=4, heads=4,
                eye_steps=500, eye_batch=128, eye_lr=2e-3, eye_dim=128, eye_depth=3, eye_heads=4)

@@ -284,7 +284,7 @@ def shots(pattern):
     """Answers after 0, 1, 2 ... examples."""
     runs = load(pattern)
     f = runs[0]["figures"]
-    lines = ["| right to the word, % |" + "".join(f" {k} shots |" for k in f["shots"]), "|---|" + "---:|" * len(f["shots"])]
+    lines = ["| right to the word, % |" + "".join(f" {k} shot{'s' * (k != 1)} |" for k in f["shots"]), "|---|" + "---:|" * len(f["shots"])]
     for name, what in zip(EPISODES, ("its new word", "its new word, one that no picture came with in training", "a question that is not asked")):
         for who, title in ("flamingo", "Flamingo"), ("told", "the LM, told in words"), ("lm", "the LM alone"):
             cells = [number([r["figures"]["right"][f"{name}, {k}"][who] for r in runs], 1)
@@ -298,35 +298,6 @@ def described(pattern):
     """What flamingo.py says of held-out scenes."""
     (r,) = load(pattern)
     return "```text\n" + "\n".join(r["figures"]["lines"]) + "\n```"
-
-
-def gates(pattern):
-    """tanh of the gates, layer by layer."""
-    (r,) = load(pattern)
-    every, rows = r["settings"]["every"], list(zip(*r["figures"]["gates"]))
-    lines = ["| tanh of the gate before block |" + "".join(f" {i * every} |" for i in range(len(rows[0]))), "|---|" + "---:|" * len(rows[0])]
-    lines += [f"| {name} | " + " | ".join(f"{value:.2f}" for value in row) + " |" for name, row in zip(("attention", "feed-forward"), rows)]
-    return "\n".join(lines)
-
-
-PAPER = {"": 70.7, "--gate-start inf": 66.5, "--attend all": 63.5, "--no-freeze": 62.7, "--no-resample": 66.6, "--every 2": 68.2, "--every 4": 68.8}
-
-
-def ablated(patterns):
-    """One line for each measurement of flamingo.py, by its flags, beside the paper's ablation where it has one."""
-    lines = ["| `flamingo.py` | captions | questions, seen kinds | questions, unseen kinds | new word, 4 shots | seconds | the paper's score |",
-             "|---|" + "---:|" * 6]
-    for r in (r for pattern in patterns.split(",") for r in load(pattern)):
-        right = {group: row["flamingo"] for group, row in r["figures"]["right"].items()}
-        mean = lambda fits: f"{statistics.mean(value for group, value in right.items() if fits(group)):.1f}"
-        asked = lambda group: not group.startswith((*EPISODES, "caption"))
-        own = re.findall(r"--(?:gate-start|attend|no-freeze|no-resample|every)\b[^-]*", r["command"])
-        flags = " ".join(flag.strip() for flag in own)
-        lines.append(f"| {flags or 'as it is'} | {right['caption, all']:.1f} | "
-                     f"{mean(lambda g: asked(g) and 'unseen' not in g)} | {mean(lambda g: asked(g) and 'unseen' in g)} | "
-                     f"{right['new words, 4']:.1f} | {r['seconds']:.0f} | {PAPER.get(flags, '')} |")
-    return "\n".join(lines) + (f"\n\nRight to the word, %, means over the sorts of the table above; one run each of {r['settings']['steps']} steps, the same LM and "
-                              f"eye. {r['machine']}, torch {r['versions']['torch']}. The paper's: Flamingo-3B, overall score of its table 3.")
 
 
 def memory(pattern):
@@ -387,7 +358,7 @@ def expect(name):
 
 FIGURES = {f.__name__: f for f in (few_labels, speed, knows, while_training, flags,
                                      losses, sampled, blanks, hidden, fine_tuned, adapted, searched, directions, memory,
-                                     answered, shots, described, gates, ablated)}
+                                     answered, shots, described)}
 
 
 def written(text):
