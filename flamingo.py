@@ -7,9 +7,9 @@ Idea     How would you build a model that reads pictures and text, and writes? F
          Take a language model and a vision encoder that are there, freeze both, and train only what
          joins them. A resampler turns the patches of any picture into a few tokens; between the
          blocks of the language model new layers look at these. Each is multiplied by the tanh of a
-         gate that starts at 0, so that at the first step this IS the language model. What it could
-         do with text, it can now do with pictures: answer, and learn a new word from examples that
-         stand before the question.
+         gate that starts at 0, so that at the first step this IS the language model. What that can
+         do with text, the whole is to do with pictures: describe them, answer, and (the paper's
+         point) find out from a few examples before the question what is wanted.
 
 Loss     L = - mean_t log p(x_t | x_<t, the last picture before x_t)          in nats a token,
          over all tokens but the <image> marks; pictures further back reach x_t through the text
@@ -26,7 +26,7 @@ Flow     tokens x (B, 1 + T) with <image> marks, pictures (B, M, 3, S, S)
 Run      python flamingo.py
 Expect   of held-out scenes 98.0, 13.0 and 0.0 % of the captions of 1, 2 and 3 figures are right to
          the word; of single figures of unseen kinds 100.0 % of the colours and 94.7 % of
-         the shapes (chance 12.5) (1 seed; 100 s of training the join on AMD EPYC, 2 cores,
+         the shapes (chance 12.5) (1 seed; 93 s of training the join on AMD EPYC, 2 cores,
          torch 2.13.0+cpu)
 Differs  A world of eight shapes in eight colours, a language of 60 words. The LM learns from text
          in which words stand in the place of pictures, and so binds new words before it has eyes.
@@ -98,8 +98,7 @@ class Args(common.Args):
     temperature: float = 0.         # divides the logits of its answer; 0 takes the most likely
 
     cpu = dict(steps=650, batch=32, lr=3e-3, images=16_000, tests=300, context=64,
-               resampler_depth=1, lm_steps=900, lm_batch=96, lm_lr=3e-3,
-               lm_short=0.5, dim=128, depth=4, heads=4,
+               resampler_depth=1, lm_steps=900, lm_batch=96, lm_lr=3e-3, dim=128, depth=4, heads=4,
                eye_steps=500, eye_batch=128, eye_lr=2e-3, eye_dim=128, eye_depth=3, eye_heads=4)
 
     def check(self):
@@ -251,7 +250,7 @@ class GPT(nn.Module):
         return [Cache(batch, block.attn.heads, context, dim // block.attn.heads,
                       self.pos_embed.weight) for block in self.blocks]
 
-# The eye, mae.py's. Where a name is taken, it begins with Eye:
+# The eye, mae.py's; where a name is taken, it begins with Eye. And the eye while it learns:
 
 
 class EyeAttention(nn.Module):
@@ -339,6 +338,28 @@ class ViT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+
+class Captioned(nn.Module):
+    """The eye while it learns, beside a reader of captions: a vector for each word at each of 16
+    places, added up. The captions of this world are so regular that no more is needed."""
+
+    def __init__(self, eye, vocab, dim, patch):
+        super().__init__()
+        self.eye, self.patch, self.vocab = eye, patch, vocab
+        self.of_eye, self.of_reader = nn.Linear(dim, 64), nn.Linear(16 * vocab, 64)
+        self.scale = nn.Parameter(torch.tensor(math.log(10.)))
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, pictures, captions):
+        """Pictures (B, 3, S, S) and captions (B, 16) -> a vector of each, and their scale."""
+        tokens = self.eye(patchify(pictures, self.patch))[:, 1:]
+        words = F.one_hot(captions, self.vocab).flatten(1).float()
+        return self.of_eye(tokens.mean(1)), self.of_reader(words), self.scale.exp().clamp(max=100)
+
 
 # And what joins them.
 
@@ -476,8 +497,9 @@ class Flamingo(nn.Module):
         return [tuple(x.unflatten(2, (M, R)) for x in pair) for pair in pairs]
 
     def forward(self, tokens, media=None, memory=None):
-        """media: from `media`; None: the LM alone. With a memory, from `memory()`, the tokens come
-        behind those that it holds. Raises ValueError where they are more than the context holds."""
+        """media: what media() gives; None: the LM alone. With a memory, from memory(), the tokens
+        come behind those that it holds. Raises ValueError where they are more than it has room
+        for."""
         lm, T = self.lm, tokens.shape[1]
         cache = memory.text if memory else None
         old, context = cache[0].length if cache else 0, len(lm.pos_embed.weight)
@@ -516,6 +538,7 @@ def patchify(x, p):
     B, _, S, _ = x.shape
     n = S // p
     return x.reshape(B, 3, n, p, n, p).permute(0, 2, 4, 3, 5, 1).reshape(B, n * n, 3 * p * p)
+
 
 def reach(media, time, attend="last"):
     """Which pictures a token may look at: the last before it, or all before it (attend).
@@ -728,27 +751,6 @@ def interleaved(args, tokens, scenes, n, context):
         row[:len(said)] = torch.tensor(said)
         places[:len(shown)] = torch.tensor(shown)
     return x, at
-
-
-class Captioned(nn.Module):
-    """The eye while it learns, beside a reader of captions: a vector for each word at each of 16
-    places, added up. The captions of this world are so regular that no more is needed."""
-
-    def __init__(self, eye, vocab, dim, patch):
-        super().__init__()
-        self.eye, self.patch, self.vocab = eye, patch, vocab
-        self.of_eye, self.of_reader = nn.Linear(dim, 64), nn.Linear(16 * vocab, 64)
-        self.scale = nn.Parameter(torch.tensor(math.log(10.)))
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-
-    def forward(self, pictures, captions):
-        """Pictures (B, 3, S, S) and captions (B, 16) -> a vector of each, and their scale."""
-        tokens = self.eye(patchify(pictures, self.patch))[:, 1:]
-        words = F.one_hot(captions, self.vocab).flatten(1).float()
-        return self.of_eye(tokens.mean(1)), self.of_reader(words), self.scale.exp().clamp(max=100)
 
 
 def part(args, name, recipe):
@@ -1057,7 +1059,7 @@ def tell(args, run, model, found, lines, answer, seconds):
               for group in found if not group.startswith(EPISODES)]
     print(f"{common.table(table)}\n")
     table = [["examples before the question", *map(str, shots)]]
-    for name, what in zip(EPISODES, ("its new word", "a word never shown", "question not asked")):
+    for name, what in zip(EPISODES, ("its new word", "a word kept back", "question not asked")):
         for who, title in ("flamingo", "Flamingo"), ("told", "LM, told"), ("lm", "LM alone"):
             table.append([f"{what}, {title}", *(number(f"{name}, {k}", who) for k in shots)])
     print(f"{common.table(table)}\n")

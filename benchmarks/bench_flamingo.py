@@ -131,7 +131,7 @@ def layers(dtype, plain, rounds):
             y.float().square().mean().backward()
             model.zero_grad()
         sides.append(run)
-    return dict(case=f"resampler and gated look, dim {DIM}, {LATENTS} latents, {M} pictures, {T} tokens, batch {B}",
+    return dict(case=f"resampler and gated layer, dim {DIM}, {LATENTS} latents, {M} pictures, {T} tokens, batch {B}",
                 beside="flamingo-pytorch", dtype=dtype, **compare(*pair(*sides, rounds)))
 
 

@@ -517,7 +517,7 @@ def test_ask_mixes_no_queries():
 
 def test_exact_answers_are_counted(monkeypatch):
     """The figures of the table, from answers that are given by hand."""
-    args = flamingo.Args(device="cpu", tests=40, shots=(0, 2))
+    args = flamingo.Args(device="cpu", tests=40, shots=(0, 1, 2))
     tokens = flamingo.Tokens()
     *parts, pictures = flamingo.held_out(args)
     assert len(pictures) == 2080
@@ -571,6 +571,25 @@ def done(tmp_path_factory):
     process = run(*SMALL, "--prompt", "<image> what colour is it ?", "--out", out, script="flamingo.py")
     assert process.returncode == 0, process.stderr
     return out, process.stdout
+
+
+def test_how_the_language_and_the_eye_are_learned(tmp_path, monkeypatch):
+    """The LM reads short documents first and starts from weights for its width; of three batches of the eye two hold
+    single figures of one colour."""
+    seen = []
+    monkeypatch.setattr(common, "script", lambda: "flamingo.py")
+    args = common.cli(flamingo.Args, [*SMALL, "--lm-steps", "4", "--eye-steps", "6", "--lm-short", ".5", "--lm-lr", "0", "--out", str(tmp_path)])
+    monkeypatch.setattr(flamingo, "mask", lambda x, image: seen.append(x.shape[1]) or (x[:, :-1], x[:, 1:]))
+    flamingo.learn_language(args, flamingo.Tokens())
+    assert seen == [flamingo.SHORT + 1] * 2 + [args.context + 1] * 2
+    weights = torch.load(tmp_path / "lm/checkpoint.pt", weights_only=True)["model"]
+    assert weights["blocks.0.attn.qkv.weight"].std().item() == pytest.approx(.02 * math.sqrt(768 / 16), rel=.1)
+    tokens, scenes, captions = flamingo.Tokens(), flamingo.Scenes(0, 500, common.SEEN), []
+    forward = flamingo.Captioned.forward
+    monkeypatch.setattr(flamingo.Captioned, "forward", lambda self, x, y: captions.append(y) or forward(self, x, y))
+    flamingo.learn_to_see(args, tokens, scenes, common.paint(scenes.all))
+    colours = [{word for row in batch for word in tokens.decode(row).split() if word in common.COLOURS} for batch in captions]
+    assert [len(names) == 1 for names in colours] == [False, True, True] * 2 and len(set.union(*colours[1:3])) == 2
 
 
 def test_what_a_run_shows(done):
