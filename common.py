@@ -497,13 +497,13 @@ def paint(scenes, seed=0, size=32, device="cpu"):
 
 
 def kind_name(figure):
-    """'a red circle'."""
-    return f"a {list(COLOURS)[figure.colour]} {FIGURES[figure.shape]}"
+    """'red circle'."""
+    return f"{list(COLOURS)[figure.colour]} {FIGURES[figure.shape]}"
 
 
 def caption(figures):
     """What a scene shows: 'a small red circle left of a large blue star'."""
-    parts = [f"a {('small', 'large')[f.size]} {kind_name(f)[2:]}" for f in figures]
+    parts = [f"a {('small', 'large')[f.size]} {kind_name(f)}" for f in figures]
     if len(parts) == 1:
         return f"{parts[0]} on the {('left', 'right')[figures[0].column]}"
     if len(parts) == 2:

@@ -29,14 +29,18 @@ Expect   of held-out scenes 98.0, 13.0 and 0.0 % of the captions of 1, 2 and 3 f
          the shapes (chance 12.5) (1 seed; 93 s of training the join on AMD EPYC, 2 cores,
          torch 2.13.0+cpu)
 Differs  A world of eight shapes in eight colours, a language of 60 words. The LM learns from text
-         in which words stand in the place of pictures, and so binds new words before it has eyes.
-         The gates learn at ten times the rate; half of the shots in training show a kind and say
-         it. A cosine schedule. The eye is a ViT, its captions are read by a table of words. No
-         video, so no time embedding; the rows of <image> and <end> are the frozen LM's own.
+         in which words stand in the place of pictures, so that it binds new words before it has
+         eyes: from short documents at first; later with <image> marks, of which some have nothing
+         but the mark in the place of the picture. The mark's own row is 0 and stays so: what is
+         seen there is all that it says. The join begins with short documents, too, most of them
+         about new words. The gates learn at ten times the rate; a cosine schedule. The eye is a
+         ViT, its captions are read by a table of words. No video, so no time embedding; the row of
+         <end> is the frozen LM's own.
 
 Try      --gate-start 0.5, or inf (no gate): what does the loss do at the first steps?
          --attend all: which kind of question gets worse?
          --every 4: one look, before the first block. What is learned later, what better?
+         --lm-short 0: does the LM still bind new words ("LM, told")? And does Flamingo?
 """
 import contextlib
 import dataclasses
@@ -67,6 +71,7 @@ class Args(common.Args):
     data: str = "scenes"            # what the prompt is about: scenes, or an .npz with `images`
     images: int = 40_000            # painted scenes to train on, two thirds of single figures
     tests: int = 1000               # held-out scenes, as many more of unseen kinds, and episodes
+    short: float = 0.4              # share of the steps, the first, with short documents
     image_size: int = 32            # side of a picture in pixels
     context: int = 96               # tokens of a document
     every: int = 1                  # a gated look before every n-th block, from the first (t. 3, v)
@@ -81,7 +86,7 @@ class Args(common.Args):
     lm_steps: int = 10_000          # LM: training steps
     lm_batch: int = 64              # LM: documents a step
     lm_lr: float = 1e-3             # LM: peak learning rate
-    lm_short: float = 0.5           # LM: share of the steps with short documents, at first
+    lm_short: float = 0.5           # LM: share of the steps, the first, with short documents
     dim: int = 256                  # LM: channels
     depth: int = 6                  # LM: blocks
     heads: int = 8                  # LM: attention heads, of the join, too
@@ -97,7 +102,7 @@ class Args(common.Args):
     prompt: str = ""                # asked at the end: "<image> what colour is it ?"
     temperature: float = 0.         # divides the logits of its answer; 0 takes the most likely
 
-    cpu = dict(steps=650, batch=32, lr=3e-3, images=16_000, tests=300, context=64,
+    cpu = dict(steps=650, batch=32, lr=3e-3, images=16_000, tests=300, context=48,
                resampler_depth=1, lm_steps=900, lm_batch=96, lm_lr=3e-3, dim=128, depth=4, heads=4,
                eye_steps=500, eye_batch=128, eye_lr=2e-3, eye_dim=128, eye_depth=3, eye_heads=4)
 
@@ -124,7 +129,9 @@ class Args(common.Args):
              "resampler: --no-resample")
         need(self.context > 40, f"--context must be 41 or more, not {self.context}: a picture, a "
              "question and its answer have to fit")
-        need(0 <= self.lm_short <= 1, f"--lm-short is a share from 0 to 1, not {self.lm_short}")
+        for name in "short", "lm_short":
+            value = getattr(self, name)
+            need(0 <= value <= 1, f"{common.flag(name)} is a share from 0 to 1, not {value}")
         need(not math.isnan(self.gate_start), "--gate-start must be a number, or inf for no gate")
         need(self.shots and min(self.shots) >= 0, "--shots must be 0 or more")
         need(self.images >= 500, f"--images must be 500 or more, not {self.images}")
@@ -623,7 +630,7 @@ def sample(model, prompts, media, n, end, temperature=0., seed=0, cached=True):
 
 EPISODES = "new words", "kept words", "answers"
 KEPT = 4        # of the new words so many are in no picture's text until the test
-SHORT = 27      # tokens of a short document: four new words, told
+SHORT = 27      # tokens of a short document
 HOW = "steps", "batch", "lr", "warmup", "weight_decay", "clip", "seed", "dtype"
 LM = *HOW, "lm_short", "context", "dim", "depth", "heads"       # settings that make another LM,
 EYE = *HOW, "images", "image_size", "patch", "eye_dim", "eye_depth", "eye_heads"   # another eye
@@ -632,7 +639,7 @@ EYE = *HOW, "images", "image_size", "patch", "eye_dim", "eye_depth", "eye_heads"
 class Tokens:
     """Tokenizer of texts with marks: a token a word of the shapes world; or a token a byte, for an
     LM of gpt.py, whose BOS is the end of a chunk and whose byte 0, in no text, marks a picture."""
-    WORDS = [*("a is called what colour shape it the one of how many figures are there which side "
+    WORDS = [*("a is what colour shape it the one of how many figures are there which side "
                "on left right above small large and two three ? , .").split(), *common.COLOURS,
              *common.FIGURES, *common.NEW_WORDS]
 
@@ -672,17 +679,20 @@ class Scenes:
             self.of.setdefault(self.all[i][0][:2], []).append(i)
 
 
-def naming(rng, scenes, names, k, ways):
+def naming(rng, scenes, names, k, ways, how="kind"):
     """An episode: `ways` new words for as many kinds, k examples and one more: [(index of a scene,
-    how, text)]. The words mean something else in each episode, so that the examples alone tell."""
+    how, text)]. The words mean something else in each episode, so that the examples alone tell.
+    how: what tells a kind in words, see `described`; "kind" where that tells no kinds apart."""
     kinds, names = rng.sample(sorted(scenes.of), ways), rng.sample(names, ways)
+    by = {"shape": {shape for shape, _ in kinds}, "colour": {colour for _, colour in kinds}}
+    how = how if len(by.get(how, kinds)) == ways else "kind"
     order = [i % ways for i in range(k)]
     rng.shuffle(order)
     order.append(rng.choice(order or range(ways)))     # it is asked of a kind that was shown, but
     # of another picture, while there are any:
     own = [rng.sample(scenes.of[kind], min(k + 1, len(scenes.of[kind]))) for kind in kinds]
     at = [own[i].pop() if own[i] else rng.choice(scenes.of[kinds[i]]) for i in order]
-    return [(at[j], "name", f"called {names[i]}") for j, i in enumerate(order)]
+    return [(at[j], how, names[i]) for j, i in enumerate(order)]
 
 
 def answering(rng, scenes, about, k):
@@ -703,54 +713,65 @@ def talk(rng, scenes, k):
     return said
 
 
-def document(rng, scenes, names, share):
+def document(rng, scenes, names, share, how="kind"):
     """[(scene, how, text)] of one of three sorts; `share` of the documents give new names."""
     sort = rng.random()
     if sort < share:
-        return naming(rng, scenes, names, 8, rng.randint(2, 3))
+        return naming(rng, scenes, names, 8, rng.randint(2, 3), how)
     if sort < share + .1:
         return answering(rng, scenes, rng.choice(common.ABOUT[:3]), 8)
     return talk(rng, scenes, 9)
 
 
 def described(figures, how, text):
-    """A chunk as the LM reads it, before it has eyes: words in the place of the picture."""
-    if how == "name":
-        return f"{common.kind_name(figures[0])} {text}"
-    return f"{common.caption(figures)} . {text}"
+    """A chunk as the LM reads it, before it has eyes: words in the place of the picture. how:
+    colour, shape or kind (both), of the first figure; else its caption."""
+    colour, shape = list(common.COLOURS)[figures[0].colour], common.FIGURES[figures[0].shape]
+    words = {"colour": colour, "shape": shape, "kind": common.kind_name(figures[0])}
+    return f"{words[how]} {text}" if how in words else f"{common.caption(figures)} . {text}"
 
 
-def texts(args, tokens, n):
-    """Documents of the shapes world without pictures: (n, 1 + context)."""
+def texts(args, tokens, n, length, marks):
+    """Documents of the shapes world without pictures: (n, 1 + length). With marks they are more
+    like what comes in the join: new words stand behind a colour or a shape alone, too; there are
+    <image> marks before all or half of the chunks of some, and behind some of these nothing that
+    stands for the picture."""
     rng, scenes = random.Random(args.seed), Scenes(args.seed, 8000, common.KINDS)
-    rows = torch.full((n, args.context + 1), tokens.end)
+    rows, (how, often, lost) = torch.full((n, length + 1), tokens.end), ("kind", 0, 0)
     for row in rows:
         said = [tokens.end]
         while len(said) < len(row):
-            for i, how, text in document(rng, scenes, common.NEW_WORDS, .6):
-                said += tokens.encode(f"{described(scenes.all[i], how, text)} <end>")
+            if marks:
+                how = rng.choice(("colour", "shape", "kind", "kind"))
+                often, lost = rng.choice((0, .5, 1, 1)), rng.choice((0, .6))
+            for i, by, text in document(rng, scenes, common.NEW_WORDS, .6, how):
+                mark = rng.random() < often
+                if not mark or rng.random() >= lost:
+                    text = described(scenes.all[i], by, text)
+                said += tokens.encode("<image> " * mark + f"{text} <end>")
         row.copy_(torch.tensor(said[:len(row)]))
     return rows
 
 
-def interleaved(args, tokens, scenes, n, context):
-    """Documents with pictures: tokens (n, 1 + context), -100 behind the last chunk that fits, and
-    the indices of their scenes (n, 9), 0 where there are fewer."""
+def interleaved(args, tokens, scenes, n, length, share):
+    """Documents with pictures, `share` of them about new words: tokens (n, 1 + length), -100 behind
+    the last chunk that fits, and the indices of their scenes (n, M), 0 where there are fewer."""
     rng, names = random.Random(args.seed + 1), common.NEW_WORDS[KEPT:]
-    x, at = torch.full((n, context + 1), -100), torch.zeros(n, 9, dtype=torch.long)
+    x, at = torch.full((n, length + 1), -100), torch.zeros(n, 9, dtype=torch.long)
     for row, places in zip(x, at):
         said, shown = [tokens.end], []
         while not shown:                             # a long caption may not fit a short context
-            for i, how, text in document(rng, scenes, names, .5):
-                if how == "name" and rng.random() < .5:    # the picture, and the same in words:
-                    text = described(scenes.all[i], how, text)   # what the LM can do shows the way
+            way = rng.choice(("colour", "shape"))
+            for i, how, text in document(rng, scenes, names, share, way):
+                if text in names and rng.random() < .4:    # the picture, and in words, too: what
+                    text = described(scenes.all[i], how, text)    # the LM can do shows the way
                 chunk = tokens.encode(f"<image> {text} <end>")
                 if len(said) + len(chunk) > len(row):
                     break
                 said, shown = said + chunk, shown + [i]
         row[:len(said)] = torch.tensor(said)
         places[:len(shown)] = torch.tensor(shown)
-    return x, at
+    return x, at[:, :(x == tokens.image).sum(1).max()]
 
 
 def part(args, name, recipe):
@@ -785,15 +806,18 @@ def learn_language(args, tokens):
     with torch.no_grad():                        # GPT-2's first weights are right for its width
         for p in model.parameters():
             p *= math.sqrt(768 / args.dim) if p.ndim > 1 else 1.
+        model.token_embed.weight[tokens.image] = 0
     common.say(f"First the LM, which learns the language from text alone ({how.out}).")
-    train = texts(args, tokens, min(how.steps * how.batch, 60_000)).to(args.device)
-    short = round(args.lm_short * how.steps)
+    silent = torch.tensor(tokens.image, device=args.device)      # a mark by itself says nothing
+    model.token_embed.weight.register_hook(lambda gradient: gradient.index_fill(0, silent, 0.))
+    first, most = round(args.lm_short * how.steps), 60_000
+    short = texts(args, tokens, min(first * how.batch, most), SHORT, marks=False)
+    long = texts(args, tokens, min((how.steps - first) * how.batch, most), args.context, marks=True)
+    short, long = short.to(args.device), long.to(args.device)
     run = common.Run(how, model.to(args.device), chance=math.log(tokens.vocab))
     with stage("the LM", run):
         for step in run:
-            x = run.batch(train)
-            if step < short:                         # the beginnings of documents: less to confuse
-                x = x[:, :SHORT + 1]
+            x = run.batch(short if step < first else long)
             masked, target = mask(x, tokens.image)
             prediction = model(masked)
             loss = distance(prediction, target)
@@ -886,6 +910,8 @@ def load_lm(args, folder):
                    "more are needed for a picture, a question and its answer")
     lm = GPT(vocab, context, how["dim"], how["depth"], how["heads"])     # from now on no dropout
     lm.load_state_dict(weights)
+    with torch.no_grad():
+        lm.token_embed.weight[tokens.image] = 0      # a mark is what the pictures make of it
     return lm.requires_grad_(not args.freeze), tokens, state["seconds"]
 
 
@@ -1101,10 +1127,12 @@ def main(args):
     common.say("Now what joins them.")
     run = common.Run(args, model, optimizer(args, model))
     visual = views(args, model, pictures)                                          # (n, N, E)
-    x, at = (t.to(args.device) for t in interleaved(
-        args, tokens, scenes, min(60_000, max(args.steps * args.batch, args.batch)), context))
+    first, n = round(args.short * args.steps), min(60_000, max(args.steps, 1) * args.batch)
+    short, long = ([t.to(args.device) for t in interleaved(args, tokens, scenes, n, *sort)]
+                   for sort in ((SHORT, .7), (context, .3)))     # new words are harder, and first
     for step in run:
-        i = run.batch(torch.arange(len(x), device=args.device))
+        x, at = short if step < first else long
+        i = run.batch(torch.arange(n, device=args.device))
         masked, target = mask(x[i], tokens.image)
         prediction = model(masked, model.media(visual[at[i]].float()))
         loss = distance(prediction, target)

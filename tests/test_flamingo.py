@@ -422,7 +422,7 @@ def test_captions_and_questions():
 def documents(n=60, **changes):
     args = flamingo.Args(device="cpu", context=64, **changes)
     tokens, scenes = flamingo.Tokens(), flamingo.Scenes(0, 1000, common.SEEN)
-    x, at = flamingo.interleaved(args, tokens, scenes, n, 64)
+    x, at = flamingo.interleaved(args, tokens, scenes, n, 64, .5)
     return tokens, scenes, x, at
 
 
@@ -430,60 +430,119 @@ def test_what_pictures_come_with():
     """Marks and pictures fit each other, kinds and words that are kept back do not occur, a new word is never told by
     anything but its own episode."""
     tokens, scenes, x, at = documents(400)
-    sorts = {"called": 0, "both": 0, "caption": 0}
+    sorts = {"new": 0, "colour": 0, "shape": 0, "kind": 0, "caption": 0}
     for row, places in zip(x, at):
         said = row[row >= 0].tolist()
         assert said[0] == tokens.end and said[-1] == tokens.end and (row >= 0).long().diff().max() <= 0
         chunks = tokens.decode(said).split("<end>")[1:-1]
+        meant, by = {}, set()
         for chunk, place in zip(chunks, places.tolist()):
             assert chunk.strip().startswith("<image>") and chunk.count("<image>") == 1
             figures, words = scenes.all[place], chunk.split()[1:]
             assert not any((f.shape, f.colour) in common.UNSEEN for f in figures)
-            if "called" in words:
-                sorts["called" if words[0] == "called" else "both"] += 1
+            if words[-1] in common.NEW_WORDS:
+                shape, colour = common.FIGURES[figures[0].shape], list(common.COLOURS)[figures[0].colour]
+                sort = {(): "new", (colour,): "colour", (shape,): "shape", (colour, shape): "kind"}[tuple(words[:-1])]
+                sorts[sort] += 1
+                by |= {sort}
                 assert len(figures) == 1 and words[-1] in common.NEW_WORDS[flamingo.KEPT:]
-                assert words[:-2] in ([], common.kind_name(figures[0]).split())
+                assert meant.setdefault((colour, shape), words[-1]) == words[-1]
             elif words[0] == "there":
                 sorts["caption"] += 1
                 assert " ".join(words[2:]) == common.caption(figures)
             elif "?" in words:
                 about = {"colour": "colour", "shape": "shape", "many": "number", "side": "side"}[words[1]]
                 assert any(common.question(random.Random(s), figures, about)[1:] == (" ".join(words[:-1]), words[-1]) for s in range(20))
-        kinds = {}
-        for chunk, place in zip(chunks, places.tolist()):
-            if "called" in chunk:
-                assert kinds.setdefault(scenes.all[place][0][:2], chunk.split()[-1]) == chunk.split()[-1]
-        assert len(set(kinds.values())) == len(kinds)
-    assert min(sorts.values()) > 100
+        assert len(set(meant.values())) == len(meant)
+        assert len(by - {"new"}) <= 1                                          # told in one way, or not at all
+    told = sum(sorts[by] for by in ("colour", "shape", "kind"))
+    assert min(sorts.values()) > 30 and .3 < told / (told + sorts["new"]) < .5
     words = {word for row in x for word in tokens.decode(row[row >= 0]).split()}
     assert not words & set(common.NEW_WORDS[:flamingo.KEPT]) and set(common.NEW_WORDS[flamingo.KEPT:]) <= words
     again = documents(400)
     assert torch.equal(again[2], x) and torch.equal(again[3], at)
+    short, places = flamingo.interleaved(flamingo.Args(device="cpu", context=64), tokens, scenes, 60, flamingo.SHORT, .7)
+    assert short.shape == (60, flamingo.SHORT + 1) and places.shape[1] == (short == tokens.image).sum(1).max()
+
+
+def read(tokens, row):
+    """The chunks of a document as (mark, words); not the first end, and not the last, cut chunk."""
+    chunks = [chunk.split() for chunk in tokens.decode(row).split("<end>")[1:-1]]
+    return [("<image>" in chunk, [word for word in chunk if word != "<image>"]) for chunk in chunks]
 
 
 def test_what_the_lm_reads_has_no_picture():
+    """The first documents have no marks either, and a new word stands behind the words for its kind: always those."""
     args, tokens = flamingo.Args(device="cpu", context=64), flamingo.Tokens()
-    x = flamingo.texts(args, tokens, 200)
-    assert x.shape == (200, 65) and (x[:, 0] == tokens.end).all() and not (x == tokens.image).any()
+    x = flamingo.texts(args, tokens, 200, flamingo.SHORT, marks=False)
+    assert x.shape == (200, flamingo.SHORT + 1) and (x[:, 0] == tokens.end).all() and not (x == tokens.image).any()
     text = " ".join(tokens.decode(row) for row in x)
-    assert set(tokens.words) - {"<image>"} <= set(text.split())                # all kinds, all new words
-    assert "a red circle called" in text and ". what colour is" in text
+    assert ". what colour is" in text and "there is a small" in text
     episodes = 0
-    for row in x:                                                              # of one kind in a row, always one word
+    for row in x:
         meant = {}
-        chunks = [c.split() for c in tokens.decode(row).split("<end>")]
-        if all(len(c) == 5 and c[3] == "called" for c in chunks[1:-1]) and len(chunks) > 3:
+        chunks = [words for _, words in read(tokens, row)]
+        if len(chunks) > 3 and all(len(words) == 3 and words[-1] in common.NEW_WORDS for words in chunks):
             episodes += 1
-            for a, colour, shape, called, name in chunks[1:-1][:9]:
+            for colour, shape, name in chunks[:9]:
+                assert colour in common.COLOURS and shape in common.FIGURES
                 assert meant.setdefault((colour, shape), name) == name
-    assert episodes > 50
+    assert 90 < episodes < 150
+
+
+def test_what_the_lm_reads_before_the_join():
+    """Marks before all, half or none of the chunks; behind some of them the words for the picture are lost. New words
+    are told by colour, shape, or both, in a document in one way."""
+    args, tokens = flamingo.Args(device="cpu", context=64), flamingo.Tokens()
+    x = flamingo.texts(args, tokens, 400, 64, marks=True)
+    assert x.shape == (400, 65) and set(tokens.words) <= {w for row in x for w in tokens.decode(row).split()}
+    ways, marked, lost = {}, {}, {}
+    for row in x:
+        chunks = [(mark, words) for mark, words in read(tokens, row)[:9] if words[-1:] and words[-1] in common.NEW_WORDS]
+        if len(chunks) < 9:                                                    # one episode of new words
+            continue
+        told = [words for _, words in chunks if len(words) > 1]
+        for words in told:
+            assert all(w in common.COLOURS or w in common.FIGURES for w in words[:-1]) and len(words) < 4
+        way = {tuple("colour" if w in common.COLOURS else "shape" for w in words[:-1]) for words in told}
+        assert len(way) <= 1
+        ways[str(way)] = ways.get(str(way), 0) + 1
+        meant = {}
+        for *kind, name in told:
+            assert meant.setdefault(tuple(kind), name) == name
+        assert all(mark for mark, words in chunks if len(words) == 1)          # none is lost without a mark
+        share = sum(mark for mark, _ in chunks) / len(chunks)
+        sort = share if share in (0, 1) else .5
+        marked[sort] = marked.get(sort, 0) + 1
+        lost[len(told) < len(chunks)] = lost.get(len(told) < len(chunks), 0) + 1
+    n = sum(marked.values())
+    assert n > 60 and .35 < marked[1] / n < .65 and min(marked[0], marked[.5]) > .1 * n and .15 < lost[True] / n < .6
+    assert min(ways.get(str({way}), 0) for way in (("colour",), ("shape",), ("colour", "shape"))) > .08 * n
+
+
+def test_naming_by_what_tells_kinds_apart():
+    """A colour is not said of two kinds of one colour with different names."""
+    scenes, found = flamingo.Scenes(0, 1000, common.SEEN), set()
+    for seed in range(200):
+        for how in "colour", "shape", "kind":
+            episode = flamingo.naming(random.Random(seed), scenes, common.NEW_WORDS, 8, 3, how)
+            kinds = {scenes.all[i][0][:2] for i, _, _ in episode}
+            ((by,),) = [{h for _, h, _ in episode}]
+            values = {kind[how == "colour"] for kind in kinds} if how != "kind" else kinds
+            assert by == (how if len(values) == 3 else "kind") and len(kinds) == len({t for _, _, t in episode}) == 3
+            found.add((how, by))
+    assert len(found) == 5
+    figures = scenes.all[scenes.single[0]]
+    colour, shape = list(common.COLOURS)[figures[0].colour], common.FIGURES[figures[0].shape]
+    said = [flamingo.described(figures, how, "dax") for how in ("colour", "shape", "kind", "caption")]
+    assert said == [f"{colour} dax", f"{shape} dax", f"{colour} {shape} dax", f"{common.caption(figures)} . dax"]
 
 
 def test_tokens_of_bytes():
     tokens = flamingo.Tokens(bytes=True)
-    said = tokens.encode("<end> <image> called dax <end> <image> a red one")
-    assert said == [256, 0, *b"called dax", 256, 0, *b"a red one"] and (tokens.image, tokens.end, tokens.vocab) == (0, 256, 257)
-    assert tokens.encode("<image> called dax <end>") == [0, *b"called dax", 256]
+    said = tokens.encode("<end> <image> dax <end> <image> a red one")
+    assert said == [256, 0, *b"dax", 256, 0, *b"a red one"] and (tokens.image, tokens.end, tokens.vocab) == (0, 256, 257)
+    assert tokens.encode("<image> dax <end>") == [0, *b"dax", 256]
     assert tokens.decode(b"a red one") == "a red one"
     with pytest.raises(common.UserError, match="knows no word 'sphere'"):
         flamingo.Tokens().encode("a red sphere")
@@ -502,14 +561,14 @@ def test_ask_mixes_no_queries():
     scenes = [common.scene(random.Random(i)) for i in range(4)]
     visual = flamingo.views(args, model, common.paint(scenes))
     asked = [flamingo.Query("", "<image> what colour is it ?", [2], "red", "a red star . what colour is it ?"),
-             flamingo.Query("", "<image> called dax <end> <image> called", [0, 3], "dax", "a red star called dax <end> a red star called"),
+             flamingo.Query("", "<image> dax <end> <image>", [0, 3], "dax", "red star dax <end> red star"),
              flamingo.Query("", "<image> a", [1], "small red star on the left", "")]
     together = flamingo.ask(args, model, tokens, asked, visual)
     n = 1 + max(len(q.answer.split()) for q in asked)
     for q, said in zip(asked, together):
         (alone,) = flamingo.sample(model, [tokens.encode(f"<end> {q.prompt}")], model.media(visual[q.at][None].float()), n, tokens.end)
         assert said == tokens.decode(alone)
-    for how, prompts in ("blind", [q.prompt.replace("<image> ", "") for q in asked]), ("told", [q.told for q in asked]):
+    for how, prompts in ("blind", [q.prompt.replace("<image>", "") for q in asked]), ("told", [q.told for q in asked]):
         for said, prompt in zip(flamingo.ask(args, model, tokens, asked, visual, how), prompts):
             (alone,) = flamingo.sample(model, [tokens.encode(f"<end> {prompt}")], None, n, tokens.end)
             assert said == tokens.decode(alone)
@@ -529,8 +588,8 @@ def test_exact_answers_are_counted(monkeypatch):
             assert answer == common.caption(scenes[at[0]]) and prompt == "<image> there is"
             assert told in ("", f"{answer} . there is")
         elif group.startswith(("new", "kept")):
-            assert prompt.endswith("<image> called") and told.endswith("called") and "<image>" not in told
-            assert told.count("called") == len(at)
+            assert prompt.endswith("<image>") and "<image>" not in told and told.count("<end>") == len(at) - 1
+            assert told.endswith(common.kind_name(scenes[at[-1]][0]))
             names = common.NEW_WORDS[:4] if group.startswith("kept") else common.NEW_WORDS[4:]
             assert answer in names
             shown = dict((scenes[i][0][:2], chunk.split()[-1]) for i, chunk in zip(at, prompt.split("<end>")[:-1]))
@@ -590,6 +649,30 @@ def test_how_the_language_and_the_eye_are_learned(tmp_path, monkeypatch):
     flamingo.learn_to_see(args, tokens, scenes, common.paint(scenes.all))
     colours = [{word for row in batch for word in tokens.decode(row).split() if word in common.COLOURS} for batch in captions]
     assert [len(names) == 1 for names in colours] == [False, True, True] * 2 and len(set.union(*colours[1:3])) == 2
+
+
+def test_short_documents_come_first(tmp_path, monkeypatch):
+    """In the join, too; and the batches hold only as many pictures as their documents show."""
+    seen, media = [], flamingo.Flamingo.media
+    monkeypatch.setattr(common, "script", lambda: "flamingo.py")
+    monkeypatch.setattr(flamingo, "mask", lambda x, image, mask=flamingo.mask: seen.append(x) or mask(x, image))
+    monkeypatch.setattr(flamingo.Flamingo, "media", lambda self, visual: seen.append(visual.shape[:2]) or media(self, visual))
+    flags = [*SMALL, "--steps", "5", "--short", ".4", "--context", "64", "--out", str(tmp_path)]
+    common.start(flamingo.main, flamingo.Args, flags)
+    x, shown = seen[3:13:2], seen[4:13:2]                                      # after three steps of the LM
+    assert [len(row) for row, *_ in x] == [flamingo.SHORT + 1] * 2 + [65] * 3
+    assert all(shape[0] == 4 and shape[1] >= (rows == 1).sum(1).max() for rows, shape in zip(x, shown))
+    names = [sum(flamingo.Tokens.WORDS[t - 2] in common.NEW_WORDS for row in rows for t in row.tolist() if t > 1) for rows in x]
+    assert all(names[:2])
+
+
+def test_a_mark_by_itself_says_nothing(done):
+    """The row of <image> stays 0 while the LM learns, and nothing else does."""
+    weights = torch.load(done[0] / "lm/checkpoint.pt", weights_only=True)
+    rows = weights["model"]["token_embed.weight"]
+    assert not rows[1].any() and rows.any(1).sum() == len(rows) - 1
+    start = torch.load(done[0] / "checkpoint.pt", weights_only=True)["model"]["lm.token_embed.weight"]
+    assert torch.equal(start, rows)
 
 
 def test_what_a_run_shows(done):
@@ -678,7 +761,7 @@ def test_an_interrupted_stage_goes_on(part, what, tmp_path):
 
 def test_a_gpt_and_a_mae_from_elsewhere(done, tmp_path):
     """An LM of bytes, and an eye with other patches."""
-    (tmp_path / "text.txt").write_text("a red circle called dax. " * 200)
+    (tmp_path / "text.txt").write_text("a red circle is a dax. " * 200)
     made = run("--data", tmp_path / "text.txt", *"--dim 16 --heads 2 --depth 2 --batch 4 --context 64 --length 5 --steps 2".split(),
                "--device", "cpu", "--out", tmp_path / "gpt", script="gpt.py")
     assert made.returncode == 0, made.stderr
@@ -690,6 +773,8 @@ def test_a_gpt_and_a_mae_from_elsewhere(done, tmp_path):
     weights = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["model"]
     assert weights["lm.token_embed.weight"].shape == (257, 16) and weights["eye.patch_embed.weight"].shape == (16, 48)
     gpts = torch.load(tmp_path / "gpt/checkpoint.pt", weights_only=True)["model"]
+    assert not weights["lm.token_embed.weight"][0].any()                       # byte 0, a mark, is in no text
+    gpts["token_embed.weight"][0] = 0
     assert all(torch.equal(weights[f"lm.{k}"], v) for k, v in gpts.items())
     assert "new words, 1" in result(tmp_path / "run")["right"] and "new words, 8" not in result(tmp_path / "run")["right"]
 
@@ -728,6 +813,7 @@ def test_own_pictures(done, tmp_path):
     (["--images", "100"], ["--images must be 500 or more"]),
     (["--tests", "5"], ["--tests must be 12 or more"]),
     (["--lm-short", "2"], ["--lm-short is a share from 0 to 1"]),
+    (["--short", "-1"], ["--short is a share from 0 to 1"]),
     (["--gate-lr", "-1"], ["--gate-lr must be 0 or more"]),
     (["--eye-batch", "501"], ["--eye-batch 501 is more than the 500 pictures"]),
     (["--lm-lr", "-1"], ["--lm-lr must be 0 or more"]),

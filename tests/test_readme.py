@@ -300,6 +300,33 @@ def described(pattern):
     return "```text\n" + "\n".join(r["figures"]["lines"]) + "\n```"
 
 
+def gates(pattern):
+    """tanh of the gates, layer by layer."""
+    (r,) = load(pattern)
+    every, rows = r["settings"]["every"], list(zip(*r["figures"]["gates"]))
+    lines = ["| tanh of the gate before block |" + "".join(f" {i * every} |" for i in range(len(rows[0]))), "|---|" + "---:|" * len(rows[0])]
+    lines += [f"| {name} | " + " | ".join(f"{value:.2f}" for value in row) + " |" for name, row in zip(("attention", "feed-forward"), rows)]
+    return "\n".join(lines)
+
+
+PAPER = {"": 70.7, "--gate-start inf": 66.5, "--attend all": 63.5, "--no-freeze": 62.7, "--no-resample": 66.6, "--every 2": 68.2, "--every 4": 68.8}
+
+
+def ablated(pattern):
+    """One line for each run of flamingo.py with one flag changed, beside the paper's ablation where it has one."""
+    groups = "caption, 1 figure", "caption, all", "shape, unseen kind", "answers, 4", "new words, 4", "kept words, 4"
+    titles = "captions, 1 figure", "captions, all", "shape, unseen kinds", "not asked, 4 shots", "new word, 4 shots", "word kept back, 4 shots"
+    lines = [f"| `flamingo.py` | {' | '.join(titles)} | ms a step | the paper's score |", "|---|" + "---:|" * (len(titles) + 2)]
+    runs = load(pattern)
+    for r in sorted(runs, key=lambda r: (r["command"].count("--"), r["command"])):
+        flags = " ".join(flag.strip() for flag in re.findall(r"--(?:gate-start|attend|no-freeze|no-resample|every)\b[^-]*", r["command"]))
+        cells = [f"{r['figures']['right'][group]['flamingo']:.1f}" for group in groups]
+        lines.append(f"| {f'`{flags}`' if flags else 'as it is'} | {' | '.join(cells)} | {1000 * r['seconds'] / r['settings']['steps']:.0f} | {PAPER.get(flags, '')} |")
+    (steps,) = {r["settings"]["steps"] for r in runs}
+    return "\n".join(lines) + (f"\n\nRight to the word, %; one run each of {steps} steps, the same LM and eye; {runs[0]['machine']}, "
+                              f"torch {runs[0]['versions']['torch']}. The paper's: Flamingo-3B, overall score of its table 3.")
+
+
 def memory(pattern):
     """Peak memory beside the other package's."""
     (bench,) = load(pattern)
@@ -358,7 +385,7 @@ def expect(name):
 
 FIGURES = {f.__name__: f for f in (few_labels, speed, knows, while_training, flags,
                                      losses, sampled, blanks, hidden, fine_tuned, adapted, searched, directions, memory,
-                                     answered, shots, described)}
+                                     answered, shots, described, gates, ablated)}
 
 
 def written(text):
