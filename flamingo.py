@@ -30,17 +30,16 @@ Expect   of held-out scenes 98.0, 13.0 and 0.0 % of the captions of 1, 2 and 3 f
          torch 2.13.0+cpu)
 Differs  A world of eight shapes in eight colours, a language of 60 words. The LM learns from text
          in which words stand in the place of pictures, so that it binds new words before it has
-         eyes: from short documents at first; later with <image> marks, of which some have nothing
-         but the mark in the place of the picture. The mark's own row is 0 and stays so: what is
-         seen there is all that it says. The join begins with short documents, too, most of them
-         about new words. The gates learn at ten times the rate; a cosine schedule. The eye is a
-         ViT, its captions are read by a table of words. No video, so no time embedding; the row of
-         <end> is the frozen LM's own.
+         eyes: from short documents at first; later with <image> marks, some with no words beside
+         them. The row of the mark is 0 while it learns, so that later what is seen there counts.
+         The join begins with short documents, too, most of them about new words. The gates learn at
+         ten times the rate; a cosine schedule. The eye is a ViT, its captions are read by a table
+         of words. No video, so no time embedding; the row of <end> is the frozen LM's own.
 
 Try      --gate-start 0.5, or inf (no gate): what does the loss do at the first steps?
          --attend all: which kind of question gets worse?
-         --every 4: one look, before the first block. What is learned later, what better?
-         --lm-short 0: does the LM still bind new words ("LM, told")? And does Flamingo?
+         --every 4 (of 4 blocks): one look, before the first. What is learned later, what better?
+         --lm-short 0 --out runs/long: does the LM bind new words ("LM, told")? Does Flamingo?
 """
 import contextlib
 import dataclasses
@@ -71,7 +70,7 @@ class Args(common.Args):
     data: str = "scenes"            # what the prompt is about: scenes, or an .npz with `images`
     images: int = 40_000            # painted scenes to train on, two thirds of single figures
     tests: int = 1000               # held-out scenes, as many more of unseen kinds, and episodes
-    short: float = 0.4              # share of the steps, the first, with short documents
+    short: float = 0.4              # share of the steps, from the first, that see short documents
     image_size: int = 32            # side of a picture in pixels
     context: int = 96               # tokens of a document
     every: int = 1                  # a gated look before every n-th block, from the first (t. 3, v)
@@ -86,7 +85,8 @@ class Args(common.Args):
     lm_steps: int = 10_000          # LM: training steps
     lm_batch: int = 64              # LM: documents a step
     lm_lr: float = 1e-3             # LM: peak learning rate
-    lm_short: float = 0.5           # LM: share of the steps, the first, with short documents
+    lm_short: float = 0.5           # LM: share of the steps that see short ones
+    lm_share: float = 0.6           # LM: share of the documents about new words, after these
     dim: int = 256                  # LM: channels
     depth: int = 6                  # LM: blocks
     heads: int = 8                  # LM: attention heads, of the join, too
@@ -103,8 +103,9 @@ class Args(common.Args):
     temperature: float = 0.         # divides the logits of its answer; 0 takes the most likely
 
     cpu = dict(steps=650, batch=32, lr=3e-3, images=16_000, tests=300, context=48,
-               resampler_depth=1, lm_steps=900, lm_batch=96, lm_lr=3e-3, dim=128, depth=4, heads=4,
-               eye_steps=500, eye_batch=128, eye_lr=2e-3, eye_dim=128, eye_depth=3, eye_heads=4)
+               resampler_depth=1, lm_steps=900, lm_batch=96, lm_lr=3e-3, lm_share=.4, dim=128,
+               depth=4, heads=4, eye_steps=500, eye_batch=128, eye_lr=2e-3, eye_dim=128,
+               eye_depth=3, eye_heads=4)
 
     def check(self):
         super().check()
@@ -129,11 +130,12 @@ class Args(common.Args):
              "resampler: --no-resample")
         need(self.context > 40, f"--context must be 41 or more, not {self.context}: a picture, a "
              "question and its answer have to fit")
-        for name in "short", "lm_short":
+        for name in "short", "lm_short", "lm_share":
             value = getattr(self, name)
             need(0 <= value <= 1, f"{common.flag(name)} is a share from 0 to 1, not {value}")
         need(not math.isnan(self.gate_start), "--gate-start must be a number, or inf for no gate")
-        need(self.shots and min(self.shots) >= 0, "--shots must be 0 or more")
+        need(self.shots and 0 <= min(self.shots) and max(self.shots) <= 100,
+             "--shots must be 0 or more, and 100 at most")
         need(self.images >= 500, f"--images must be 500 or more, not {self.images}")
         need(self.tests >= 12, f"--tests must be 12 or more, not {self.tests}")
 
@@ -489,6 +491,7 @@ class Flamingo(nn.Module):
         self.resampler = Resampler(E, depth, own, latents) if latents else nn.LayerNorm(E)
         self.gated = nn.ModuleList(GatedCrossAttention(dim, E, heads, start)
                                    for _ in lm.blocks[::every])
+        self.train()
 
     @torch.no_grad()
     def see(self, pictures):
@@ -630,10 +633,11 @@ def sample(model, prompts, media, n, end, temperature=0., seed=0, cached=True):
 
 EPISODES = "new words", "kept words", "answers"
 KEPT = 4        # of the new words so many are in no picture's text until the test
-SHORT = 27      # tokens of a short document
+TOLD = "colour", "shape", "kind"      # what tells the kind of a figure in words; kind: both
 HOW = "steps", "batch", "lr", "warmup", "weight_decay", "clip", "seed", "dtype"
-LM = *HOW, "lm_short", "context", "dim", "depth", "heads"       # settings that make another LM,
-EYE = *HOW, "images", "image_size", "patch", "eye_dim", "eye_depth", "eye_heads"   # another eye
+# settings that make another LM, another eye
+LM = *HOW, "lm_short", "lm_share", "context", "dim", "depth", "heads"
+EYE = *HOW, "images", "image_size", "patch", "eye_dim", "eye_depth", "eye_heads"
 
 
 class Tokens:
@@ -646,6 +650,7 @@ class Tokens:
     def __init__(self, bytes=False):
         self.bytes, self.words = bytes, ["<end>", "<image>", *self.WORDS] * (not bytes)
         self.end, self.image, self.vocab = (256, 0, 257) if bytes else (0, 1, len(self.words))
+        self.short = 135 if bytes else 27                # tokens of a short document
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     def encode(self, text):
@@ -682,14 +687,14 @@ class Scenes:
 def naming(rng, scenes, names, k, ways, how="kind"):
     """An episode: `ways` new words for as many kinds, k examples and one more: [(index of a scene,
     how, text)]. The words mean something else in each episode, so that the examples alone tell.
-    how: what tells a kind in words, see `described`; "kind" where that tells no kinds apart."""
+    how: what tells a kind in words, one of TOLD; "kind" where that does not tell all apart."""
     kinds, names = rng.sample(sorted(scenes.of), ways), rng.sample(names, ways)
-    by = {"shape": {shape for shape, _ in kinds}, "colour": {colour for _, colour in kinds}}
-    how = how if len(by.get(how, kinds)) == ways else "kind"
+    if how != "kind" and len({kind[how == "colour"] for kind in kinds}) < ways:
+        how = "kind"
     order = [i % ways for i in range(k)]
     rng.shuffle(order)
-    order.append(rng.choice(order or range(ways)))     # it is asked of a kind that was shown, but
-    # of another picture, while there are any:
+    # it is asked of a kind that was shown, but of another picture, while there are any
+    order.append(rng.choice(order or range(ways)))
     own = [rng.sample(scenes.of[kind], min(k + 1, len(scenes.of[kind]))) for kind in kinds]
     at = [own[i].pop() if own[i] else rng.choice(scenes.of[kinds[i]]) for i in order]
     return [(at[j], how, names[i]) for j, i in enumerate(order)]
@@ -724,30 +729,31 @@ def document(rng, scenes, names, share, how="kind"):
 
 
 def described(figures, how, text):
-    """A chunk as the LM reads it, before it has eyes: words in the place of the picture. how:
-    colour, shape or kind (both), of the first figure; else its caption."""
+    """A chunk with words for the picture. how: one of TOLD, of the first figure; else its
+    caption."""
     colour, shape = list(common.COLOURS)[figures[0].colour], common.FIGURES[figures[0].shape]
     words = {"colour": colour, "shape": shape, "kind": common.kind_name(figures[0])}
-    return f"{words[how]} {text}" if how in words else f"{common.caption(figures)} . {text}"
+    return f"{words[how]} {text}" if how in TOLD else f"{common.caption(figures)} . {text}"
 
 
 def texts(args, tokens, n, length, marks):
     """Documents of the shapes world without pictures: (n, 1 + length). With marks they are more
-    like what comes in the join: new words stand behind a colour or a shape alone, too; there are
-    <image> marks before all or half of the chunks of some, and behind some of these nothing that
-    stands for the picture."""
+    like what comes in the join: new words stand behind a colour or a shape alone, too; in three of
+    four there are <image> marks, before all or half of the chunks; and in half of these some marks
+    have no words beside them that stand for the picture."""
     rng, scenes = random.Random(args.seed), Scenes(args.seed, 8000, common.KINDS)
-    rows, (how, often, lost) = torch.full((n, length + 1), tokens.end), ("kind", 0, 0)
+    rows = torch.full((n, length + 1), tokens.end)
+    how, share, marked, bare = "kind", .6, 0, 0      # the last two: shares of chunks, and of marks
     for row in rows:
         said = [tokens.end]
         while len(said) < len(row):
             if marks:
-                how = rng.choice(("colour", "shape", "kind", "kind"))
-                often, lost = rng.choice((0, .5, 1, 1)), rng.choice((0, .6))
-            for i, by, text in document(rng, scenes, common.NEW_WORDS, .6, how):
-                mark = rng.random() < often
-                if not mark or rng.random() >= lost:
-                    text = described(scenes.all[i], by, text)
+                how, share = rng.choice((*TOLD, "kind")), args.lm_share
+                marked, bare = rng.choice((0, .5, 1, 1)), rng.choice((0, .6))
+            for i, told, text in document(rng, scenes, common.NEW_WORDS, share, how):
+                mark = rng.random() < marked
+                if not mark or rng.random() >= bare:
+                    text = described(scenes.all[i], told, text)
                 said += tokens.encode("<image> " * mark + f"{text} <end>")
         row.copy_(torch.tensor(said[:len(row)]))
     return rows
@@ -760,11 +766,11 @@ def interleaved(args, tokens, scenes, n, length, share):
     x, at = torch.full((n, length + 1), -100), torch.zeros(n, 9, dtype=torch.long)
     for row, places in zip(x, at):
         said, shown = [tokens.end], []
-        while not shown:                             # a long caption may not fit a short context
-            way = rng.choice(("colour", "shape"))
-            for i, how, text in document(rng, scenes, names, share, way):
-                if text in names and rng.random() < .4:    # the picture, and in words, too: what
-                    text = described(scenes.all[i], how, text)    # the LM can do shows the way
+        while not shown:                             # a caption in bytes may not fit
+            how = rng.choice(("colour", "shape"))
+            for i, told, text in document(rng, scenes, names, share, how):
+                if told in TOLD and rng.random() < .4:     # the picture, and in words, too: what
+                    text = described(scenes.all[i], told, text)   # the LM can do shows the way
                 chunk = tokens.encode(f"<image> {text} <end>")
                 if len(said) + len(chunk) > len(row):
                     break
@@ -811,7 +817,7 @@ def learn_language(args, tokens):
     silent = torch.tensor(tokens.image, device=args.device)      # a mark by itself says nothing
     model.token_embed.weight.register_hook(lambda gradient: gradient.index_fill(0, silent, 0.))
     first, most = round(args.lm_short * how.steps), 60_000
-    short = texts(args, tokens, min(first * how.batch, most), SHORT, marks=False)
+    short = texts(args, tokens, min(first * how.batch, most), tokens.short, marks=False)
     long = texts(args, tokens, min((how.steps - first) * how.batch, most), args.context, marks=True)
     short, long = short.to(args.device), long.to(args.device)
     run = common.Run(how, model.to(args.device), chance=math.log(tokens.vocab))
@@ -910,8 +916,6 @@ def load_lm(args, folder):
                    "more are needed for a picture, a question and its answer")
     lm = GPT(vocab, context, how["dim"], how["depth"], how["heads"])     # from now on no dropout
     lm.load_state_dict(weights)
-    with torch.no_grad():
-        lm.token_embed.weight[tokens.image] = 0      # a mark is what the pictures make of it
     return lm.requires_grad_(not args.freeze), tokens, state["seconds"]
 
 
@@ -1058,8 +1062,9 @@ def look(args, model, tokens, asked, visual, pictures):
     """Writes scenes.png, twelve held-out scenes; returns what is said of each, a list of lines."""
     chosen = []
     for i in range(12):                              # its caption, and one of the questions
-        caption, *rest = [q for q in asked if q.at == [i] and not q.group.startswith(EPISODES)]
-        chosen += [caption, rest[i % 3]]
+        own = [q for q in asked if q.at == [i] and not q.group.startswith(EPISODES)]
+        chosen += [q for q in own if q.group.startswith("caption")]
+        chosen += [q for q in own if q not in chosen][i % 3:][:1]
     lines, replies = [], ask(args, model, tokens, chosen, visual)
     for q, said in zip(chosen, replies):
         wrong = "" if said == q.answer else f"   (it is: {q.answer})"
@@ -1111,25 +1116,29 @@ def main(args):
     own = own_pictures(args)
     scenes = Scenes(args.seed, args.images, common.SEEN)
     pictures = common.paint(scenes.all, args.seed, args.image_size, args.device)
-    tokens, n = Tokens(), args.tests if own is None else len(own)
+    tokens, most = Tokens(), args.tests if own is None else len(own)
     if args.eye:                                     # mistakes are better found before the training
         load_eye(args, args.eye)
     if not args.lm:
-        prompted(args, tokens, args.context, n)
+        prompted(args, tokens, args.context, most)
     lm, of_lm, *seconds = load_lm(args, args.lm or learn_language(args, tokens))
+    context = len(lm.pos_embed.weight)
+    prompt = prompted(args, of_lm, context, most)
     eye, patch, *more = load_eye(args, args.eye or learn_to_see(args, tokens, scenes, pictures))
-    tokens, context, seconds = of_lm, len(lm.pos_embed.weight), seconds + more
-    prompt = prompted(args, tokens, context, n)
+    tokens, seconds = of_lm, seconds + more
     torch.manual_seed(args.seed)
     latents = args.latents if args.resample else 0
     model = Flamingo(lm, eye, patch, tokens.image, args.every, latents, args.resampler_depth,
                      args.attend, args.gate_start).to(args.device)
     common.say("Now what joins them.")
     run = common.Run(args, model, optimizer(args, model))
-    visual = views(args, model, pictures)                                          # (n, N, E)
-    first, n = round(args.short * args.steps), min(60_000, max(args.steps, 1) * args.batch)
-    short, long = ([t.to(args.device) for t in interleaved(args, tokens, scenes, n, *sort)]
-                   for sort in ((SHORT, .7), (context, .3)))     # new words are harder, and first
+    if args.steps:
+        visual = views(args, model, pictures)                                      # (n, N, E)
+        n, first = min(60_000, args.steps * args.batch), round(args.short * args.steps)
+        length = min(tokens.short, context)
+        short, long = ([t.to(args.device) for t in documents] for documents in (
+            interleaved(args, tokens, scenes, n, length, share=.7),
+            interleaved(args, tokens, scenes, n, context, share=.3)))
     for step in run:
         x, at = short if step < first else long
         i = run.batch(torch.arange(n, device=args.device))
