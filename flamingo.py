@@ -61,7 +61,7 @@ import common
 
 @dataclass
 class Args(common.Args):
-    """Settings of flamingo.py: for a GPU, and under `cpu` what two cores do in minutes."""
+    """Settings of flamingo.py: for a GPU, and under `cpu` smaller ones for two cores."""
     steps: int = 6000               # training steps of the join
     batch: int = 64                 # documents a step
     lr: float = 1e-3                # peak learning rate
@@ -85,7 +85,7 @@ class Args(common.Args):
     lm_steps: int = 10_000          # LM: training steps
     lm_batch: int = 64              # LM: documents a step
     lm_lr: float = 1e-3             # LM: peak learning rate
-    lm_short: float = 0.5           # LM: share of the steps that see short ones
+    lm_short: float = 0.5           # LM: share of the steps, from the first, with short documents
     lm_share: float = 0.4           # LM: share of the documents about new words, after these
     dim: int = 256                  # LM: channels
     depth: int = 6                  # LM: blocks
