@@ -2,6 +2,7 @@
 PYTHON ?= python3
 ARGS   ?=
 SCRIPTS = simclr autoencoder bert mae gpt lora flamingo
+TESTS   = readme $(filter-out readme,$(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py)))
 ENV     = .venv/installed
 BENCH   = .venv-bench/installed
 
@@ -13,11 +14,24 @@ help: ## list what can be made
 $(SCRIPTS): $(ENV)
 	.venv/bin/python $@.py $(ARGS)
 
+# With ARGS as pytest takes them; without, the files of tests two at a time on one core each, the
+# longest first: these models are too small for more.
 test: $(ENV) ## run the tests
+ifneq ($(ARGS),)
 	.venv/bin/python -m pytest -q tests $(ARGS)
+else
+	@$(MAKE) --no-print-directory -j2 -k $(patsubst %,test-%,$(TESTS))
+endif
+
+test-%: $(ENV)
+	@out=$$(OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tests/test_$*.py 2>&1); status=$$?; \
+	printf '%s\n' "$$out"; exit $$status
 
 runs: $(ENV) ## show all finished runs as one table
 	.venv/bin/python common.py
+
+compare: $(ENV) ## what SimCLR, the autoencoder and MAE know, from few labels (ARGS=--quick)
+	.venv/bin/python benchmarks/compare.py $(ARGS)
 
 bench: $(BENCH) ## measure our speed beside other packages
 	.venv-bench/bin/python benchmarks/bench_mae.py
@@ -46,4 +60,4 @@ $(BENCH): benchmarks/requirements.txt
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	@touch $@
 
-.PHONY: help test runs bench results clean $(SCRIPTS)
+.PHONY: help test runs compare bench results clean $(SCRIPTS)

@@ -82,7 +82,9 @@ class Args(common.Args):
         need(0 < self.min_scale <= 1, f"--min-scale {self.min_scale} must be above 0, 1 at most")
         need(0 <= self.strength < math.inf, f"--strength {self.strength} must be 0 or more")
         need(0 <= self.hue <= .5, f"--hue {self.hue} must be from 0 to 0.5, half a circle")
-        for name in "width", "dim", "image_size", "draws":
+        # PyTorch 2.13 on AVX2: of a 1 x 1 convolution with stride 2 of 4 channels, channels last
+        need(self.width >= 8, "--width must be 8 or more: below, some CPUs get wrong gradients")
+        for name in "dim", "image_size", "draws":
             need(getattr(self, name) > 0, f"{common.flag(name)} must be 1 or more")
         need(min(self.labels) >= 0, "--labels must be 1 or more, or 0 for all")
 

@@ -370,7 +370,7 @@ def test_a_model_learns_to_fill_in(texts, tmp_path):
     torch.manual_seed(0)
     model = bert.BERT(words.vocab, 12, 32, 2, 4)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for step in range(400):
+    for step in range(600):
         x, group = bert.grouped(args, train[torch.randint(len(train), (32,))])
         masked, target = bert.mask(x, group, words.vocab, .15)
         loss = bert.distance(model(masked), target)

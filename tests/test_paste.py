@@ -11,7 +11,7 @@ from conftest import ROOT
 SECTIONS = ["settings", "the model", "the method", "look", "main"]
 TRIALS = {   # a training step with what was pasted: it must give a finite loss and gradients
     "simclr.py": """
-        model = SimCLR(depth=10, width=4, dim=8)
+        model = SimCLR(depth=10, width=8, dim=8)
         z = model(augment(torch.rand(4, 3, 16, 16).repeat(2, 1, 1, 1)) - .5)
         loss = ntxent(z, temperature=.5) + triplet(z, margin=.5)
     """,

@@ -17,7 +17,7 @@ COMMANDS = [line.split(" #")[0].strip() for block in FENCES for line in block.re
             if line.startswith("python ")]
 QUICK = {   # added to a command, so that it takes seconds
     "mae.py": "--steps 2 --tune-steps 2 --labels 1 --draws 1 --dim 16 --heads 1 --depth 1",
-    "simclr.py": "--steps 2 --labels 1 --draws 1 --width 4 --depth 10 --image-size 12",
+    "simclr.py": "--steps 2 --labels 1 --draws 1 --width 8 --depth 10 --image-size 12",
     "autoencoder.py": "--steps 2 --labels 1 --draws 1 --width 4 --code 4 --keep 4 --image-size 12",
     "bert.py": "--steps 2 --labels 1 --draws 1 --tune-steps 2 --dim 16 --heads 2 --depth 1",
     "gpt.py": "--steps 2 --length 9 --dim 16 --heads 2 --depth 1",

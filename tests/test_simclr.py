@@ -12,7 +12,7 @@ from torch import nn
 import common
 import simclr
 
-SMALL = ("--width 4 --depth 10 --dim 8 --batch 8 --labels 1 0 --draws 1 --dtype float32 "
+SMALL = ("--width 8 --depth 10 --dim 8 --batch 8 --labels 1 0 --draws 1 --dtype float32 "
          "--device cpu").split()
 
 
@@ -346,10 +346,10 @@ def test_resnet_equals_a_functional_forward(stem, depth):
 
 def test_probes_read_h_and_leave_it_alone(tiny):
     images = common.load_images(str(tiny))
-    args = simclr.Args(width=4, depth=10, dim=8, device="cpu", dtype="float32", draws=2)
+    args = simclr.Args(width=8, depth=10, dim=8, device="cpu", dtype="float32", draws=2)
     torch.manual_seed(0)
     model = simclr.build(args, 8).eval()
-    assert model.encoder(images.normalize(images.test)).shape == (20, 32) and model(torch.rand(4, 3, 8, 8)).shape == (4, 8)
+    assert model.encoder(images.normalize(images.test)).shape == (20, 64) and model(torch.rand(4, 3, 8, 8)).shape == (4, 8)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     knows = simclr.few_shot(args, model.encoder, images, [1, 5, 0], ["class", "colour"])
     h, t = (common.encode(model.encoder, images, x) for x in (images.train, images.test))
@@ -360,7 +360,7 @@ def test_probes_read_h_and_leave_it_alone(tiny):
 
 def test_neighbours_are_those_of_a_loop(tiny, tmp_path, monkeypatch):
     images = common.load_images(str(tiny))
-    args = simclr.Args(width=4, depth=10, dim=8, device="cpu", dtype="float32", out=str(tmp_path))
+    args = simclr.Args(width=8, depth=10, dim=8, device="cpu", dtype="float32", out=str(tmp_path))
     torch.manual_seed(0)
     model, sheets = simclr.build(args, 8).eval(), []
     monkeypatch.setattr(common, "save_png", lambda path, pictures, *a, **k: sheets.append(pictures))
@@ -447,7 +447,7 @@ def test_stopped_and_resumed_ends_as_one_never_stopped(tiny, tmp_path):
     ("--strength -1", ["--strength -1.0"]),
     ("--depth 12", ["--depth", "10, 18"]),
     ("--loss simclr", ["--loss", "ntxent"]),
-    ("--width 0", ["--width must be 1 or more"]),
+    ("--width 4", ["--width must be 8 or more"]),
     ("--labels -1", ["--labels must be 1 or more, or 0 for all"]),
     ("--temprature 1", ["did you mean --temperature?"]),
 ])
@@ -493,7 +493,7 @@ def test_what_the_rows_of_the_table_probe(tiny, tmp_path, monkeypatch):
     assert isinstance(pixels, nn.Flatten)
     trained = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
     for f in blank, ours, best:
-        assert type(f) is simclr.ResNet and not f.training and f(torch.rand(2, 3, 8, 8)).shape == (2, 32)
+        assert type(f) is simclr.ResNet and not f.training and f(torch.rand(2, 3, 8, 8)).shape == (2, 64)
         same = torch.equal(f.state_dict()["layer1.0.conv1.weight"], trained["encoder.layer1.0.conv1.weight"])
         assert same == (f is ours)
     assert (blank.bn1.running_mean == 0).all() and (ours.bn1.running_mean != 0).any()
