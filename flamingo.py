@@ -710,7 +710,7 @@ def talk(rng, scenes, k):
     said = []
     for _ in range(k):
         i = rng.randrange(len(scenes.all))
-        if rng.random() < .4:
+        if rng.random() < .65:                       # only a caption says the size
             said.append((i, "caption", f"there is {common.caption(scenes.all[i])}"))
         else:
             said.append((i, "question", " ".join(common.question(rng, scenes.all[i])[1:])))
@@ -1133,14 +1133,14 @@ def main(args):
     run = common.Run(args, model, optimizer(args, model))
     if args.steps:
         visual = views(args, model, pictures)                                      # (n, N, E)
-        n, first = min(60_000, args.steps * args.batch), round(args.short * args.steps)
-        length = min(tokens.short, context)
-        short, long = ([t.to(args.device) for t in documents] for documents in (
-            interleaved(args, tokens, scenes, n, length, share=.7),
-            interleaved(args, tokens, scenes, n, context, share=.3)))
+        first, most = round(args.short * args.steps), 60_000
+        short, long = ([t.to(args.device) for t in interleaved(
+            args, tokens, scenes, min(max(1, n * args.batch), most), length, share)]
+            for n, length, share in ((first, min(tokens.short, context), .7),
+                                     (args.steps - first, context, .3)))
     for step in run:
         x, at = short if step < first else long
-        i = run.batch(torch.arange(n, device=args.device))
+        i = run.batch(torch.arange(len(x), device=args.device))
         masked, target = mask(x[i], tokens.image)
         prediction = model(masked, model.media(visual[at[i]].float()))
         loss = distance(prediction, target)
