@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from conftest import DATA, ROOT, run
 
-FENCES = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+README = (ROOT / "README.md").read_text()
+FENCES = re.findall(r"```sh\n(.*?)```", README, re.S)
 COMMANDS = [line.split(" #")[0].strip() for block in FENCES for line in block.replace("\\\n", " ").splitlines()
-            if line.startswith("python ")]
+            if line.startswith("python ")] + re.findall(r"`(python \w+\.py[^`]*)`", README)
+COMMANDS = sorted({" ".join(shlex.quote(word) for word in shlex.split(line)): line for line in COMMANDS}.values())    # each once
 QUICK = {   # added to a command, so that it takes seconds
     "mae.py": "--steps 2 --tune-steps 2 --labels 1 --draws 1 --dim 16 --heads 1 --depth 1",
     "simclr.py": "--steps 2 --labels 1 --draws 1 --width 8 --depth 10 --image-size 12",
@@ -327,6 +329,97 @@ def ablated(pattern):
                               f"torch {runs[0]['versions']['torch']}. The paper's: Flamingo-3B, overall score of its table 3.")
 
 
+def overview(_):
+    """The seven in a table: what each learns, what it shows at the end, and one figure of its plain command."""
+    over = lambda pattern, get: spread([get(r["figures"]) for r in load(pattern)])
+    accuracy = lambda who, i: lambda f: statistics.mean(f["accuracy"][who]["shape"][i])
+    kinds = load("flamingo-scenes-*.json")
+    rows = [
+        ("simclr", "two views of an image belong together, and apart from all others", "each image's nearest neighbours",
+         f"shape, linear probe, 20 labels a class: {over('simclr-shapes-*.json', accuracy('SimCLR', 2))} % (chance 10)"),
+        ("autoencoder", "rebuild an image from a code that is too small, noisy or sparse to copy it", "images rebuilt, and on the way from one to another",
+         f"the same: {over('autoencoder-shapes-*.json', accuracy('autoencoder', 2))} %"),
+        ("bert", "guess the 15 % of the words that are hidden", "gaps filled in",
+         f"{number([r['figures']['masked']['accuracy'] for r in load('bert-pydocs-*.json')], 1)} % right "
+         f"({load('bert-pydocs-*.json')[0]['figures']['frequency']['accuracy']:.1f} by frequency)"),
+        ("mae", "paint the 75 % of an image that are hidden", "images painted",
+         f"shape, tuned, 100 labels a class: {over('mae-shapes-*.json', lambda f: statistics.mean(f['accuracy']['MAE, tune all'][1]))} % "
+         f"(from scratch {over('mae-shapes-*.json', lambda f: statistics.mean(f['accuracy']['untrained ViT, tune all'][1]))})"),
+        ("gpt", "guess the next byte of a text, or the next pixel of an image", "a text, or images completed",
+         f"{number([r['figures']['bits'] for r in load('gpt-pydocs-*.json')], 2)} bits a byte (chance 8)"),
+        ("lora", "a few examples of another text, for a GPT that is there, changed a little bit", "a table of seven ways to adapt",
+         "loss on code {} → {} with {:.1f} % of the parameters".format(
+             *(number(of_base(load("lora-pydocs-*.json"), who, max(load("lora-pydocs-0.json")[0]["settings"]["k"]), "new"), 2) for who in ("the base", "lora")),
+             100 * load("lora-pydocs-0.json")[0]["figures"]["rows"]["lora"][str(max(load("lora-pydocs-0.json")[0]["settings"]["k"]))]["trained"][0]
+             / load("lora-pydocs-0.json")[0]["figures"]["parameters"])),
+        ("flamingo", "pictures among text, for a language model and an eye that are there and stay as they are", "what it says of new scenes",
+         f"{number([r['figures']['right']['caption, 1 figure']['flamingo'] for r in kinds], 1)} % of the captions of one figure right to the word"),
+    ]
+    lines = ["| | what it learns | what it shows | measured |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| [`{name}.py`]({name}.py) | {' | '.join(rest)} |" for name, *rest in rows])
+
+
+def claims(_):
+    """What the lecture says of these methods, where it is shown, and what was measured here."""
+    over = lambda pattern, get: spread([get(r["figures"]) for r in load(pattern)])
+    acc = lambda who, what, i: lambda f: statistics.mean(f["accuracy"][who][what][i])
+    mae = lambda who, i: lambda f: statistics.mean(f["accuracy"][who][i])
+    one = lambda pattern, get: f"{get(load(pattern)[0]['figures']):.1f}"
+    tuned = lambda who, k: one("bert-long.json", lambda f: statistics.mean(f["accuracy"][who][f["labels"].index(k)]))
+    lora = lambda who, k: number(of_base(load("lora-curve-*.json"), who, k, "new"), 3)
+    at = lambda k: lambda f: f["right"][f"new words, {k}"]["flamingo"]
+    cached = next(f for f in load("bench-gpt.json")[0]["figures"] if f.get("beside") == "no cache" and f["dtype"] == "float32")
+    ablation = lambda name, group: one(f"flamingo-ablation-{name}.json", lambda f: f["right"][group]["flamingo"])
+    shape, long = "accuracy of the shape, %", ("simclr-long-*.json", "autoencoder-long-*.json")
+    rows = [
+        ("Rebuilding alone teaches little: an autoencoder's code is more like a hash of the image than a summary", "python autoencoder.py --steps 3000",
+         f"20 labels a class, {shape}: {over(long[1], acc('autoencoder', 'shape', 2))} (untrained {over(long[1], acc('untrained encoder', 'shape', 2))}; "
+         f"chance 10); the colour, all labels: {over(long[1], acc('autoencoder', 'colour', 0))}", "yes"),
+        ("A lower error is not a better code", "python autoencoder.py --steps 3000",
+         "error {} at the first look, {} at the last; {}: {}, {}".format(
+             *(number([list(r["figures"]["notes"].values())[i]["error"] for r in load(long[1])], 2) for i in (0, -1)), shape,
+             *(over(long[1], lambda f: statistics.mean(list(f["notes"].values())[i]["probes"][0])) for i in (0, -1))), "yes"),
+        ("It needs a bottleneck", "python autoencoder.py --bottleneck none",
+         "20 labels a class, {}: {} without, {} with 64 numbers, {} sparse".format(
+             shape, *(one(f"autoencoder-{name}.json", acc("autoencoder", "shape", 2)) for name in ("kind-none", "shapes-0", "kind-sparse"))),
+         "not seen: none of them knows it"),
+        ("Comparing views teaches what they share", "python simclr.py --steps 2000",
+         f"20 labels a class, {shape}: {over(long[0], acc('SimCLR', 'shape', 2))}, for autoencoders {over(long[1], acc('autoencoder', 'shape', 2))}", "yes"),
+        ("The choice of the views decides what that is", "python simclr.py --strength 0.5 --hue 0.1",
+         "{}: {} with strong colour jitter, {} with weak".format(
+             shape, *(one(f"simclr-{name}.json", acc("SimCLR", "shape", 2)) for name in ("shapes-0", "kind-views"))), "yes"),
+        ("Many others at once (NT-Xent) teach more than triplets", "python simclr.py --loss triplet --margin 0.5",
+         "{}: {}, triplets {}".format(
+             shape, *(one(f"simclr-{name}.json", acc("SimCLR", "shape", 2)) for name in ("shapes-0", "kind-triplet"))), "yes, one run"),
+        ("MAE's features pay with few labels", "python mae.py",
+         f"100 a class, {shape}: {over('mae-shapes-*.json', mae('MAE, tune all', 1))} tuned, "
+         f"{over('mae-shapes-*.json', mae('untrained ViT, tune all', 1))} from scratch", "yes"),
+        ("They want fine-tuning more than a linear probe", "python mae.py; python mae.py --data fashion-mnist",
+         f"{shape}: linear {over('mae-shapes-*.json', mae('MAE, linear', 1))}, tuned {over('mae-shapes-*.json', mae('MAE, tune all', 1))}; Fashion-MNIST "
+         f"(one run): {over('mae-fashion-mnist.json', mae('MAE, linear', 3))}, {over('mae-fashion-mnist.json', mae('MAE, tune all', 3))}", "on shapes, not on Fashion-MNIST"),
+        ("Tuning the last block is nearly as good as all", "python mae.py --tune last",
+         f"{shape}: last {over('mae-last-*.json', mae('MAE, tune last', 1))}, all {over('mae-shapes-*.json', mae('MAE, tune all', 1))}", "no"),
+        ("BERT: tuning all is better than the last block, that better than a frozen [CLS]", "python bert.py --steps 10000 --dropout 0.1",
+         f"20 a class, accuracy in %: {tuned('BERT, tune all', 20)}, {tuned('BERT, tune last', 20)}, {tuned('BERT, frozen [CLS]', 20)}; at 1: "
+         f"{tuned('BERT, tune all', 1)}, {tuned('BERT, tune last', 1)}, {tuned('BERT, frozen [CLS]', 1)}", "at 5 and 20 labels, not at 1"),
+        ("A GPT is a masked autoencoder with a special mask", "make test", "the same loss and gradient, token by token", "yes, exactly"),
+        ("What was computed for earlier tokens can be kept", "make bench", f"256 tokens {cached['ratio']:.1f} times as fast, and equal", "yes"),
+        ("A few memories more in each matrix (LoRA) do as well as tuning it", "python lora.py --context 256 --base-steps 4000 --k 1 2 4 8 16 64 256",
+         f"loss from {lora('the base', 256)} to {lora('lora', 256)} with 2.9 % of the parameters, {lora('full', 256)} with all, at 256 examples; "
+         f"{lora('lora', 1)} and {lora('full', 1)} at one", "yes"),
+        ("With few examples the prompt is better than training", "python lora.py --k 1 2 4",
+         f"4 examples: {lora('prompt', 4)} in the prompt, {lora('lora', 4)} with LoRA", "no: so small a GPT learns little in context"),
+        ("Frozen parts can be joined, and learn from examples in context", load("flamingo-long.json")[0]["command"],
+         f"a new word of two, after 0, 1, 4 pictures: {one('flamingo-long.json', at(0))}, {one('flamingo-long.json', at(1))}, {one('flamingo-long.json', at(4))} %", "yes"),
+        ("It looks at the last picture alone", "python flamingo.py --attend all",
+         f"a new word after 4: {ablation('base', 'new words, 4')} %, with all pictures {ablation('all', 'new words, 4')}", "yes, one run"),
+        ("Gates that start at 0, and a frozen LM, are better", "python flamingo.py --gate-start inf; python flamingo.py --no-freeze",
+         f"a new word after 4: {ablation('base', 'new words, 4')} %, no gate {ablation('no-gate', 'new words, 4')}, not frozen {ablation('no-freeze', 'new words, 4')}", "no, one run"),
+    ]
+    lines = ["| the lecture says | shown by | measured | so? |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| {claim} | {'<br>'.join(f'`{c}`' for c in command.split('; '))} | {text} | {so} |" for claim, command, text, so in rows])
+
+
 def memory(pattern):
     """Peak memory beside the other package's."""
     (bench,) = load(pattern)
@@ -385,7 +478,7 @@ def expect(name):
 
 FIGURES = {f.__name__: f for f in (few_labels, speed, knows, while_training, flags,
                                      losses, sampled, blanks, hidden, fine_tuned, adapted, searched, directions, memory,
-                                     answered, shots, described, gates, ablated)}
+                                     answered, shots, described, gates, ablated, overview, claims)}
 
 
 def written(text):
@@ -460,6 +553,10 @@ def test_links_and_files_exist():
         assert target.startswith("http") or (ROOT / target).exists(), target
     for name in re.findall(r"`(\w+\.(?:py|txt))`", text):
         assert (ROOT / name).exists(), name
+    for line in re.findall(r"^\|.*", text, re.M):                           # the map: names stand in the file before them
+        for name, parts in re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:, (?:and )?)?)+)", line):
+            for part in re.findall(r"\w+", parts.replace("and ", "")):
+                assert re.search(rf"^ *(def|class) {part}\b", (ROOT / name).read_text(), re.M), (name, part)
     for name in re.findall(r"make (\w+)", text):
         assert re.search(rf"^({name}:|SCRIPTS =.*\b{name}\b)", (ROOT / "Makefile").read_text(), re.M), name
 
