@@ -2,24 +2,26 @@
 
 Paper    Hinton & Salakhutdinov 2006, "Reducing the Dimensionality of Data with Neural Networks".
          noise: Kingma & Welling 2013, arXiv 1312.6114. sparse: Makhzani & Frey 2013, arXiv
-         1312.5663. --corrupt: Vincent et al. 2008, "Extracting and Composing Robust Features".
+         1312.5663. --corrupt: Vincent et al. 2008, "Extracting and Composing Robust Features"
 
 Idea     Whoever can rebuild an image from a short code has kept what matters in it, one would
          think. If the code may be as large as the image, copying is enough, so something has to be
-         in short supply: dimensions, precision, active dimensions, or the decoder's strength. But
-         what costs most squared error is kept first, the colours above all, not what the image is
-         OF: the code is more like a hash of x than a conceptual summary.
+         in short supply: dimensions, precision, active dimensions, or the decoder's strength (noise
+         and weak have few dimensions, too). But what costs most squared error is kept first, the
+         colours above all, not what the image is OF: the code is more like a hash of x than a
+         conceptual summary.
 
-Loss     L = 1 / P || x - decode(squeeze(encode(x~))) ||^2  [+ price / P KL(q(code | x) || N(0, 1))]
+Loss     L = 1 / P || x - decode(squeeze(encode(x~))) ||^2
+             [+ price / P KL(q(code | x~) || N(0, 1))]
          x~ is x or, with --corrupt, x with pixels blanked; P pixel values in an image; the price
-         (the beta of a beta-VAE) is paid with --bottleneck noise, for noise at its full strength.
-         Pixels have variance 1: always guessing the mean costs 1.
+         (2 beta of a beta-VAE whose pixels have variance 1) is paid with --bottleneck noise, for
+         noise at its full strength. Always guessing the mean costs about 1.
 
 Flow     images (B, 3, S, S)
          A. mask      hide nothing, or blank some pixels      -> masked (B, 3, S, S), target = x
          B. predict   encode   three strided convolutions     -> (B, 4 width, S / 8, S / 8)
                                linear                         -> code (B, code)
-                      squeeze  the bottleneck                 -> code (B, code)
+                      squeeze  add noise, or zero most of it  -> code (B, code)
                       decode   linear, three convolutions up  -> (B, 3, S, S)
          C. compare   squared error on every pixel
 
@@ -49,7 +51,7 @@ import common
 
 @dataclass
 class Args(common.Args):
-    """Settings of autoencoder.py: sized for a GPU, and under `cpu` what two cores do quickly."""
+    """Settings of autoencoder.py: for a GPU, and under `cpu` smaller ones for two cores."""
     steps: int = 4000               # training steps
     batch: int = 256                # images a step
     lr: float = 1e-3                # peak learning rate
@@ -57,7 +59,7 @@ class Args(common.Args):
     bottleneck: Literal["none", "narrow", "noise", "sparse", "weak"] = "narrow"  # what is short
     code: int = 64                  # dimensions of the code for narrow, noise and weak
     keep: int = 64                  # dimensions that sparse keeps, of as many as pixel values
-    noise: float = 1.0              # times the noise that a variational autoencoder adds, for noise
+    noise: float = 1.0              # scale of the code's noise with noise; 1: as in a VAE
     price: float = 0.1              # of a nat in squared error, summed over the image, for noise
     corrupt: float = 0.0            # share of the pixels blanked in the input (denoising)
     image_size: int = 32            # side in pixels of drawn shapes, and of a folder's pictures
@@ -126,7 +128,8 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Image -> code -> image, with something in short supply, so that copying is impossible."""
+    """Image -> code -> image, with something in short supply, unless bottleneck is none: else a
+    copy would do."""
 
     def __init__(self, size, width, code, bottleneck="narrow", keep=64, noise=1.):
         super().__init__()
@@ -143,7 +146,7 @@ class Autoencoder(nn.Module):
             self.log_var = nn.Linear(self.encoder.length, code)
 
     def forward(self, x):
-        """(B, 3, S, S) -> the same rebuilt, and the nats of each code (0 without noise)."""
+        """B. (B, 3, S, S) -> the same rebuilt, and the nats of each code (B,); 0. without noise."""
         features, nats = self.encoder.features(x), 0.
         code = self.encoder.head(features)
         if self.bottleneck == "noise":   # a code that is blurred can only tell what is worth it
@@ -165,8 +168,8 @@ class Autoencoder(nn.Module):
 
 
 def mask(x, corrupt=0.):
-    """A. Images (B, 3, S, S) -> what the model may see, and what it owes: all of x either way.
-    corrupt blanks that share of the pixels, to 0, which is the mean."""
+    """A. Images (B, 3, S, S) -> what the model may see, and what it owes, all of x either way: two
+    (B, 3, S, S). corrupt blanks that share of the pixels, to 0, which is the mean."""
     if not corrupt:
         return x, x
     return x.masked_fill(torch.rand_like(x[:, :1]) < corrupt, 0.), x
@@ -185,7 +188,8 @@ def kl(mean, log_var):
 
 
 def distance(prediction, target, nats=0., price=0.):
-    """C. Mean squared error of every pixel value and, for a noisy code, the price of its nats."""
+    """C. Mean squared error of all pixel values of (B, 3, S, S) and, for a noisy code, the price of
+    its nats (B,): a number."""
     price = price * torch.as_tensor(nats).mean() / target[0].numel()
     return F.mse_loss(prediction.float(), target) + price
 
@@ -210,10 +214,10 @@ def build(args, size):
 
 
 def few_shot(args, f, images, labels, others=()):
-    """The lecture's recipe: freeze f, fit a linear head on k labels a class, for each k of labels.
+    """Freezes f, and fits a linear head on k labels a class (0: all), for each k of labels.
 
     f maps normalised images (B, 3, S, S) to features (B, C). Returns accuracies in % on the test
-    images: {attribute: a list per k, of one for each draw}, and of others with all labels alone.
+    images: {attribute: a list per k, of one for each draw}; of `others` with all labels only.
     """
     with common.autocast(args):                  # encode is under no_grad: the encoder is frozen
         train, test = (common.encode(f, images, x) for x in (images.train, images.test))
@@ -231,7 +235,8 @@ def few_shot(args, f, images, labels, others=()):
 
 def supervised(args, images, steps):
     """The same encoder, trained on the class of ALL training images without augmentation, to be
-    probed like the others: what do features know that were made to answer this very question?"""
+    probed like the others: what do features know that were made to answer this very question?
+    Returns the encoder."""
     print("Now the same encoder, supervised, for as many steps ...", flush=True)
     what = next(iter(images.names))
     f, y = build(args, images.size).encoder, images.train_labels[what]
@@ -243,11 +248,13 @@ def supervised(args, images, steps):
 @torch.no_grad()
 def rebuild(args, model, images):
     """Mean squared error on all pixels of the test images, from inputs corrupted as in training,
-    without noise in the code."""
+    without noise in the code; the same pixels are blanked at each look."""
     error = 0.
-    for part in images.test.split(500):
-        masked, target = mask(images.normalize(part), args.corrupt)
-        error += distance(model(masked)[0], target).item() * len(part) / len(images.test)
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        for part in images.test.split(500):
+            masked, target = mask(images.normalize(part), args.corrupt)
+            error += distance(model(masked)[0], target).item() * len(part) / len(images.test)
     return error
 
 

@@ -927,7 +927,7 @@ def schedule(step, steps, warmup):
 
 
 def adamw(parameters, lr, weight_decay, betas=(.9, .95)):
-    """Fused AdamW over the trainable tensors; vectors (biases, norms) do not decay."""
+    """Fused AdamW over the trainable tensors; vectors (biases, norms, gates) do not decay."""
     parameters = [p for p in parameters if p.requires_grad]
     groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
               dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.)]
@@ -1291,7 +1291,7 @@ def finetune(f, images, x, labels, test_labels, args, steps, lr, batch=64, seed=
     dim = encode(f.eval(), images, x[:1]).shape[1]
     head = nn.Linear(dim, int(labels.max()) + 1)
     nn.init.zeros_(head.weight)                  # at first all classes are equally likely
-    norm = nn.BatchNorm1d(dim, affine=False)     # as in MAE, A.1: features differ widely in scale
+    norm = nn.BatchNorm1d(dim, affine=False)     # as in MAE, A.1, for probes: scales differ widely
     model = nn.Sequential(f, norm, head).to(x.device).train()
     optimizer = adamw(model.parameters(), lr, weight_decay=.05)
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""Masked autoencoder (MAE): hide 75 % of an image's patches, encode the rest, paint the hidden.
+"""Masked autoencoder (MAE): hide 75 % of an image's patches, encode the others, paint the hidden.
 
 Paper    He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377
 
@@ -8,8 +8,9 @@ Idea     An autoencoder that sees all it has to rebuild can copy. So hide most o
          decoder paints the hidden patches and is thrown away after training.
 
 Loss     L = 1 / (|M| P) sum_{i in M} || x_i - decode(encode(x_V), M)_i ||^2
-         over the hidden patches M only, from the visible ones V; P pixel values in a patch.
-         Pixels have mean 0 and variance 1, so that always guessing the mean costs about 1.
+         over the hidden patches M only, from the visible ones V; P pixel values in a patch
+         (with --norm-pix each x_i has its own mean and variance taken out). Pixels have mean 0 and
+         variance 1: always guessing the mean costs about 1.
 
 Flow     images (B, 3, S, S)
          A. mask      patchify, hide      -> visible (B, n, P), their places, hidden (B, N - n, P)
@@ -22,8 +23,10 @@ Run      python mae.py --mask-ratio 0.75
 Expect   the shape, from 100 labels a class: 28.6 ± 3.6 % fine-tuned, 12.3 ± 1.2 % from scratch,
          chance 10 % (3 seeds; 145 s of training on AMD EPYC, 2 cores, torch 2.13.0+cpu)
 Differs  Small images, so small patches (4 px of 32); features are the mean of the patch tokens, for
-         the linear probe too (the paper's reads cls); fine-tuning without augmentation, layer decay
-         or drop path; pixels predicted as they are unless --norm-pix says otherwise.
+         the linear probe, too (the paper's reads cls), which is fitted by L-BFGS; no augmentation,
+         in pre-training (the paper crops and mirrors) or fine-tuning, no layer decay or drop path;
+         a BatchNorm before the new head in fine-tuning, too; pixels predicted as they are unless
+         --norm-pix says otherwise.
 
 Try      --mask-ratio 0.25, 0.5, 0.9: which error is lowest, and which features are best?
          --tune linear, last, all: how much of the encoder has to move before it is good?
@@ -45,10 +48,10 @@ import common
 
 @dataclass
 class Args(common.Args):
-    """Settings of mae.py: sized for a GPU, and under `cpu` what two cores do in three minutes."""
+    """Settings of mae.py: for a GPU, and under `cpu` smaller ones for two cores."""
     steps: int = 4000               # training steps
     batch: int = 512                # images a step
-    lr: float = 1e-3                # peak learning rate (MAE, table 8: 1.5e-4 per 256 images)
+    lr: float = 1e-3                # peak learning rate (MAE, table 8: a third of this)
     weight_decay: float = 0.05      # AdamW's decay, on matrices only (MAE, table 8)
     mask_ratio: float = 0.75        # share of the patches hidden from the encoder (MAE, fig. 5)
     norm_pix: bool = False          # predict each patch with its own mean and variance taken out
@@ -61,7 +64,7 @@ class Args(common.Args):
     decoder_depth: int = 4          # blocks of the decoder
     decoder_heads: int = 3          # attention heads of the decoder
     tune: Literal["linear", "last", "all"] = "all"  # what a few labels train: head, last block, all
-    labels: tuple[int, ...] = (1, 5, 20, 100)        # labelled images a class that it gets for this
+    labels: tuple[int, ...] = (1, 5, 20, 100)        # labelled images a class for each fine-tuning
     tune_steps: int = 1000          # steps of each fine-tuning
     tune_lr: float = 1e-3           # its peak learning rate
     draws: int = 1                  # repeats with other labelled images, for mean and spread
@@ -193,7 +196,7 @@ class MAE(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, masked):
-        """(visible (B, n, P), order (B, N)) -> the hidden patches as guessed, (B, N - n, P)."""
+        """B. (visible (B, n, P), order (B, N)) -> the hidden patches as guessed, (B, N - n, P)."""
         visible, order = masked
         n = visible.shape[1]
         latent = self.encoder(visible, order[:, :n])                 # (B, 1 + n, C)
@@ -201,17 +204,19 @@ class MAE(nn.Module):
         return self.decode(tokens, order[:, n:])
 
     def fill(self, latent, order):
-        """The visible tokens go back to their places, the mask token to all others."""
+        """cls and the visible tokens (B, 1 + n, C') -> all (B, 1 + N, C') in their places, the mask
+        token where nothing was seen. order (B, N)."""
         cls, seen = latent.tensor_split([1], 1)
         blank = self.mask_token.to(seen.dtype).expand(len(seen), order.shape[1] - seen.shape[1], -1)
         return torch.cat([cls, restore(torch.cat([seen, blank], 1), order)], 1)
 
-    def decode(self, tokens, hidden):
-        """(B, 1 + N, decoder_dim) -> pixels of the hidden patches only: nothing else is owed."""
+    def decode(self, tokens, places):
+        """(B, 1 + N, C') -> pixels of the patches at the places (B, N - n) that were hidden only,
+        (B, N - n, P): nothing else is owed."""
         x = tokens + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(take(x, 1 + hidden)))    # cls is token 0
+        return self.decoder_pred(self.decoder_norm(take(x, 1 + places)))    # cls is token 0
 
 
 # ------------------------------------------------------------------------------------ the method
@@ -243,19 +248,21 @@ def hide(patches, ratio):
 
 
 def restore(tokens, order):
-    """Undoes the shuffle: (B, N, C) -> the same tokens in their places. restore(hide(x)) = x."""
+    """Undoes the shuffle: (B, N, C) -> the same tokens in their places. Of all that hide() parted,
+    restore(torch.cat([visible, hidden], 1), order) gives the patches back."""
     places = order[:, :, None].expand_as(tokens)
     return torch.empty_like(tokens).scatter_(1, places, tokens)
 
 
 def standardize(patches):
-    """Each patch with its own mean and variance taken out (--norm-pix; MAE, sec. 4.1)."""
+    """Patches (B, n, P), without the mean and variance of each (--norm-pix; MAE, sec. 4.1)."""
     mean, var = patches.mean(2, keepdim=True), patches.var(2, keepdim=True)
     return (patches - mean) / (var + 1e-6).sqrt()
 
 
 def mask(x, patch, ratio, norm_pix=False):
-    """A. Images (B, 3, S, S) -> what the model may see, and what it owes."""
+    """A. Images (B, 3, S, S) -> what the model may see, (visible (B, n, P), order (B, N)), and what
+    it owes, (B, N - n, P)."""
     visible, hidden, order = hide(patchify(x, patch), ratio)
     return (visible, order), standardize(hidden) if norm_pix else hidden
 
@@ -341,7 +348,7 @@ def evaluate(args, model, images):
         rows[f"{who}, linear"] = [
             [common.probe(train, labels[:POOL], test, test_labels, k, draw) for draw in draws]
             for k in args.labels]
-    for name, y in images.train_labels.items():
+    for name, y in images.train_labels.items():      # of the last of these, MAE's
         test_y = images.test_labels[name]
         knows[name] = common.probe(train, y[:POOL], test, test_y, max(args.labels))
     fits = [(who, f, i, draw) for who, f in (("untrained ViT", blank), ("MAE", trained))

@@ -11,9 +11,10 @@ Idea     Nothing is rebuilt, so features need only what tells images apart. What
 
 Loss     L = mean over all 2 N views i of
              -log ( exp(cos(z_i, z_j) / t) / sum_{k != i} exp(cos(z_i, z_k) / t) ),
-         j the partner of i: a cross-entropy with 2 N - 1 classes, at chance ln(2 N - 1).
+         j the partner of i, k any view but i: a cross-entropy with 2 N - 1 classes, at chance
+         ln(2 N - 1).
          --loss triplet, which came first: mean of max(0, |z_i - z_j|^2 - |z_i - z_k|^2 + margin),
-         z on the unit sphere.
+         k any view of another image, z on the unit sphere.
 
 Flow     images (N, 3, S, S) in [0, 1], each twice
          t(x)  augment  crop and mirror, jitter colours, drop colours -> views (2 N, 3, S, S)
@@ -25,10 +26,11 @@ Run      python simclr.py --temperature 0.2
 Expect   a linear probe on h reads the shape, from 20 labels a class, at 64.8 ± 2.7 % (raw pixels
          11.7 ± 0.0 %, chance 10 %), and the colour, from all labels, at 37.6 ± 4.3 % (3
          seeds; 63 s of training on AMD EPYC, 2 cores, torch 2.13.0+cpu)
-Differs  AdamW instead of LARS; BatchNorm after the first layer of g alone; a crop that would be
-         wider than the image is cut, not drawn again; the triplet loss averages all triplets, where
-         FaceNet picks hard ones. Views and temperature suit the shapes; the paper's for CIFAR-10
-         are --min-scale 0.08 --strength 0.5 --hue 0.1 --temperature 0.5.
+Differs  A ResNet-18, on a CPU -10, instead of -50; AdamW instead of LARS; BatchNorm after the first
+         layer of g alone; a crop that would be wider than the image is cut, not drawn again; the
+         triplet loss averages all triplets, where FaceNet picks hard ones. Views and temperature
+         suit the shapes; the paper's for CIFAR-10 are --min-scale 0.08 --strength 0.5 --hue 0.1
+         --temperature 0.5.
 
 Try      --strength 0 --hue 0: what does it know now, and what does it no longer know?
          --temperature 0.05, 0.2, 1: which loss is nearest to chance, and which features are best?
@@ -49,11 +51,11 @@ import common
 
 @dataclass
 class Args(common.Args):
-    """Settings of simclr.py: for a GPU, and under `cpu` what two cores do in three minutes."""
+    """Settings of simclr.py: for a GPU, and under `cpu` smaller ones for two cores."""
     steps: int = 2000               # training steps
     batch: int = 512                # images a step, two views of each
     lr: float = 4e-3                # peak learning rate of AdamW
-    warmup: float = 0.25            # share of the steps in which it rises; short: some seeds fail
+    warmup: float = 0.25            # share of the steps in which it rises; some seeds need this
     weight_decay: float = 0.05      # AdamW's decay, on matrices only
     clip: float = 0.0               # longest gradient; 0: never shortened (at 1 it learned less)
     loss: Literal["ntxent", "triplet"] = "ntxent"   # N-way cross-entropy, or triplets with a margin
@@ -82,7 +84,7 @@ class Args(common.Args):
         need(0 < self.min_scale <= 1, f"--min-scale {self.min_scale} must be above 0, 1 at most")
         need(0 <= self.strength < math.inf, f"--strength {self.strength} must be 0 or more")
         need(0 <= self.hue <= .5, f"--hue {self.hue} must be from 0 to 0.5, half a circle")
-        # PyTorch 2.13 on AVX2: of a 1 x 1 convolution with stride 2 of 4 channels, channels last
+        # PyTorch 2.13 on AVX2: those of a 1 x 1 convolution with stride 2, channels_last
         need(self.width >= 8, "--width must be 8 or more: below, some CPUs get wrong gradients")
         for name in "dim", "image_size", "draws":
             need(getattr(self, name) > 0, f"{common.flag(name)} must be 1 or more")
@@ -169,7 +171,8 @@ def crop(x, centre, size, mirror):
     """A box of each image, scaled to S x S and mirrored where asked, in one resampling.
 
     centre, size (B, 2): x and y in shares of the side; mirror (B,) bool. Bilinear, as torchvision's
-    RandomResizedCrop on tensors, but that the box needs no whole pixels, and its rim sees past it.
+    RandomResizedCrop on tensors, except that the box need not fall on whole pixels, and that pixels
+    just outside of it count at its rim.
     """
     S = x.shape[-1]
     at = (torch.arange(S, device=x.device) + .5) / S - .5            # the pixels' places in the box
@@ -207,7 +210,8 @@ def jitter(x, factors, order):
         i = (which == 3).nonzero()[:, 0]
         turned = turn_hue(x[i], factors[i, 3])
         kind, light = which.view(-1, 1, 1, 1), grey(x)
-        # the first three are one formula: away from black, from the mean grey, from one's own grey
+        # the first three are one formula: away from black, from the mean grey, from one's own grey;
+        # where it is the hue's turn that gives nothing of use, and the last line replaces it
         origin = torch.where(kind == 1, light.mean((2, 3), keepdim=True), light * (kind == 2))
         x = torch.lerp(origin, x, factors.gather(1, which[:, None])[..., None, None]).clamp_(0, 1)
         x[i] = turned
@@ -228,9 +232,10 @@ def blur(x, sigma):
 def augment(x, min_scale=.08, strength=1., hue=.2, blurred=False):
     """t(x), a random view of each image: x (B, 3, S, S) in [0, 1] -> the same (SimCLR, app. A).
 
-    min_scale: least share of the image in a crop; strength: of the jitter in brightness, contrast
-    and saturation; hue: largest turn of it, in circles; blurred: half of the views, too. Half are
-    mirrored. A view of another kind is one more line here, with random numbers for each image.
+    min_scale: least share of the image in a crop (before one that would be wider than the image is
+    cut); strength: of the jitter in brightness, contrast and saturation; hue: largest turn of it,
+    in circles; blurred: half of the views, too. Half are mirrored. A view of another kind is one
+    more line here, with random numbers for each image.
     """
     B, u = len(x), torch.rand(12, len(x), device=x.device)
     between = lambda share, low, high: low + (high - low) * share
@@ -294,7 +299,8 @@ def build(args, size):
 @torch.no_grad()
 def look(args, model, images):
     """Writes neighbours.png: test images, and the five that are nearest to each under h, beside the
-    five nearest in raw pixels. Returns the share of neighbours of one's own class, for either."""
+    five nearest in raw pixels, among the first 2,000. Returns for either the share, in %, of
+    neighbours of one's own class."""
     x, labels = images.test[:2000], images.test_labels[next(iter(images.names))][:2000]
     groups, same = [], []
     for f in model.encoder, nn.Flatten():
@@ -309,10 +315,10 @@ def look(args, model, images):
 
 
 def few_shot(args, f, images, labels, others=()):
-    """The lecture's recipe: freeze f, fit a linear head on k labels a class, for each k of labels.
+    """Freezes f, and fits a linear head on k labels a class (0: all), for each k of labels.
 
     f maps normalised images (B, 3, S, S) to features (B, C). Returns accuracies in % on the test
-    images: {attribute: a list per k, of one for each draw}, and of others with all labels alone.
+    images: {attribute: a list per k, of one for each draw}; of `others` with all labels only.
     """
     with common.autocast(args):                  # encode is under no_grad: the encoder is frozen
         train, test = (common.encode(f, images, x) for x in (images.train, images.test))
@@ -330,7 +336,8 @@ def few_shot(args, f, images, labels, others=()):
 
 def supervised(args, images, steps):
     """The same encoder, trained on the class of ALL training images without augmentation, to be
-    probed like the others: what do features know that were made to answer this very question?"""
+    probed like the others: what do features know that were made to answer this very question?
+    Returns the encoder."""
     print("Now the same encoder, supervised, for as many steps ...", flush=True)
     what = next(iter(images.names))
     f, y = build(args, images.size).encoder, images.train_labels[what]
