@@ -180,6 +180,7 @@ def draw(labels, seeds, chance, most):
             parts.append(f'<path class="g" d="M{left + panel * (wide + gap)} {y(value):.1f}h{wide}"/>')
         parts.append(f'<path class="g" stroke-dasharray="2 3" '
                      f'd="M{left + panel * (wide + gap)} {y(chance):.1f}h{wide}"/>')
+        text(left + panel * (wide + gap) + wide, y(chance) - 3, "chance", "end")
         for i in order:
             text(x(i, panel), top + high + 18, counts[i] if labels[i] else "all")
         text(left + panel * (wide + gap) + wide / 2, top + high + 36, "labelled images a class")
@@ -196,7 +197,7 @@ def draw(labels, seeds, chance, most):
         for words, dash in (method, ""), (f"random {kind}", ' stroke-dasharray="5 4"'):
             parts.append(f'<path class="c{m}" stroke-width="2"{dash} d="M{at} 350h22"/>')
             text(at + 27, 354, words, "start")
-            at += 40 + 6.4 * len(words)
+            at += 46 + 6.6 * len(words)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

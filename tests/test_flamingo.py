@@ -580,6 +580,19 @@ def test_ask_mixes_no_queries():
             assert said == tokens.decode(alone)
 
 
+def test_two_thirds_of_what_is_said_are_captions():
+    """They alone tell the size; and what is said of a scene is so."""
+    rng, scenes = random.Random(0), flamingo.Scenes(0, 600, common.SEEN)
+    said = flamingo.talk(rng, scenes, 4000)
+    captions = [(i, text) for i, how, text in said if how == "caption"]
+    assert .62 < len(captions) / 4000 < .68
+    assert all(text == f"there is {common.caption(scenes.all[i])}" for i, text in captions)
+    asked = [(i, text) for i, how, text in said if how == "question"]
+    assert len(asked) == 4000 - len(captions) and not any(word in text for _, text in asked for word in ("small", "large"))
+    abouts = [sum(f"what {about}" in text for _, text in asked) for about in ("colour", "shape")]
+    assert min(abouts) > 300
+
+
 def test_exact_answers_are_counted(monkeypatch):
     """The figures of the table, from answers that are given by hand."""
     args = flamingo.Args(device="cpu", tests=40, shots=(0, 1, 2))
