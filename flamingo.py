@@ -24,10 +24,10 @@ Flow     tokens x (B, 1 + T) with <image> marks, pictures (B, M, 3, S, S)
          sample       the text's keys and values are cached as in gpt.py, the pictures' once
 
 Run      python flamingo.py
-Expect   of held-out scenes 97.5, 2.2 and 0.0 % of the captions of 1, 2 and 3 figures are right to
-         the word; of single figures of unseen kinds 98.3 % of the colours and 96.3 % of
-         the shapes (chance 12.5) (1 seed; 265 s of training the join on AMD EPYC, 2 cores,
-         torch 2.13.0+cpu)
+Expect   of held-out scenes 98.0 ± 1.8, 1.4 ± 1.2 and 0.0 ± 0.0 % of the captions of 1, 2 and 3
+         figures are right to the word; of single figures of unseen kinds 99.2 ± 0.8 % of
+         the colours and 95.9 ± 0.4 % of the shapes (chance 12.5) (3 seeds; 260 s of
+         training the join on AMD EPYC, 2 cores, torch 2.13.0+cpu)
 Differs  A world of eight shapes in eight colours, a language of 60 words. The LM learns from text
          in which words stand in the place of pictures, so that it binds new words before it has
          eyes: from short documents at first; later with <image> marks, some with no words beside

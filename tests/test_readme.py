@@ -412,9 +412,9 @@ def claims(_):
         ("Frozen parts can be joined, and learn from examples in context", load("flamingo-long.json")[0]["command"],
          f"a new word of two, after 0, 1, 4 pictures: {one('flamingo-long.json', at(0))}, {one('flamingo-long.json', at(1))}, {one('flamingo-long.json', at(4))} %", "yes"),
         ("It looks at the last picture alone", "python flamingo.py --attend all",
-         f"a new word after 4: {ablation('scenes-0', 'new words, 4')} %, with all pictures {ablation('ablation-all', 'new words, 4')}", "yes, one run"),
+         f"a new word after 4: {ablation('scenes-0', 'new words, 4')} %, with all pictures {ablation('ablation-all', 'new words, 4')}; captions of one figure {ablation('scenes-0', 'caption, 1 figure')}, {ablation('ablation-all', 'caption, 1 figure')}", "yes, one run"),
         ("It begins as the language model it was: gates that start at 0", "python flamingo.py --gate-start inf",
-         f"a new word after 4: {ablation('scenes-0', 'new words, 4')} %, without gates {ablation('ablation-no-gate', 'new words, 4')}", "yes, one run"),
+         f"a new word after 4: {ablation('scenes-0', 'new words, 4')} %, without gates {ablation('ablation-no-gate', 'new words, 4')}", "open: one run each, and seeds differ by as much"),
         ("The language model stays frozen", "python flamingo.py --no-freeze",
          f"a new word after 4: {ablation('scenes-0', 'new words, 4')} %, if it is trained, too, {ablation('ablation-no-freeze', 'new words, 4')}", "no, one run"),
     ]
