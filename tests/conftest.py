@@ -1,6 +1,9 @@
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +21,33 @@ def command(*flags, script="mae.py"):
     return [sys.executable, str(ROOT / script), *map(str, flags)]
 
 
-def run(*flags, script="mae.py", **how):
+# Importing torch takes seconds, and there are hundreds of runs: a server that has it forks for each.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "numpy", "tqdm"])
+
+
+def forked(script, flags, folder):
+    """What `python script flags` does, in a process of its own, with its output in files."""
+    for name, stream in ("stdout", sys.stdout), ("stderr", sys.stderr):
+        stream.flush()
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), stream.fileno())
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(ROOT)
+    sys.argv = [str(ROOT / script), *flags]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def run(*flags, script="mae.py", timeout=300):
     """The finished process of a script, with what it printed as text."""
-    how = dict(capture_output=True, text=True, timeout=300, cwd=ROOT, stdin=subprocess.DEVNULL) | how
-    return subprocess.run(command(*flags, script=script), **how)
+    with tempfile.TemporaryDirectory() as folder:
+        process = SERVER.Process(target=forked, args=(script, list(map(str, flags)), folder))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{script} {' '.join(map(str, flags))}: not done after {timeout} s")
+        out, err = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
+        return subprocess.CompletedProcess(command(*flags, script=script), process.exitcode, out, err)
 
 
 def refused(process, status, *words, script="mae.py"):

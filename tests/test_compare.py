@@ -1,10 +1,10 @@
 """benchmarks/compare.py: the lecture's comparison."""
 import json
-import subprocess
 import sys
 from xml.etree import ElementTree
 
 import numpy as np
+import conftest
 import pytest
 import torch
 from conftest import ROOT
@@ -17,8 +17,7 @@ import compare  # noqa: E402
 
 
 def run(*flags):
-    return subprocess.run([sys.executable, str(ROOT / "benchmarks/compare.py"), *map(str, flags)],
-                          capture_output=True, text=True, timeout=300, cwd=ROOT, stdin=subprocess.DEVNULL)
+    return conftest.run(*flags, script="benchmarks/compare.py")
 
 
 def test_the_whole_comparison(tiny, tmp_path):
