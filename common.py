@@ -538,7 +538,8 @@ def load_images(name, data_dir="data", size=32, device="cpu"):
     `shapes` is drawn at `size` pixels. `fashion-mnist`, `mnist` and `cifar10` are read from
     data_dir, and fetched there first if they are missing. `x.npz` holds x_train, y_train, x_test,
     y_test, with images (n, S, S) or (n, S, S, 3) uint8. A folder holds one folder of pictures per
-    class, or train/ and test/ of that form; without these, every fifth picture is for the test.
+    class, or train/ and test/ of that form; without these, every fifth picture is for the test. Both
+    are shuffled, always in the same way.
     Raises UserError for anything that is missing, broken or of another form.
     """
     if name == "shapes":
@@ -578,6 +579,10 @@ def load_images(name, data_dir="data", size=32, device="cpu"):
             return x[:, None].expand(-1, 3, -1, -1)       # grey is stored once and seen three times
         return x.permute(0, 3, 1, 2).contiguous()
 
+    if name not in IMAGE_SETS:                     # often sorted by class, and the first few thousand
+        rng = np.random.default_rng(0)             # are to be like all
+        a, b = rng.permutation(len(x_train)), rng.permutation(len(x_test))
+        x_train, y_train, x_test, y_test = x_train[a], y_train[a], x_test[b], y_test[b]
     labels = [{"class": torch.from_numpy(y.astype(np.int64)).to(device)} for y in (y_train, y_test)]
     return Images(images(x_train), images(x_test), *labels, {"class": [str(c) for c in classes]})
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import autoencoder, common, mae, simclr                                        # noqa: E402
 
-# script: its module, what its encoder is, its name in tables, steps on a CPU, of about equal time
+# script: its module, what its encoder is, its name in tables, steps on a CPU: minutes for each
 METHODS = {"simclr": (simclr, "ResNet", "SimCLR", 2000),
            "autoencoder": (autoencoder, "encoder", "autoencoder", 3000),
            "mae": (mae, "ViT", "MAE", 4000)}
@@ -45,14 +45,16 @@ def options(argv=None):
     parser.add_argument("--tune-steps", type=int, default=200, metavar="N",
                         help="steps of a fine-tuning; five times as many with all labels [200]")
     parser.add_argument("--quick", action="store_true",
-                        help="--data shapes --seeds 1 --labels 1 20 0 --steps 100 --tune-steps 50")
+                        help="--data shapes --seeds 1 --labels 1 20 0 --steps 100 --tune-steps 50 "
+                        "--out runs/compare-quick")
     parser.add_argument("--out", default="runs/compare", metavar="NAME", help="[runs/compare]")
     parser.add_argument("--data-dir", default="data", metavar="NAME", help="as in the scripts")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     if args.quick:
         args = parser.parse_args(["--data", "shapes", "--seeds", "1", "--labels", "1", "20", "0",
-                                  "--steps", "100", "--tune-steps", "50", *(argv or sys.argv[1:])])
+                                  "--steps", "100", "--tune-steps", "50", "--out", "runs/compare-quick",
+                                  *(sys.argv[1:] if argv is None else argv)])
     for name in "seeds", "steps", "tune_steps":
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -72,9 +74,11 @@ def pretrain(args, name, data, seed):
     flags += ["--steps", steps] * bool(steps) + ["--tune", "linear"] * (module is mae)
     if (out / "checkpoint.pt").exists():
         state = common.read_checkpoint(out, f"{name}.py")
-        common.require(not steps or state["args"]["steps"] == steps, f"{out} is a run of "
-                       f"{state['args']['steps']} steps, not of {steps}: choose another --out")
-        if (out / "result.json").exists():
+        how = state["args"]
+        common.require((how["data"], how["seed"], how["steps"]) == (data, seed, steps or how["steps"]),
+                       f"{out} is a run of {how['steps']} steps on {how['data']} with seed "
+                       f"{how['seed']}: choose another --out")
+        if (out / "result.json").exists() and state["step"] == how["steps"]:
             return out
         flags.append("--resume")
     print(f"\n{name}.py on {data}, seed {seed}", flush=True)
@@ -99,7 +103,7 @@ def encoders(args, name, out, images, seed):
         if trained:
             model.load_state_dict(state["model"])
         f = mae.Features(model.encoder, how.patch) if module is mae else model.encoder
-        pair.append(f.requires_grad_(True))
+        pair.append(f)
     return how, pair
 
 
@@ -205,6 +209,7 @@ def compare(args, data):
     """One data set, all seeds: prints the tables, writes the figures and the curves."""
     images, seeds = common.load_images(data, args.data_dir, device=args.device), []
     what = next(iter(images.names))
+    common.few(images.train_labels[what], max(args.labels))                          # too many? now
     for seed in range(args.seeds):
         path = Path(args.out) / f"compare-{Path(data).stem}-{seed}.json"
         about = dict(data=data, seed=seed, labels=args.labels, steps=args.steps,
@@ -214,11 +219,16 @@ def compare(args, data):
         if not path.exists():
             began = time.time()
             found = measure(args, images, data, seed)
-            result = dict(command=f"make compare ARGS='--data {data} --seeds {args.seeds}'",
+            steps = f" --steps {args.steps}" if args.steps else ""
+            result = dict(command=f"python benchmarks/compare.py --data {data} --seeds {seed + 1} "
+                          f"--labels {common.words(tuple(args.labels))}{steps} "
+                          f"--tune-steps {args.tune_steps}",
                           figures=found, machine=common.machine(), threads=torch.get_num_threads(),
                           seconds=round(time.time() - began, 1), settings=about,
                           versions=dict(python=platform.python_version(), torch=torch.__version__))
-            path.write_text(json.dumps(result, indent=1) + "\n")
+            part = path.with_suffix(".part")                  # whole, or not there
+            part.write_text(json.dumps(result, indent=1) + "\n")
+            part.replace(path)
         seeds.append(json.loads(path.read_text())["figures"])
     print(f"\n{data}: accuracy in %, {len(images.test):,} new images"
           + f", mean ± spread of {len(seeds)} seeds" * (len(seeds) > 1))
@@ -236,7 +246,7 @@ def main():
         common.folder(args.out)
         for data in args.data:
             compare(args, data)
-    except common.UserError as error:
+    except (common.UserError, OSError) as error:
         sys.exit(f"compare.py: {error}")
     except KeyboardInterrupt:
         sys.exit("\ncompare.py: stopped; the same command goes on from there")

@@ -1,3 +1,4 @@
+import dataclasses
 import multiprocessing
 import os
 import runpy
@@ -26,21 +27,27 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "numpy", "tqdm"])
 
 
-def forked(script, flags, folder):
-    """What `python script flags` does, in a process of its own, with its output in files."""
+def forked(script, flags, folder, most):
+    """What `python script flags` does, in a process of its own, with its output in files; of images only the first few,
+    if `most` says how many."""
     for name, stream in ("stdout", sys.stdout), ("stderr", sys.stderr):
         stream.flush()
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(ROOT)
     sys.argv = [str(ROOT / script), *flags]
+    if most:
+        import common
+        load, cut = common.load_images, lambda labels: {name: y[:most] for name, y in labels.items()}
+        common.load_images = lambda *a, **k: (lambda x: dataclasses.replace(
+            x, train=x.train[:most], test=x.test[:most], train_labels=cut(x.train_labels), test_labels=cut(x.test_labels)))(load(*a, **k))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def run(*flags, script="mae.py", timeout=300):
-    """The finished process of a script, with what it printed as text."""
+def run(*flags, script="mae.py", timeout=300, most=None):
+    """The finished process of a script, with what it printed as text. most: as in forked."""
     with tempfile.TemporaryDirectory() as folder:
-        process = SERVER.Process(target=forked, args=(script, list(map(str, flags)), folder))
+        process = SERVER.Process(target=forked, args=(script, list(map(str, flags)), folder, most))
         process.start()
         process.join(timeout)
         if process.is_alive():

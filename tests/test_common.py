@@ -186,6 +186,18 @@ def test_no_such_data():
         common.load_images("nowhere")
 
 
+def test_own_images_are_shuffled_with_their_labels(tmp_path):
+    """In the same way each time: sorted by class, the first of them would be of one class."""
+    y = np.repeat(np.arange(4), 50)
+    x = np.broadcast_to(y[:, None, None].astype(np.uint8) * 50, (200, 8, 8))
+    np.savez(tmp_path / "x.npz", x_train=x, y_train=y, x_test=x[::2], y_test=y[::2])
+    first, again = (common.load_images(str(tmp_path / "x.npz")) for _ in range(2))
+    for images, labels in (first.train, first.train_labels), (first.test, first.test_labels):
+        assert torch.equal(images[:, 0, 0, 0].long(), 50 * labels["class"])
+        assert (labels["class"][:40].bincount(minlength=4) > 2).all()
+    assert torch.equal(first.train, again.train) and sorted(first.train_labels["class"].tolist()) == y.tolist()
+
+
 def test_folder_of_pictures(tmp_path):
     Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
     for c, grey in ("cat", 40), ("dog", 200):
@@ -194,7 +206,7 @@ def test_folder_of_pictures(tmp_path):
             Image.new("RGB", (20, 12), (grey, grey, grey)).save(tmp_path / c / f"{i}.png")
     images = common.load_images(str(tmp_path), size=8)
     assert images.train.shape == (8, 3, 8, 8) and images.names == {"class": ["cat", "dog"]}
-    assert images.test[:, 0, 4, 4].tolist() == [40, 200] and images.test_labels["class"].tolist() == [0, 1]
+    assert dict(zip(images.test[:, 0, 4, 4].tolist(), images.test_labels["class"].tolist())) == {40: 0, 200: 1}
     (tmp_path / "dog/3.png").write_bytes(b"not a picture")
     with pytest.raises(UserError, match="cannot read the picture .*dog/3.png"):
         common.load_images(str(tmp_path), size=8)
