@@ -538,9 +538,8 @@ def load_images(name, data_dir="data", size=32, device="cpu"):
     `shapes` is drawn at `size` pixels. `fashion-mnist`, `mnist` and `cifar10` are read from
     data_dir, and fetched there first if they are missing. `x.npz` holds x_train, y_train, x_test,
     y_test, with images (n, S, S) or (n, S, S, 3) uint8. A folder holds one folder of pictures per
-    class, or train/ and test/ of that form; without these, every fifth picture is for the test. Both
-    are shuffled, always in the same way.
-    Raises UserError for anything that is missing, broken or of another form.
+    class, or train/ and test/ of that form; without these, every fifth picture is for the test.
+    These two are shuffled. Raises UserError for what is missing, broken or of another form.
     """
     if name == "shapes":
         train, test = shapes(20_000, 0, size, device), shapes(2_000, 1, size, device)
@@ -557,9 +556,8 @@ def load_images(name, data_dir="data", size=32, device="cpu"):
     elif Path(name).is_dir():
         *arrays, classes = read_folder(Path(name), size)
     else:
-        raise UserError(f"there is no data set {name!r}: --data takes shapes, "
-                        f"{', '.join(IMAGE_SETS)}, an .npz file, or a folder with one folder of "
-                        "pictures per class")
+        raise UserError(f"there is no data set {name!r}: --data takes {', '.join(IMAGE_SETS)}, "
+                        "shapes, an .npz file, or a folder with one folder of pictures per class")
     x_train, y_train, x_test, y_test = arrays
     for split, x, y in ("train", x_train, y_train), ("test", x_test, y_test):
         x_name, y_name = f"{name}: x_{split} is {x.dtype} {x.shape}", f"y_{split}"
@@ -579,12 +577,17 @@ def load_images(name, data_dir="data", size=32, device="cpu"):
             return x[:, None].expand(-1, 3, -1, -1)       # grey is stored once and seen three times
         return x.permute(0, 3, 1, 2).contiguous()
 
-    if name not in IMAGE_SETS:                     # often sorted by class, and the first few thousand
-        rng = np.random.default_rng(0)             # are to be like all
-        a, b = rng.permutation(len(x_train)), rng.permutation(len(x_test))
-        x_train, y_train, x_test, y_test = x_train[a], y_train[a], x_test[b], y_test[b]
+    if name not in IMAGE_SETS:
+        x_train, y_train, x_test, y_test = *mixed(x_train, y_train), *mixed(x_test, y_test)
     labels = [{"class": torch.from_numpy(y.astype(np.int64)).to(device)} for y in (y_train, y_test)]
     return Images(images(x_train), images(x_test), *labels, {"class": [str(c) for c in classes]})
+
+
+def mixed(x, y):
+    """Images and labels in another order, always the same: often they are sorted by class, and the
+    first few thousand are to be like all."""
+    order = np.random.default_rng(0).permutation(len(x))
+    return x[order], y[order]
 
 
 IMAGE_SETS = "fashion-mnist", "mnist", "cifar10"

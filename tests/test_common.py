@@ -182,7 +182,7 @@ def test_npz(tmp_path):
 
 
 def test_no_such_data():
-    with pytest.raises(UserError, match="there is no data set 'nowhere': --data takes shapes, "):
+    with pytest.raises(UserError, match="there is no data set 'nowhere': --data takes fashion-mnist, "):
         common.load_images("nowhere")
 
 
