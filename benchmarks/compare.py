@@ -71,7 +71,8 @@ def pretrain(args, name, data, seed):
     out = Path(args.out) / f"{Path(data).stem}-{name}-{seed}"
     flags = ["--data", data, "--seed", seed, "--labels", 1, "--draws", 1, "--out", out,
              "--device", args.device, "--data-dir", args.data_dir]
-    flags += ["--steps", steps] * bool(steps) + ["--tune", "linear"] * (module is mae)
+    flags += ["--steps", steps] * bool(steps)
+    flags += ["--tune", "linear"] if module is mae else ["--no-supervised"]      # that is done here
     if (out / "checkpoint.pt").exists():
         state = common.read_checkpoint(out, f"{name}.py")
         how = state["args"]
@@ -83,9 +84,14 @@ def pretrain(args, name, data, seed):
         flags.append("--resume")
     print(f"\n{name}.py on {data}, seed {seed}", flush=True)
     line = [sys.executable, ROOT / f"{name}.py", *flags]
-    done = subprocess.run([*map(str, line)])
-    common.require(done.returncode == 0, f"{name}.py ended with status {done.returncode}, see "
-                   "above; the same command goes on from there")
+    with subprocess.Popen([*map(str, line)]) as script:
+        try:
+            status = script.wait()
+        except KeyboardInterrupt:          # the script was interrupted, too: it may save what it has
+            script.wait()
+            raise
+    common.require(status == 0, f"{name}.py ended with status {status}, see above; the same command "
+                   "goes on from there")
     return out
 
 
@@ -107,12 +113,12 @@ def encoders(args, name, out, images, seed):
     return how, pair
 
 
-def measure(args, images, data, seed):
-    """All figures of a seed: {"linear", "tune": {who: accuracies in %, one for each of --labels}},
-    and "knows": {who: {attribute: accuracy in % of a linear probe with all labels}}."""
+def measure(args, images, data, seed, found, keep):
+    """Fills in the figures of a seed: found = {"linear", "tune": {who: accuracies in %, one for each
+    of --labels}, "knows": {who: {attribute: accuracy in % of a linear probe with all labels}}}.
+    What is there is not done again; keep() is called after each method."""
     what = next(iter(images.names))
     y, test_y = images.train_labels[what], images.test_labels[what]
-    found = dict(linear={}, tune={}, knows={})
 
     def probe(who, f, names, curve=True):
         with common.autocast(how):
@@ -125,6 +131,8 @@ def measure(args, images, data, seed):
                                for name in names if name in images.names}
 
     for name, (_, kind, title, _) in METHODS.items():
+        if title in found["tune"]:
+            continue
         how, pair = encoders(args, name, pretrain(args, name, data, seed), images, seed)
         if name == "simclr":
             probe("raw pixels", nn.Flatten(), [what, "colour"])      # more takes minutes
@@ -138,7 +146,7 @@ def measure(args, images, data, seed):
                     g, images, images.train[few], y[few], test_y, how, steps, 1e-3, seed=seed))
                 if k == 0 and f is pair[0]:          # what does it know that learned this alone?
                     probe(f"supervised {kind}", g, images.names, curve=False)
-    return found
+        keep()
 
 
 def tables(args, images, seeds):
@@ -205,6 +213,13 @@ def draw(labels, seeds, chance, most):
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+def command(args, data):
+    """What does this again, for a data set."""
+    steps = f" --steps {args.steps}" if args.steps else ""
+    return (f"python benchmarks/compare.py --data {data} --seeds {args.seeds} --labels "
+            f"{' '.join(map(str, args.labels))}{steps} --tune-steps {args.tune_steps}")
+
+
 def compare(args, data):
     """One data set, all seeds: prints the tables, writes the figures and the curves."""
     images, seeds = common.load_images(data, args.data_dir, device=args.device), []
@@ -214,22 +229,27 @@ def compare(args, data):
         path = Path(args.out) / f"compare-{Path(data).stem}-{seed}.json"
         about = dict(data=data, seed=seed, labels=args.labels, steps=args.steps,
                      tune_steps=args.tune_steps, device=args.device)
-        if path.exists() and json.loads(path.read_text())["settings"] != about:
-            raise common.UserError(f"{path} is of other settings: choose another --out")
-        if not path.exists():
-            began = time.time()
-            found = measure(args, images, data, seed)
-            steps = f" --steps {args.steps}" if args.steps else ""
-            result = dict(command=f"python benchmarks/compare.py --data {data} --seeds {seed + 1} "
-                          f"--labels {common.words(tuple(args.labels))}{steps} "
-                          f"--tune-steps {args.tune_steps}",
-                          figures=found, machine=common.machine(), threads=torch.get_num_threads(),
-                          seconds=round(time.time() - began, 1), settings=about,
-                          versions=dict(python=platform.python_version(), torch=torch.__version__))
-            part = path.with_suffix(".part")                  # whole, or not there
-            part.write_text(json.dumps(result, indent=1) + "\n")
-            part.replace(path)
-        seeds.append(json.loads(path.read_text())["figures"])
+        result = dict(command=command(args, data), settings=about, seconds=0., whole=False,
+                      machine=common.machine(), threads=torch.get_num_threads(),
+                      versions=dict(python=platform.python_version(), torch=torch.__version__),
+                      figures=dict(linear={}, tune={}, knows={}))
+        if path.exists():
+            result = json.loads(path.read_text())
+            common.require(result["settings"] == about, f"{path} is of other settings: choose "
+                           "another --out")
+        if not result["whole"]:
+            began = time.time() - result["seconds"]
+
+            def keep():
+                result["seconds"] = round(time.time() - began, 1)
+                part = path.with_suffix(".part")                     # the old one, or the new one
+                part.write_text(json.dumps(result, indent=1) + "\n")
+                part.replace(path)
+
+            measure(args, images, data, seed, result["figures"], keep)
+            result["whole"] = True
+            keep()
+        seeds.append(result["figures"])
     print(f"\n{data}: accuracy in %, {len(images.test):,} new images"
           + f", mean ± spread of {len(seeds)} seeds" * (len(seeds) > 1))
     for rows in tables(args, images, seeds):

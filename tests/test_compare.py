@@ -45,6 +45,16 @@ def test_the_whole_comparison(tiny, tmp_path):
         assert all(len(row) == 3 for part in ("linear", "tune") for row in found[part].values())
     assert seeds[0] != seeds[1]
 
+    path = tmp_path / "compare-tiny-1.json"                        # stopped after two methods: the third is done again
+    whole = json.loads(path.read_text())
+    part = json.loads(path.read_text()) | dict(whole=False, seconds=1000.)
+    for rows in part["figures"].values():
+        rows.pop("MAE")
+    path.write_text(json.dumps(part))
+    assert run(*flags).returncode == 0
+    again = json.loads(path.read_text())
+    assert again["whole"] and again["figures"] == whole["figures"] and again["seconds"] > 1000
+
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in (".pt", ".json")}
     again = run(*flags)
     tail = lambda text: text[text.index("accuracy in %, 20 new images"):]

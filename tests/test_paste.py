@@ -95,6 +95,19 @@ def test_the_model_and_the_method_need_torch_alone(scripts):
         assert loss.isfinite() and all(p.grad is not None for p in pasted["model"].parameters())
 
 
+def test_the_readme_trains_what_was_pasted():
+    """Its imports, mae.py's two sections and its loop, one below the other: the loss falls."""
+    imports, loop = (block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+                     if "import" in block or "loader" in block)
+    torch.manual_seed(0)
+    x = torch.linspace(-1, 1, 32).expand(16, 3, 32, 32) * torch.randn(16, 3, 1, 1)
+    losses = []
+    pasted = dict(loader=[x] * 20, watch=losses.append)
+    exec(imports + sections("mae.py")["the model"] + sections("mae.py")["the method"]
+         + loop.replace("    loss.backward()", "    watch(loss.item())\n    loss.backward()"), pasted)
+    assert len(losses) == 20 and losses[-1] < .7 * losses[0]
+
+
 def test_importing_has_no_side_effect(scripts, capsys):
     for script in scripts:
         before = torch.random.get_rng_state()

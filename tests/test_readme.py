@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import statistics
+import subprocess
 import textwrap
 from pathlib import Path
 
@@ -550,10 +551,21 @@ def test_command_runs(line, tmp_path):
     assert (tmp_path / "run/result.json").exists()
 
 
+def test_shell_lines_run():
+    """What is not python and not make."""
+    lines = [line for block in FENCES for line in block.splitlines() if line.startswith("diff")]
+    assert lines
+    for line in lines:
+        shown = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+        assert shown.returncode == 1 and not shown.stderr and shown.stdout.count("def main(args):") == 2
+
+
 def test_links_and_files_exist():
     text = (ROOT / "README.md").read_text()
     links = re.findall(r"\]\(([^)#]+)\)", text)
-    assert links
+    titles = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", text, re.M)}
+    places = re.findall(r"\]\(#([^)]+)\)", text)
+    assert links and len(places) > 9 and set(places) <= titles, set(places) - titles
     for target in links:
         assert target.startswith("http") or (ROOT / target).exists(), target
     for name in re.findall(r"`(\w+\.(?:py|txt))`", text):
