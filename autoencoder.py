@@ -306,7 +306,7 @@ def tell(args, run, images, error, rows):
 def main(args):
     images = common.load_images(args.data, args.data_dir, args.image_size, args.device)
     common.few(next(iter(images.train_labels.values())), max(args.labels))          # too many? now
-    model, blank = build(args, images.size), build(args, images.size).eval()
+    model, untrained = build(args, images.size), build(args, images.size).eval()
     looks = {args.steps // 4 ** i for i in range(4)}
     run = common.Run(args, model)
     for step in run:
@@ -323,12 +323,13 @@ def main(args):
     model.eval()
     error = rebuild(args, model, images)
     look(args, model, images)
+    names = images.names
     rows = {"raw pixels": few_shot(args, nn.Flatten(), images, args.labels, ["colour"]),
-            "untrained encoder": few_shot(args, blank.code, images, args.labels, images.names),
-            "autoencoder": few_shot(args, model.code, images, args.labels, images.names)}
+            "untrained encoder": few_shot(args, untrained.code, images, args.labels, names),
+            "autoencoder": few_shot(args, model.code, images, args.labels, names)}
     if args.supervised:
         best = supervised(args, images, run.step)
-        rows["supervised"] = few_shot(args, best, images, args.labels, images.names)
+        rows["supervised"] = few_shot(args, best, images, args.labels, names)
     tell(args, run, images, error, rows)
 
 

@@ -446,20 +446,20 @@ def tune(args, model, data, how, k, draw):
                            args.tune_steps, args.tune_lr, seed=draw)
 
 
-def few_shot(args, model, blank, data):
+def few_shot(args, model, untrained, data):
     """Which part is a passage from? {who: accuracies in %, a list per label count, one a draw}."""
     vocab, draws, rows = len(model.head_bias), range(args.draws), {}
     bag = lambda x: x.new_zeros(len(x), vocab).scatter_add_(1, x, torch.ones_like(x))
-    untrained = lambda x: blank.encode(x, torch.zeros_like(x[:, :1]))[:, 0]
-    cls = lambda x: model.encode(x, torch.zeros_like(x[:, :1]))[:, 0]
+    cls = lambda m: lambda x: m.encode(x, torch.zeros_like(x[:, :1]))[:, 0]
     mean = lambda x: model.encode(x)[:, 1:-1].mean(1)
-    for who, f in ("bag of words, linear", bag), ("untrained, frozen [CLS]", untrained), \
-            ("BERT, frozen [CLS]", cls), ("BERT, frozen mean of words", mean):
+    for who, f in ("bag of words, linear", bag), ("untrained, frozen [CLS]", cls(untrained)), \
+            ("BERT, frozen [CLS]", cls(model)), ("BERT, frozen mean of words", mean):
         with common.autocast(args):
             train, test = (common.encode(f, data, x) for x in (data.train, data.test))
         rows[who] = [[common.probe(train, data.labels, test, data.test_labels, k, draw)
                       for draw in draws] for k in args.labels]
-    who_tunes = (("untrained, tune last", blank, "last"), ("untrained, tune all", blank, "all"),
+    who_tunes = (("untrained, tune last", untrained, "last"),
+                 ("untrained, tune all", untrained, "all"),
                  ("BERT, tune last", model, "last"), ("BERT, tune all", model, "all"))
     fits = [(*who, i, draw) for who in who_tunes for i in range(len(args.labels)) for draw in draws]
     for who, m, how, i, draw in common.progress(fits, "fine-tuning"):
@@ -505,7 +505,7 @@ def main(args):
     asked = [own(args, words)] if args.fill else []
     build = lambda: BERT(words.vocab, args.context, args.dim, args.depth, args.heads,
                          args.dropout).to(args.device)
-    model, blank = build(), build()
+    model, untrained = build(), build()
     run = common.Run(args, model, chance=math.log(words.vocab), vocabulary=words.words)
     for step in run:
         x, group = grouped(args, run.batch(train))
@@ -518,7 +518,7 @@ def main(args):
     asked += sentences(words, val.flatten().cpu(), 4, args.seed, args.context - 2)
     blanks = [fill(args, model, words, *sentence) for sentence in asked]
     tell(args, run, blanks, evaluate(args, model, train[:, 0, 0], val), data,
-         few_shot(args, model, blank, data))
+         few_shot(args, model, untrained, data))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ Loss     L = - mean_t log p(x_t | x_<t, the last picture before x_t)          in
 Flow     tokens x (B, 1 + T) with <image> marks, pictures (B, M, 3, S, S)
          0. see       the frozen eye, once a picture   -> visual tokens (B, M, N, E)
          A. mask      shift: what is seen (B, T), what is owed (B, T)
-         B. predict   resample     N tokens of each picture -> R latents
+         B. predict   resample     N tokens of each picture -> R latents        (N: patches and cls)
                       the LM's blocks, a gated look at the last picture before every n-th
                                                        -> logits (B, T, V)
          C. compare   cross-entropy of all but the marks
@@ -34,12 +34,15 @@ Differs  A world of eight shapes in eight colours, a language of 60 words. The L
          them. The row of the mark is 0 while it learns, so that later what is seen there counts.
          The join begins with short documents, too, most of them about new words. The gates learn at
          ten times the rate; a cosine schedule. The eye is a ViT, its captions are read by a table
-         of words. No video, so no time embedding; the row of <end> is the frozen LM's own.
+         of words. No video, so no time embedding; the row of <end> is the frozen LM's own, and the
+         mark's is trained with --no-freeze. Text always looks at the picture before it (theirs,
+         on pages of the web, half of the time at the next).
 
-Try      --gate-start 0.5, or inf (no gate): what does the loss do at the first steps?
-         --attend all: which kind of question gets worse?
-         --every 4 (of 4 blocks): one look, before the first. What is learned later, what better?
-         --lm-short 0 --out runs/long: does the LM bind new words ("LM, told")? Does Flamingo?
+Try      (each with --out runs/other --lm runs/flamingo/lm --eye runs/flamingo/eye, which are kept)
+         --gate-start 0.5, or inf (no gate): what does the loss in log.jsonl do at the first steps?
+         --attend all (nothing numbers the pictures): which answers get worse?
+         --every 4 (of 4 blocks): one look, before the first. What is lost, and what is not?
+         --lm-short 0, without --lm: does the LM bind new words ("LM, told")? Does Flamingo?
 """
 import contextlib
 import dataclasses
@@ -73,11 +76,11 @@ class Args(common.Args):
     short: float = 0.4              # share of the steps, from the first, that see short documents
     image_size: int = 32            # side of a picture in pixels
     context: int = 96               # tokens of a document
-    every: int = 1                  # a gated look before every n-th block, from the first (t. 3, v)
-    latents: int = 8                # tokens that the resampler makes of a picture (64)
-    resampler_depth: int = 2        # its layers (6)
+    every: int = 1                  # a gated look before every n-th block, from the first (table 3)
+    latents: int = 8                # tokens that the resampler makes of a picture (paper: 64)
+    resampler_depth: int = 2        # its layers (paper: 6)
     attend: Literal["last", "all"] = "last"    # pictures that a token sees: the last before it, all
-    gate_start: float = 0.          # what gates start at; inf: no gates
+    gate_start: float = 0.          # what gates start at, before tanh; inf: no gates
     gate_lr: float = 10.            # the gates' learning rate, as a multiple of --lr
     resample: bool = True           # resample, or look at all visual tokens
     freeze: bool = True             # keep the LM as it is
@@ -326,7 +329,8 @@ def take(x, at):
 class ViT(nn.Module):
     """Vision Transformer over any of the patches: (B, n, P) at places (B, n) -> (B, 1 + n, C).
 
-    Token 0 is cls. Without `places`, the patches are all N in order. grid: patches to a side.
+    Token 0 is cls. Without `places`, the patches are all of the image, in order. grid: patches to a
+    side; P: numbers in a patch.
     """
 
     def __init__(self, grid, pixels, dim, depth, heads):
@@ -392,7 +396,8 @@ class CrossAttention(nn.Module):
         return k, v
 
     def forward(self, x, k, v, seen=None):
-        """seen: which of the L each token may look at, bool, to be broadcast to (B, H, T, L)."""
+        """x (B, T, C), k, v (B, H, L, D) from keys() -> (B, T, C). seen: which of the L each token
+        may look at, bool, to be broadcast to (B, H, T, L)."""
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.heads, -1).transpose(1, 2)            # (B, H, T, D)
         if seen is None:
@@ -452,7 +457,8 @@ class Resampler(nn.Module):
 
 
 class GatedCrossAttention(nn.Module):
-    """Gated cross-attention and a gated feed-forward layer (Flamingo, fig. 4): (B, T, C)."""
+    """Gated cross-attention and a gated feed-forward layer (Flamingo, fig. 4): x (B, T, C), keys
+    and values (B, H, L, D), who sees what (B, 1, T, L) -> (B, T, C). mlp has a norm of its own."""
 
     def __init__(self, dim, source, heads, start=0.):
         super().__init__()
@@ -478,8 +484,8 @@ class Memory:
 
 
 class Flamingo(nn.Module):
-    """tokens (B, T), and pictures that are looked at where they have an <image> mark ->
-    logits (B, T, V). Pictures: (B, M, 3, S, S), by way of `see` and `media`."""
+    """tokens (B, T), and M pictures for each text, one for each <image> mark -> logits (B, T, V).
+    Pictures (B, M, 3, S, S) go flattened through `see`, then, (B, M, N, E), through `media`."""
 
     def __init__(self, lm, eye, patch, image, every=1, latents=8, depth=1, attend="last", start=0.):
         super().__init__()
@@ -506,20 +512,20 @@ class Flamingo(nn.Module):
         return [tuple(x.unflatten(2, (M, R)) for x in pair) for pair in pairs]
 
     def forward(self, tokens, media=None, memory=None):
-        """media: what media() gives; None: the LM alone. With a memory, from memory(), the tokens
-        come behind those that it holds. Raises ValueError where they are more than it has room
-        for."""
+        """B. media: keys and values, as media() gives them; None: the LM alone. With a memory, from
+        memory(), the tokens come behind those that it holds. Raises ValueError where they are more
+        than it has room for."""
         lm, T = self.lm, tokens.shape[1]
         cache = memory.text if memory else None
         old, context = cache[0].length if cache else 0, len(lm.pos_embed.weight)
         if old + T > context:
             raise ValueError(f"{old + T} tokens are more than the context of {context} holds")
         if media is not None:
-            time = (tokens == self.image).cumsum(1)                         # (B, T) marks so far
+            count = (tokens == self.image).cumsum(1)                        # (B, T) marks so far
             if memory:
-                time = time + memory.marks
-                memory.marks = time[:, -1:]
-            media, seen = reach(media, time, self.attend)
+                count = count + memory.marks
+                memory.marks = count[:, -1:]
+            media, seen = reach(media, count, self.attend)
         x = lm.token_embed(tokens) + lm.pos_embed.weight[old:old + T]
         for i, block in enumerate(lm.blocks):
             if media is not None and i % self.every == 0:
@@ -549,21 +555,21 @@ def patchify(x, p):
     return x.reshape(B, 3, n, p, n, p).permute(0, 2, 4, 3, 5, 1).reshape(B, n * n, 3 * p * p)
 
 
-def reach(media, time, attend="last"):
+def reach(media, count, attend="last"):
     """Which pictures a token may look at: the last before it, or all before it (attend).
 
-    media: keys and values (B, H, M, R, D) of each layer; time (B, T): the number of marks up to
+    media: keys and values (B, H, M, R, D) of each layer; count (B, T): of the marks up to
     each token, its own included. -> keys and values (B, H, L, D) of each layer, and who sees what,
     (B, 1, T, L). A token before the first mark sees nothing. L is M R; or R for a single token and
     its last picture, since then nothing else is needed.
     """
     B, _, M, R, _ = media[0][0].shape
-    if time.shape[1] == 1 and attend == "last":
-        rows, at = torch.arange(B, device=time.device), (time[:, 0] - 1).clamp(min=0)
-        seen = (time > 0)[:, None, :, None].expand(-1, -1, -1, R)
+    if count.shape[1] == 1 and attend == "last":
+        rows, at = torch.arange(B, device=count.device), (count[:, 0] - 1).clamp(min=0)
+        seen = (count > 0)[:, None, :, None].expand(-1, -1, -1, R)
         return [tuple(x[rows, :, at] for x in pair) for pair in media], seen
-    number = torch.arange(1, M + 1, device=time.device)                     # of each picture
-    seen = time[:, :, None] == number if attend == "last" else time[:, :, None] >= number
+    number = torch.arange(1, M + 1, device=count.device)                    # of each picture
+    seen = count[:, :, None] == number if attend == "last" else count[:, :, None] >= number
     seen = seen[:, None].repeat_interleave(R, 3)
     return [tuple(x.flatten(2, 3) for x in pair) for pair in media], seen
 
@@ -859,7 +865,7 @@ def learn_to_see(args, tokens, scenes, pictures):
     return how.out
 
 
-def prompted(args, tokens, context, n):
+def prompt_tokens(args, tokens, context, n):
     """The tokens of --prompt, for n pictures; None without one. Raises UserError where it has more
     marks than there are pictures, or does not fit the context."""
     if not args.prompt:
@@ -1115,21 +1121,21 @@ def main(args):
     own = own_pictures(args)
     scenes = Scenes(args.seed, args.images, common.SEEN)
     pictures = common.paint(scenes.all, args.seed, args.image_size, args.device)
-    tokens, most = Tokens(), args.tests if own is None else len(own)
+    tokens, there = Tokens(), args.tests if own is None else len(own)    # pictures for a prompt
     if args.eye:                                     # mistakes are better found before the training
         load_eye(args, args.eye)
     if not args.lm:
-        prompted(args, tokens, args.context, most)
+        prompt_tokens(args, tokens, args.context, there)
     lm, of_lm, *seconds = load_lm(args, args.lm or learn_language(args, tokens))
     context = len(lm.pos_embed.weight)
-    prompt = prompted(args, of_lm, context, most)
+    prompt = prompt_tokens(args, of_lm, context, there)
     eye, patch, *more = load_eye(args, args.eye or learn_to_see(args, tokens, scenes, pictures))
     tokens, seconds = of_lm, seconds + more
     torch.manual_seed(args.seed)
     latents = args.latents if args.resample else 0
     model = Flamingo(lm, eye, patch, tokens.image, args.every, latents, args.resampler_depth,
                      args.attend, args.gate_start).to(args.device)
-    common.say("Now what joins them.")
+    common.say("Last, what joins them.")
     run = common.Run(args, model, optimizer(args, model))
     if args.steps:
         visual = views(args, model, pictures)                                      # (n, N, E)

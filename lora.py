@@ -1,24 +1,24 @@
 """LoRA: change a pre-trained model a little bit, beside other answers to what should be trained.
 
-Paper    Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models". (IA)^3: Liu et al.
-         2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
-         Learning" (T-Few)
+Paper    Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
+         (IA)^3: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper
+         than In-Context Learning" (T-Few), arXiv 2205.05638
 
 Idea     A GPT knows one text and is to learn another from k short examples. Two aims: keep what it
          knew, and do not store a new version of every parameter. A matrix is an associative
-         memory: W x = sum_i v_i (u_i . x) finds how alike x is to each key u_i, and adds up the
-         values v_i in that proportion (the singular vectors are such keys and values). To change
-         it "a little bit" is to add a few memories: W0 + A B^T, with the columns of B as keys and
-         those of A as values, and W0 frozen.
+         memory: W x = sum_i v_i (k_i . x) finds how alike x is to each key k_i, and adds up the
+         values v_i in that proportion (singular vectors, times their singular values, are such
+         keys and values). To change it "a little bit" is to add a few memories: W0 + A B^T, with
+         the columns of B as keys and those of A as values, and W0 frozen.
 
-Loss     GPT's, L = -1 / T sum_t log p(x_t | BOS, x_1 ... x_{t-1}), over the trained tensors alone:
+Loss     GPT's, L = -1 / T sum_t log p(x_t | BOS, newline, x_1 ... x_{t-1}), over what is trained:
          lora    A, B of y = W0 x + (alpha / rank) A B^T x        rank (d1 + d2) a matrix (d1, d2)
-         ia3     l of k = l_k * (W_k x), v = l_v * (W_v x), MLP(x) = W_2 (l_f * gelu(W_1 x))
+         ia3     three vectors l a block: l_k * (W_k x), l_v * (W_v x), W_2 (l_f * gelu(W_1 x))
          bias    all biases; first, middle, last: two blocks there; full: all of the GPT
          prompt  nothing: the k examples stand in the prompt ("in-context learning")
 
 Flow     k examples (k, 1 + T) of the new text: a newline, and the T bytes behind it
-         A. mask      shift: BOS in front, the last one off   -> (B, 1 + T), and x itself is owed
+         A. mask      shift: BOS in front, the last one off   -> (B, 1 + T); owed: x but the newline
          B. predict   the GPT, with what was added to it      -> logits (B, 1 + T, 257)
          C. compare   cross-entropy of the T bytes
          after that   loss on the new text and on the OLD one (what was forgotten), bytes to store
@@ -28,12 +28,15 @@ Expect   64 examples of pycode bring its loss from 1.95 ± 0.02 to 1.78 ± 0.01 
          LoRA, 2.9 % of the parameters, and to 1.78 ± 0.01 with all of them; that of pydocs
          goes from 1.52 ± 0.00 to 1.57 ± 0.00 and 1.56 ± 0.01 (3 bases; 45 s for all
          methods after 109 s for the base, on AMD EPYC, 2 cores, torch 2.13.0+cpu)
-Differs  LoRA's paper leaves scaling, first weights and matrices open to taste: here alpha / rank,
-         B normal, A zero (its names are the other way round: there W0 + B A), on every matrix of
-         a block. (IA)^3 without T-Few's two other losses and its pre-training of the vectors.
+Differs  As in LoRA's paper: alpha / rank, one factor normal at first, the other zero (with the
+         names swapped: there W0 + B A). Other than there: on every matrix of a block, not on
+         attention's alone, and alpha is the rank unless it is given. (IA)^3 without
+         T-Few's two other losses and its pre-training of the vectors.
 
-Try      --rank 1: is one memory enough? And --where qkv --rank 12, which costs as much?
-         --lr 0.01: which method breaks first, and what does it forget?
+Try      (each with --out runs/other --base runs/lora/base, which is kept)
+         --method lora --rank 1: is one memory enough? And --where qkv --rank 12, which costs as
+         much as --rank 3?
+         --lr 0.001, 0.003, 0.01: which method breaks first, and what does it forget?
          --k 1 2 4: do examples help more in training, or in the prompt?
 """
 import copy
@@ -240,7 +243,7 @@ class LoRA(nn.Module):
 
     x (..., d2) -> (..., d1); A (d1, rank) and B (d2, rank) are trained. B holds the keys that x is
     compared with, A the values that are added. Raises ValueError where the rank is below 1 or above
-    that of the matrix.
+    min(d1, d2).
     """
 
     def __init__(self, linear, rank, alpha, dropout=0.):

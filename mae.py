@@ -340,9 +340,10 @@ def evaluate(args, model, images):
     what = next(iter(images.names))
     labels, test_labels = images.train_labels[what], images.test_labels[what]
     torch.manual_seed(args.seed)
-    blank, trained = (Features(m.encoder, args.patch) for m in (build(args, images.size), model))
+    models = build(args, images.size), model
+    untrained, trained = (Features(m.encoder, args.patch) for m in models)
     rows, knows, draws = {}, {}, range(args.draws)
-    for who, f in ("raw pixels", nn.Flatten()), ("untrained ViT", blank), ("MAE", trained):
+    for who, f in ("raw pixels", nn.Flatten()), ("untrained ViT", untrained), ("MAE", trained):
         with common.autocast(args):
             train, test = (common.encode(f, images, x) for x in (images.train[:POOL], images.test))
         rows[f"{who}, linear"] = [
@@ -351,7 +352,7 @@ def evaluate(args, model, images):
     for name, y in images.train_labels.items():      # of the last of these, MAE's
         test_y = images.test_labels[name]
         knows[name] = common.probe(train, y[:POOL], test, test_y, max(args.labels))
-    fits = [(who, f, i, draw) for who, f in (("untrained ViT", blank), ("MAE", trained))
+    fits = [(who, f, i, draw) for who, f in (("untrained ViT", untrained), ("MAE", trained))
             for i in range(len(args.labels)) for draw in draws if args.tune != "linear"]
     for who, f, i, draw in common.progress(fits, "fine-tuning"):
         row = rows.setdefault(f"{who}, tune {args.tune}", [[] for _ in args.labels])
@@ -359,7 +360,7 @@ def evaluate(args, model, images):
     return rows, knows
 
 
-def tell(args, images, run, error, rows, knows):
+def tell(args, run, images, error, rows, knows):
     """The end of the run, in words and in result.json."""
     what, names = next(iter(images.names.items()))
     print()
@@ -371,16 +372,16 @@ def tell(args, images, run, error, rows, knows):
     print(f"\n{common.table(lines)}\n")
 
     how, k = "linear" if args.tune == "linear" else f"tune {args.tune}", max(args.labels)
-    ours, blank = (common.spread(rows[f"{who}, {how}"][args.labels.index(k)])
+    ours, untrained = (common.spread(rows[f"{who}, {how}"][args.labels.index(k)])
                    for who in ("MAE", "untrained ViT"))
     if len(knows) > 1:
         known = ", ".join(f"{name} {got:.0f} % (chance {100 / len(images.names[name]):.0f})"
                           for name, got in knows.items())
         common.say(f"From MAE's features, a linear probe with {k} labels a class reads: {known}.")
     common.say(f"With {k} labels a class ({how}) the {what} is right in {ours} % with "
-               f"pre-training, {blank} % without, {100 / len(names):.1f} % by chance.")
+               f"pre-training, {untrained} % without, {100 / len(names):.1f} % by chance.")
     print(f"Picture: {args.out}/reconstructions.png (masked | painted | original)")
-    summary = f"{what} at {k} labels: {ours} %, untrained {blank} %"
+    summary = f"{what} at {k} labels: {ours} %, untrained {untrained} %"
     common.report(run, summary, dict(error=error, labels=args.labels, accuracy=rows, linear=knows))
 
 
@@ -401,7 +402,7 @@ def main(args):
 
     model.eval()
     error = look(args, model, images)
-    tell(args, images, run, error, *evaluate(args, model, images))
+    tell(args, run, images, error, *evaluate(args, model, images))
 
 
 if __name__ == "__main__":

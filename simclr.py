@@ -372,7 +372,7 @@ def main(args):
     images = common.load_images(args.data, args.data_dir, args.image_size, args.device)
     common.few(next(iter(images.train_labels.values())), max(args.labels))          # too many? now
     common.require(len(images.test) > 1, "one test image has no neighbours: 2 or more are needed")
-    model, blank = build(args, images.size), build(args, images.size).eval()
+    model, untrained = build(args, images.size), build(args, images.size).eval()
     N = args.batch
     chance = math.log(2 * N - 1) if args.loss == "ntxent" else args.margin
     run = common.Run(args, model, chance=chance)
@@ -385,12 +385,13 @@ def main(args):
 
     model.eval()
     same = look(args, model, images)
+    names = images.names
     rows = {"raw pixels": few_shot(args, nn.Flatten(), images, args.labels, ["colour"]),
-            "untrained ResNet": few_shot(args, blank.encoder, images, args.labels, images.names),
-            "SimCLR": few_shot(args, model.encoder, images, args.labels, images.names)}
+            "untrained ResNet": few_shot(args, untrained.encoder, images, args.labels, names),
+            "SimCLR": few_shot(args, model.encoder, images, args.labels, names)}
     if args.supervised:
         best = supervised(args, images, run.step)
-        rows["supervised"] = few_shot(args, best, images, args.labels, images.names)
+        rows["supervised"] = few_shot(args, best, images, args.labels, names)
     tell(args, run, images, same, rows)
 
 

@@ -232,6 +232,7 @@ def compare(args, data):
         result = dict(command=command(args, data), settings=about, seconds=0., whole=False,
                       machine=common.machine(), threads=torch.get_num_threads(),
                       versions=dict(python=platform.python_version(), torch=torch.__version__),
+                      chance={name: 100 / len(ids) for name, ids in images.names.items()},
                       figures=dict(linear={}, tune={}, knows={}))
         if path.exists():
             result = json.loads(path.read_text())

@@ -702,7 +702,7 @@ def test_what_a_run_shows(done):
     for name in "caption, 1 figure", "colour, unseen kind", "new words, 0", "answers, 4":
         assert set(f["right"][name]) | {"told"} == {"flamingo", "lm", "told", "majority"}
     assert (out / "scenes.png").read_bytes()[:4] == b"\x89PNG" and "<image> what colour is it ? -> " in text
-    for words in ("First the LM", "Then the eye", "Now what joins them", "tanh of the gates", "right to the word, %"):
+    for words in ("First the LM", "Then the eye", "Last, what joins them", "tanh of the gates", "right to the word, %"):
         assert words in text
     assert {p.name for p in out.iterdir()} >= {"lm", "eye", "checkpoint.pt", "log.jsonl", "result.json", "scenes.png"}
 
