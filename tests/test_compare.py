@@ -1,6 +1,10 @@
 """benchmarks/compare.py: the lecture's comparison."""
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from xml.etree import ElementTree
 
 import numpy as np
@@ -107,3 +111,20 @@ def test_bad_flags(flags, words, tmp_path):
 def test_quick_is_small_and_flags_win():
     args = compare.options(["--quick", "--seeds", "2", "--device", "cpu"])
     assert (args.data, args.seeds, args.labels, args.steps) == (["shapes"], 2, [1, 20, 0], 100)
+
+
+def test_ctrl_c_lets_the_script_save(tiny, tmp_path):
+    """A terminal interrupts both; the script writes what it has, and the same command goes on from there."""
+    done = subprocess.Popen([sys.executable, "benchmarks/compare.py", "--data", tiny, "--seeds", "1", "--steps", "100000", "--device", "cpu",
+                             "--labels", "1", "--out", tmp_path], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)
+    log = tmp_path / "tiny-simclr-0/log.jsonl"
+    for _ in range(1200):
+        if log.exists() and done.poll() is None:
+            break
+        time.sleep(.1)
+    time.sleep(1)
+    os.killpg(done.pid, signal.SIGINT)
+    _, errors = done.communicate(timeout=60)
+    assert done.returncode == 1 and "compare.py: stopped; the same command goes on from there" in errors and "Traceback" not in errors
+    assert torch.load(tmp_path / "tiny-simclr-0/checkpoint.pt", weights_only=True)["step"] > 0
