@@ -4,7 +4,7 @@ Paper    Devlin et al. 2018, "BERT: Pre-training of Deep Bidirectional Transform
          Understanding", arXiv 1810.04805. span: Joshi et al. 2019 (SpanBERT), arXiv 1907.10529;
          pmi: Levine et al. 2020 (PMI-Masking), arXiv 2010.01825
 
-Idea     The same recipe as for images: hide a part, guess it from the rest. Words carry more than
+Idea     Hide a part, guess it from the rest: the recipe of mae.py, for words. They carry more than
          patches, so fewer are hidden. Some of the hidden words show as [MASK] and some as another
          word, for later there will be no [MASK]: the model cannot tell which words to believe, and
          has to keep a good picture of all of them. A special token in front, [CLS], sees the whole

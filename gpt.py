@@ -27,7 +27,8 @@ Differs  A token is a byte (257 with BOS), not one of 50,257 pieces of words (by
          branches start with smaller weights than in OpenAI's code, as in its successors. The
          tensors are GPT-2's: OpenAI's load by renaming, matrices transposed.
 
-Try      --temperature 0, 0.5, 1, 2: where does it repeat itself, and where does it fall apart?
+Try      --steps 0 --resume --temperature 0, 0.5, 1, 2: where does it repeat itself, and where does
+         it fall apart?
          --data shapes: which part of a figure can it complete, and what does it make up?
          --context 32, 64, 128: how much of the loss needs what stands far away?
 """

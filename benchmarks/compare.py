@@ -235,9 +235,13 @@ def compare(args, data):
                       chance={name: 100 / len(ids) for name, ids in images.names.items()},
                       figures=dict(linear={}, tune={}, knows={}))
         if path.exists():
-            result = json.loads(path.read_text())
-            common.require(result["settings"] == about, f"{path} is of other settings: choose "
-                           "another --out")
+            try:
+                result = json.loads(path.read_text())
+                same = result["settings"] == about
+            except (ValueError, KeyError, TypeError):
+                raise common.UserError(f"{path} is broken: remove it, and this seed is done "
+                                       "again") from None
+            common.require(same, f"{path} is of other settings: choose another --out")
         if not result["whole"]:
             began = time.time() - result["seconds"]
 

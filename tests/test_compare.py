@@ -67,6 +67,9 @@ def test_the_whole_comparison(tiny, tmp_path):
     other = run(*flags, "--tune-steps", 3)
     assert other.returncode == 1 and "is of other settings: choose another --out" in other.stderr
     assert "Traceback" not in other.stderr
+    path.write_text("{")
+    broken = run(*flags)
+    assert broken.returncode == 1 and "compare-tiny-1.json is broken: remove it" in broken.stderr and "Traceback" not in broken.stderr
 
 
 def test_tables_are_means_and_fit_80_columns():
