@@ -11,7 +11,7 @@ Idea     Hide a part, guess it from the rest: the recipe of mae.py, for words. T
          text, and a new layer on top of it answers a question about it after fine-tuning.
 
 Loss     L = -1 / |M| sum_{i in M} log p(x_i | x with M hidden)
-         over the hidden words M only: a cross-entropy, at chance ln V.
+         over the hidden words M only: a cross-entropy in nats, at chance ln V. Perplexity is e^L.
 
 Flow     words (B, T), [CLS] in front, [SEP] at the end
          A. mask      group    words that are hidden together  -> (B, T) group of each word
@@ -22,18 +22,21 @@ Flow     words (B, T), [CLS] in front, [SEP] at the end
 
 Run      python bert.py --fill "the <mask> statement is used to <mask>"
 Expect   18.9 ± 0.4 % of the hidden words of new text are right, at a perplexity of 109 ± 3 (7.1 %
-         and 267 by frequency alone) (3 seeds; 94 s of training on AMD EPYC, 2 cores, torch
-         2.13.0+cpu)
-Differs  A token is a word, not a piece of one, and rare words are [UNK], which is never hidden; no
-         next-sentence prediction (later work found it needless), so [CLS] is trained by fine-tuning
-         alone; other words are drawn from the real words, never [PAD] and its like; AdamW's second
-         beta is 0.95, not 0.999; the first weights of narrow models are larger; the new head
-         normalises [CLS] over the batch first. pmi: n-grams of 2 to 5 words, seen 10 times or more,
+         and 267 by frequency alone) (3 seeds; 94 s of training on 2 threads; AMD EPYC, 2
+         cores, torch 2.13.0+cpu)
+Differs  Of the hidden words 80 % show as [MASK] and 20 % as others; none stays as it is (--keep).
+         A token is a word, not a piece of one, and rare words are [UNK], which is never hidden; no
+         next-sentence prediction (later work found it needless), so no loss reads what comes out at
+         [CLS] before fine-tuning; other words are drawn from the real words, never [PAD] and its
+         like; AdamW's second beta is 0.95, not 0.999, the schedule a cosine; the first weights of
+         narrow models are larger; the new head normalises [CLS] over the batch first. span: without
+         SpanBERT's second loss, at the ends. pmi: n-grams of 2 to 5 words, seen 10 times or more,
          with 2 nats or more (the paper ranks them). The tensors are BERT's: the published ones load
          by renaming.
 
-Try      --strategy span, pmi: is a whole phrase harder to guess than as many single words?
-         --mask-ratio 0.05, 0.15, 0.4, 0.8: which loss is lowest, which [CLS] is best?
+Try      --strategy span, pmi: is a whole phrase harder to guess than as many single words? (The
+         loss in log.jsonl tells; the score at the end is always for single words, 15 % of them.)
+         --mask-ratio 0.05, 0.15, 0.4, 0.8: which perplexity is lowest, which [CLS] is best?
          --keep 0.1: the paper's 80/10/10. What changes?
 """
 import copy
@@ -107,7 +110,8 @@ class Args(common.Args):
 class Attention(nn.Module):
     """Multi-head attention of n tokens y (B, n, C) to all tokens x (B, T, C): -> (B, n, C).
 
-    real (B, T) bool: where it is False (padding), nobody looks.
+    real (B, T) bool: where it is False (padding), nobody looks. Query, key and value are layers of
+    their own, as in the published weights.
     """
 
     def __init__(self, dim, heads, dropout=0.):
@@ -161,19 +165,19 @@ def take(x, at):
 
 
 class BERT(nn.Module):
-    """BERT with its head for hidden words. forward((tokens (B, T), places (B, n))) -> the logits of
-    the words at these places, (B, n, V)."""
+    """B. BERT with its head for hidden words. forward(masked): tokens (B, T) and places (B, n) ->
+    the logits of the words at these places, (B, n, V)."""
 
     def __init__(self, vocab, context, dim, depth, heads, dropout=0.):
         super().__init__()
         self.dropout = dropout
-        self.token_embed = nn.Embedding(vocab, dim)          # the decoder is the same matrix
+        self.token_embed = nn.Embedding(vocab, dim)      # the matrix to logits is the same
         self.pos_embed = nn.Embedding(context, dim)
         self.segment_embed = nn.Embedding(2, dim)
         self.norm = nn.LayerNorm(dim, eps=1e-12)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(depth))
         self.pooler = nn.Linear(dim, dim)
-        self.head = nn.Linear(dim, dim)
+        self.head = nn.Linear(dim, dim)                  # before that matrix
         self.head_norm = nn.LayerNorm(dim, eps=1e-12)
         self.head_bias = nn.Parameter(torch.zeros(vocab))
         std = .02 * math.sqrt(768 / dim)           # BERT's .02 is for 768 channels; a narrow model
@@ -250,13 +254,13 @@ def phrases(tokens, least=10, nats=2., longest=5):
     Dense: seen `least` times, with at least so many nats of mutual information, and without special
     tokens. The text is read from left to right, and the longest phrase wins.
     """
-    ends = torch.zeros(len(tokens), dtype=torch.int64)                  # longest phrase from here
+    length = torch.zeros(len(tokens), dtype=torch.int64)           # of the longest phrase from here
     special = F.pad((tokens < len(SPECIAL)).long().cumsum(0), (1, 0))
     for n, (pmi, count) in information(tokens, longest).items():
         plain = special[n:] == special[:-n]
-        ends[:len(pmi)][(pmi >= nats) & (count >= least) & plain] = n
+        length[:len(pmi)][(pmi >= nats) & (count >= least) & plain] = n
     group, i = [], 0
-    for n in ends.tolist():
+    for n in length.tolist():
         if len(group) == i:                                             # here a new group begins
             group += [i] * max(1, n)
         i += 1
@@ -264,22 +268,22 @@ def phrases(tokens, least=10, nats=2., longest=5):
 
 
 def mask(x, group, vocab, ratio=.15, keep=0.):
-    """A. Hides groups of words in texts x (B, T), at random, until the share `ratio` is gone.
+    """A. Hides groups of words, drawn at random, in texts x (B, T) until `ratio` (rounded) is gone.
 
     group (B, T): neighbours with the same number are hidden together (the last group is cut where
     the share is full). Special tokens, which come first in the vocabulary, are never hidden. Of the
     groups 80 % become [MASK], the share `keep` stays as it is, the rest become random words.
-    Returns (tokens (B, T), places (B, n)) and the words that stood there, (B, n); a text with fewer
-    words owes fewer, and has -100 in the others' place. x is not changed.
+    Returns (tokens (B, T), places (B, n)) and the words owed (to be predicted) there, (B, n); a
+    text with fewer words owes fewer, and has -100 in the others' place. x is not changed.
     """
     (B, T), device = x.shape, x.device
-    real = x >= len(SPECIAL)
-    unit = F.pad(group[:, 1:] != group[:, :-1], (1, 0)).cumsum(1)           # 0, 1, 2 ... in a row
-    order, dice = torch.rand(2, B, T, device=device).gather(2, unit.expand(2, B, T))
-    count = (real.sum(1, keepdim=True) * ratio).round().clamp(min=1)
+    word = x >= len(SPECIAL)
+    unit = F.pad(group[:, 1:] != group[:, :-1], (1, 0)).cumsum(1)     # number of each token's group
+    order, dice = torch.rand(2, B, T, device=device).gather(2, unit.expand(2, B, T))   # one for all
+    count = (word.sum(1, keepdim=True) * ratio).round().clamp(min=1)
     n = max(1, round(ratio * T))
-    places = order.masked_fill(~real, 2.).argsort(stable=True, dim=1)[:, :n]    # groups at random
-    owed = (torch.arange(n, device=device) < count) & real.gather(1, places)
+    places = order.masked_fill(~word, 2.).argsort(stable=True, dim=1)[:, :n]     # specials are last
+    owed = (torch.arange(n, device=device) < count) & word.gather(1, places)
     words, dice = x.gather(1, places), dice.gather(1, places)
     other = torch.randint(len(SPECIAL), vocab, (B, n), device=device)
     shown = torch.where(dice < .8, MASK, torch.where(dice < 1 - keep, other, words))
@@ -333,8 +337,9 @@ def grouped(args, rows):
 
 @torch.no_grad()
 def evaluate(args, model, train, val, draws=4):
-    """Guesses single hidden words, 15 %, of the texts to validate on (m, T - 2): (accuracy in %,
-    perplexity) of the model, and of always saying what the training text (N,) says most."""
+    """Guesses single hidden words, 15 %, none of which stays, of the texts to validate on
+    (m, T - 2): (accuracy in %, perplexity) of the model, and of always saying what the training
+    text (N,) says most."""
     vocab, device = len(model.head_bias), val.device
     count = 1. + train[train >= len(SPECIAL)].bincount(minlength=vocab)
     usual = (count / count.sum()).log()
@@ -343,7 +348,7 @@ def evaluate(args, model, train, val, draws=4):
         torch.manual_seed(draw)
         for x in map(wrap, val.split(100)):
             alone = torch.arange(x.shape[1], device=device).expand_as(x)
-            masked, target = mask(x, alone, vocab, keep=args.keep)
+            masked, target = mask(x, alone, vocab)
             with common.autocast(args):
                 logits = model(masked).float()[target >= 0]
             target = target[target >= 0]

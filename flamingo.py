@@ -27,7 +27,7 @@ Run      python flamingo.py
 Expect   of held-out scenes 98.0 ± 1.8, 1.4 ± 1.2 and 0.0 ± 0.0 % of the captions of 1, 2 and 3
          figures are right to the word; of single figures of unseen kinds 99.2 ± 0.8 % of
          the colours and 95.9 ± 0.4 % of the shapes (chance 12.5) (3 seeds; 260 s of
-         training the join on AMD EPYC, 2 cores, torch 2.13.0+cpu)
+         training the join on 1 thread; AMD EPYC, 2 cores, torch 2.13.0+cpu)
 Differs  A world of eight shapes in eight colours, a language of 60 words. The LM learns from text
          in which words stand in the place of pictures, so that it binds new words before it has
          eyes: from short documents at first; later with <image> marks, some with no words beside
@@ -184,8 +184,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.add(k, v)                                          # each (B, H, L, D)
         L, seen = k.shape[2], None
-        if 1 < T < L:         # new token i sees the L - T old ones, and i + 1 new: is_causal counts
-            seen = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)    # from key 0
+        if 1 < T < L:        # new token i sees L - T + i + 1 keys; is_causal would count from key 0
+            seen = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
         drop = self.dropout if self.training else 0.
         x = F.scaled_dot_product_attention(q, k, v, seen, drop, is_causal=1 < T == L)
         return F.dropout(self.proj(x.transpose(1, 2).reshape(B, T, C)), drop)

@@ -21,16 +21,17 @@ Flow     tokens x (B, T): bytes of a text, or the pixels of a small grey image, 
 
 Run      python gpt.py --prompt "The "
 Expect   1.439 ± 0.004 nats a token on new text, 2.08 ± 0.01 bits a byte (3 seeds; 136 s of training
-         on AMD EPYC, 2 cores, torch 2.13.0+cpu)
+         on 2 threads; AMD EPYC, 2 cores, torch 2.13.0+cpu)
 Differs  A token is a byte (257 with BOS), not one of 50,257 pieces of words (byte-pair encoding);
-         BOS stands in front of every window, and of each new document. Places and residual
-         branches start with smaller weights than in OpenAI's code, as in its successors. The
-         tensors are GPT-2's: OpenAI's load by renaming, matrices transposed.
+         BOS stands in front of every window, and of each new document. Residual branches
+         start with smaller weights, as the paper says, and OpenAI's published code does not. Pixels
+         are 256 greys, theirs 512 colours. The tensors are GPT-2's: OpenAI's load by renaming,
+         matrices transposed.
 
 Try      --steps 0 --resume --temperature 0, 0.5, 1, 2: where does it repeat itself, and where does
          it fall apart?
          --data shapes: which part of a figure can it complete, and what does it make up?
-         --context 32, 64, 128: how much of the loss needs what stands far away?
+         --context 32 --batch 128, or 128 --batch 32: how much of the loss needs what is far away?
 """
 import math
 import time
@@ -126,8 +127,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.add(k, v)                                          # each (B, H, L, D)
         L, seen = k.shape[2], None
-        if 1 < T < L:         # new token i sees the L - T old ones, and i + 1 new: is_causal counts
-            seen = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)    # from key 0
+        if 1 < T < L:        # new token i sees L - T + i + 1 keys; is_causal would count from key 0
+            seen = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
         drop = self.dropout if self.training else 0.
         x = F.scaled_dot_product_attention(q, k, v, seen, drop, is_causal=1 < T == L)
         return F.dropout(self.proj(x.transpose(1, 2).reshape(B, T, C)), drop)
@@ -163,7 +164,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2: tokens (B, T) -> logits of the token after each, (B, T, V).
+    """B. GPT-2: tokens (B, T) -> logits of the token after each, (B, T, V).
 
     Without a cache the tokens stand at places 0 to T - 1; with one, from `cache()`, behind those
     that it holds, so that a prompt, one token, or a few at a time give the same logits as the
@@ -208,7 +209,8 @@ class GPT(nn.Module):
 
 
 def mask(x, bos):
-    """A. Tokens x (B, T) -> what the model may see before each of them, and the tokens it owes.
+    """A. Tokens x (B, T) -> what the model may see before each of them, (B, T), and the tokens it
+    owes (has to predict), (B, T).
 
     Shifting by one, with causal attention behind it, hides x_t and all that follows from the place
     that predicts x_t.

@@ -27,7 +27,8 @@ Run      python lora.py
 Expect   64 examples of pycode bring its loss from 1.95 ± 0.02 to 1.78 ± 0.01 nats a token with
          LoRA, 2.9 % of the parameters, and to 1.78 ± 0.01 with all of them; that of pydocs
          goes from 1.52 ± 0.00 to 1.57 ± 0.00 and 1.56 ± 0.01 (3 bases; 45 s for all
-         methods after 109 s for the base, on AMD EPYC, 2 cores, torch 2.13.0+cpu)
+         methods after 109 s for the base, on 2 threads; AMD EPYC, 2 cores, torch
+         2.13.0+cpu)
 Differs  As in LoRA's paper: alpha / rank, one factor normal at first, the other zero (with the
          names swapped: there W0 + B A). Other than there: on every matrix of a block, not on
          attention's alone, and alpha is the rank unless it is given. (IA)^3 without
@@ -160,8 +161,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.add(k, v)                                          # each (B, H, L, D)
         L, seen = k.shape[2], None
-        if 1 < T < L:         # new token i sees the L - T old ones, and i + 1 new: is_causal counts
-            seen = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)    # from key 0
+        if 1 < T < L:        # new token i sees L - T + i + 1 keys; is_causal would count from key 0
+            seen = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
         drop = self.dropout if self.training else 0.
         x = F.scaled_dot_product_attention(q, k, v, seen, drop, is_causal=1 < T == L)
         return F.dropout(self.proj(x.transpose(1, 2).reshape(B, T, C)), drop)

@@ -21,7 +21,8 @@ Flow     images (B, 3, S, S)
 
 Run      python mae.py --mask-ratio 0.75
 Expect   the shape, from 100 labels a class: 28.6 ± 3.6 % fine-tuned, 12.3 ± 1.2 % from scratch,
-         chance 10 % (3 seeds; 145 s of training on AMD EPYC, 2 cores, torch 2.13.0+cpu)
+         chance 10 % (3 seeds; 145 s of training on 2 threads; AMD EPYC, 2 cores, torch
+         2.13.0+cpu)
 Differs  Small images, so small patches (4 px of 32); features are the mean of the patch tokens, for
          the linear probe, too (the paper's reads cls), which is fitted by L-BFGS; no augmentation,
          in pre-training (the paper crops and mirrors) or fine-tuning, no layer decay or drop path;

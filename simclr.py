@@ -25,7 +25,7 @@ Flow     images (N, 3, S, S) in [0, 1], each twice
 Run      python simclr.py --temperature 0.2
 Expect   a linear probe on h reads the shape, from 20 labels a class, at 64.8 ± 2.7 % (raw pixels
          11.7 ± 0.0 %, chance 10 %), and the colour, from all labels, at 37.6 ± 4.3 % (3
-         seeds; 63 s of training on AMD EPYC, 2 cores, torch 2.13.0+cpu)
+         seeds; 63 s of training on 2 threads; AMD EPYC, 2 cores, torch 2.13.0+cpu)
 Differs  A ResNet-18, on a CPU -10, instead of -50; AdamW instead of LARS; BatchNorm after the first
          layer of g alone; a crop that would be wider than the image is cut, not drawn again; the
          triplet loss averages all triplets, where FaceNet picks hard ones. Views and temperature

@@ -361,6 +361,9 @@ def test_evaluation_by_hand(texts, tmp_path):
     assert 1 < chance < words.vocab and 0 < usual < 50
     again = bert.evaluate(args, model, stream, val)
     assert again[0] == (right, perplexity)                                      # the same words are hidden
+    model = bert.BERT(words.vocab, 12, 16, 1, 2).eval()                         # which words show is the same, too: no --keep may help
+    kept = settings(texts, tmp_path, keep=.2)
+    assert kept.keep == .2 and bert.evaluate(kept, model, stream, val) == bert.evaluate(args, model, stream, val)
 
 
 def test_a_model_learns_to_fill_in(texts, tmp_path):

@@ -472,7 +472,7 @@ def expect(name):
     runs = load(f"{name}-{data}-*.json")
     most = max(r["threads"] for r in runs)                     # some seeds may have run on one core, beside others
     r, seconds = runs[0], statistics.mean(r["seconds"] for r in runs if r["threads"] == most)
-    where = (f"({len(runs)} seeds; {seconds:.0f} s of training on {r['machine']}, torch {r['versions']['torch']})")
+    where = (f"({len(runs)} seeds; {seconds:.0f} s of training on {most} thread{'s' * (most > 1)}; {r['machine']}, torch {r['versions']['torch']})")
     if name == "gpt":
         text = (f"{number([r['figures']['loss'] for r in runs], 3)} nats a token on new text, "
                 f"{number([r['figures']['bits'] for r in runs], 2)} bits a byte {where}")
@@ -484,13 +484,13 @@ def expect(name):
         text = (f"{k} examples of pycode bring its loss from {loss('the base', 'new')} to {loss('lora', 'new')} nats a token with LoRA, "
                 f"{share:.1f} % of the parameters, and to {loss('full', 'new')} with all of them; that of pydocs goes from "
                 f"{loss('the base', 'old')} to {loss('lora', 'old')} and {loss('full', 'old')} ({len(runs)} bases; {seconds:.0f} s for "
-                f"all methods after {base:.0f} s for the base, on {r['machine']}, torch {r['versions']['torch']})")
+                f"all methods after {base:.0f} s for the base, on {most} thread{'s' * (most > 1)}; {r['machine']}, torch {r['versions']['torch']})")
     elif name == "flamingo":
         get = lambda group: number([r["figures"]["right"][group]["flamingo"] for r in runs], 1)
         text = (f"of held-out scenes {get('caption, 1 figure')}, {get('caption, 2 figures')} and {get('caption, 3 figures')} % of the captions "
                 f"of 1, 2 and 3 figures are right to the word; of single figures of unseen kinds {get('colour, unseen kind')} % of the colours "
                 f"and {get('shape, unseen kind')} % of the shapes (chance 12.5) ({len(runs)} seed{'s' * (len(runs) > 1)}; {seconds:.0f} s of training "
-                f"the join on {r['machine']}, torch {r['versions']['torch']})")
+                f"the join on {most} thread{'s' * (most > 1)}; {r['machine']}, torch {r['versions']['torch']})")
     elif name == "bert":
         get = lambda who, key, digits: number([r["figures"][who][key] for r in runs], digits)
         text = (f"{get('masked', 'accuracy', 1)} % of the hidden words of new text are right, at a perplexity of "
