@@ -117,10 +117,11 @@ def test_quick_is_small_and_flags_win():
 
 
 def test_ctrl_c_lets_the_script_save(tiny, tmp_path):
-    """A terminal interrupts both; the script writes what it has, and the same command goes on from there."""
+    """A terminal interrupts both; the script writes what it has, and the same command goes on from there. (A shell's job
+    in the background would ignore the signal, and the tests may be one.)"""
     done = subprocess.Popen([sys.executable, "benchmarks/compare.py", "--data", tiny, "--seeds", "1", "--steps", "100000", "--device", "cpu",
                              "--labels", "1", "--out", tmp_path], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True)
+                            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     log = tmp_path / "tiny-simclr-0/log.jsonl"
     for _ in range(1200):
         if log.exists() and done.poll() is None:
