@@ -66,7 +66,7 @@ class Args(common.Args):
     width: int = 48                 # channels of the first convolution, doubled in each of the next
     labels: tuple[int, ...] = (1, 5, 20, 0)   # labelled images a class for the table, 0: all
     draws: int = 3                  # repeats of these with other images, for mean and spread
-    supervised: bool = True         # a row of the same encoder trained on all labels: takes long
+    supervised: bool = True         # train the same encoder on all labels, too, for as many steps
 
     cpu = dict(steps=1500, batch=64)
 

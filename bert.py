@@ -279,7 +279,7 @@ def mask(x, group, vocab, ratio=.15, keep=0.):
     (B, T), device = x.shape, x.device
     word = x >= len(SPECIAL)
     unit = F.pad(group[:, 1:] != group[:, :-1], (1, 0)).cumsum(1)     # number of each token's group
-    order, dice = torch.rand(2, B, T, device=device).gather(2, unit.expand(2, B, T))   # one for all
+    order, dice = torch.rand(2, B, T, device=device).gather(2, unit.expand(2, B, T))   # by group
     count = (word.sum(1, keepdim=True) * ratio).round().clamp(min=1)
     n = max(1, round(ratio * T))
     places = order.masked_fill(~word, 2.).argsort(stable=True, dim=1)[:, :n]     # specials are last

@@ -71,7 +71,7 @@ class Args(common.Args):
     dim: int = 128                  # channels of z, where views are compared (SimCLR, sec. 2.3)
     labels: tuple[int, ...] = (1, 5, 20, 0)   # labelled images a class for the table, 0: all
     draws: int = 3                  # repeats of these with other images, for mean and spread
-    supervised: bool = True         # a row of the same encoder trained on all labels: takes long
+    supervised: bool = True         # train the same encoder on all labels, too, for as many steps
 
     cpu = dict(steps=800, batch=64, depth=10, width=16)
 
