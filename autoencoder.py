@@ -27,8 +27,9 @@ Flow     images (B, 3, S, S)
 
 Run      python autoencoder.py --bottleneck narrow
 Expect   a linear probe on the code reads the shape, from 20 labels a class, at 11.3 ± 0.2 % (raw
-         pixels 11.7 ± 0.0 %, chance 10 %), and the colour, from all labels, at 95.3 ± 0.4
-         % (3 seeds; 57 s of training on 2 threads; AMD EPYC, 2 cores, torch 2.13.0+cpu)
+         pixels 11.7 ± 0.0 %, chance 10 %), and the colour, from all labels, at
+         95.3 ± 0.4 % (3 seeds; 57 s of training on 2 threads; AMD EPYC, 2 cores, torch
+         2.13.0+cpu)
 Differs  Convolutions and AdamW instead of stacked restricted Boltzmann machines; top-k keeps k per
          image at test time, too; the probe reads the code's mean where noise is added.
 

@@ -403,6 +403,8 @@ class CrossAttention(nn.Module):
         q = self.q(x).view(B, T, self.heads, -1).transpose(1, 2)            # (B, H, T, D)
         if seen is None:
             x = F.scaled_dot_product_attention(q, k, v)
+        elif seen.shape[-1] == 1:                    # all of them, or nothing
+            x = F.scaled_dot_product_attention(q, k, v).masked_fill(~seen, 0.)
         else:                                        # softmax of nothing is not a number, so where
             blind = ~seen.any(-1, keepdim=True)      # nothing is seen: look at all, and drop it
             x = F.scaled_dot_product_attention(q, k, v, seen | blind).masked_fill(blind, 0.)
@@ -562,13 +564,14 @@ def reach(media, count, attend="last"):
     media: keys and values (B, H, M, R, D) of each layer; count (B, T): of the marks up to
     each token, its own included. -> keys and values (B, H, L, D) of each layer, and who sees what,
     (B, 1, T, L). A token before the first mark sees nothing. L is M R; or R for a single token and
-    its last picture, since then nothing else is needed.
+    its last picture, since then nothing else is needed, and all or nothing is seen, (B, 1, 1, 1).
     """
     B, _, M, R, _ = media[0][0].shape
     if count.shape[1] == 1 and attend == "last":
-        rows, at = torch.arange(B, device=count.device), (count[:, 0] - 1).clamp(min=0)
-        seen = (count > 0)[:, None, :, None].expand(-1, -1, -1, R)
-        return [tuple(x[rows, :, at] for x in pair) for pair in media], seen
+        which = torch.arange(B, device=count.device) * M + (count[:, 0] - 1).clamp(min=0)
+        seen = (count > 0)[:, None, :, None]                    # all R of them, or nothing
+        flat = lambda x: x.transpose(1, 2).flatten(0, 1)        # (B M, H, R, D), not a copy
+        return [tuple(flat(x).index_select(0, which) for x in pair) for pair in media], seen
     number = torch.arange(1, M + 1, device=count.device)                    # of each picture
     seen = count[:, :, None] == number if attend == "last" else count[:, :, None] >= number
     seen = seen[:, None].repeat_interleave(R, 3)

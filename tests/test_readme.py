@@ -508,7 +508,8 @@ def expect(name):
         text = (f"a linear probe on {'h' if name == 'simclr' else 'the code'} reads the shape, from 20 labels a class, "
                 f"at {few(who)} % (raw pixels {few('raw pixels')} %, chance 10 %), and the colour, from all labels, at "
                 f"{colour(who)} % {where}")
-    return textwrap.fill(text, 91, subsequent_indent=" " * 9)
+    whole = re.sub(r"(?<=\d) (?=%)| (?=±)|(?<=±) ", "\a", text)                          # a figure stays on its line
+    return textwrap.fill(whole, 91, subsequent_indent=" " * 9).replace("\a", " ")
 
 
 FIGURES = {f.__name__: f for f in (few_labels, speed, knows, while_training, flags,
