@@ -14,8 +14,9 @@ Idea     Whoever can rebuild an image from a short code has kept what matters in
 Loss     L = 1 / P || x - decode(squeeze(encode(x~))) ||^2
              [+ price / P KL(q(code | x~) || N(0, 1))]
          x~ is x or, with --corrupt, x with pixels blanked; P pixel values in an image; the price
-         (2 beta of a beta-VAE whose pixels have variance 1) is paid with --bottleneck noise, for
-         noise at its full strength. Always guessing the mean costs about 1.
+         (2 beta of a beta-VAE whose pixels have variance 1) is paid with --bottleneck noise, and
+         the KL is that of noise of scale 1, whatever --noise says. Always guessing the mean costs
+         about 1.
 
 Flow     images (B, 3, S, S)
          A. mask      hide nothing, or blank some pixels      -> masked (B, 3, S, S), target = x
@@ -59,9 +60,9 @@ class Args(common.Args):
     weight_decay: float = 0.01      # AdamW's decay, on matrices only
     bottleneck: Literal["none", "narrow", "noise", "sparse", "weak"] = "narrow"  # what is short
     code: int = 64                  # dimensions of the code for narrow, noise and weak
-    keep: int = 64                  # dimensions that sparse keeps, of as many as pixel values
-    noise: float = 1.0              # scale of the code's noise with noise; 1: as in a VAE
-    price: float = 0.1              # of a nat in squared error, summed over the image, for noise
+    keep: int = 64                  # dimensions that sparse keeps, of 4 width (S / 8)^2
+    noise: float = 1.0              # with noise: its scale in the code; 1: as in a VAE
+    price: float = 0.1              # with noise: of a nat, in squared error summed over the image
     corrupt: float = 0.0            # share of the pixels blanked in the input (denoising)
     image_size: int = 32            # side in pixels of drawn shapes, and of a folder's pictures
     width: int = 48                 # channels of the first convolution, doubled in each of the next
@@ -73,17 +74,10 @@ class Args(common.Args):
 
     def check(self):
         super().check()
-        need = common.require
-        need(self.code > 0, f"--code must have 1 dimension or more, not {self.code}")
-        need(self.width > 0 and self.image_size > 0, "--width and --image-size must be 1 or more")
-        need(0 <= self.corrupt < 1, f"--corrupt {self.corrupt} must be from 0 to below 1: some "
-             "pixels have to stay visible")
-        for name in "noise", "price":
-            value = getattr(self, name)
-            need(0 <= value < math.inf, f"--{name} must be 0 or more, not {value}")
-        need(self.keep > 0, f"--keep {self.keep} must leave 1 dimension or more")
-        need(min(self.labels) >= 0 and self.draws > 0, "--labels must be 0 (all) or more, and "
-             "--draws 1 or more")
+        self.at_least(1, "code", "keep", "width", "image_size", "draws")
+        self.at_least(0, "noise", "price", "labels")
+        common.require(0 <= self.corrupt < 1, f"--corrupt must be from 0 to below 1, not "
+                       f"{self.corrupt}: some pixels have to stay visible")
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -130,14 +124,14 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Image -> code -> image, with something in short supply, unless bottleneck is none: else a
-    copy would do."""
+    """Image -> code -> image. Something is in short supply, or a copy would do; with the bottleneck
+    none nothing is."""
 
     def __init__(self, size, width, code, bottleneck="narrow", keep=64, noise=1.):
         super().__init__()
         self.bottleneck, self.keep, self.noise = bottleneck, keep, noise
-        if bottleneck in ("none", "sparse"):     # about as many numbers as in the image: a copy
-            code = 0                             # fits, as it does not into 64
+        if bottleneck in ("none", "sparse"):     # as many numbers as in the image (at width 48): a
+            code = 0                             # copy fits, as it does not into 64
         self.encoder = Encoder(size, width, code)
         if bottleneck == "weak":         # a decoder that cannot unscramble: the code must be plain
             self.decoder = nn.Sequential(nn.Linear(code, 3 * size ** 2),
@@ -215,38 +209,6 @@ def build(args, size):
     return model.to(args.device)
 
 
-def few_shot(args, f, images, labels, others=()):
-    """Freezes f, and fits a linear head on k labels a class (0: all), for each k of labels.
-
-    f maps normalised images (B, 3, S, S) to features (B, C). Returns accuracies in % on the test
-    images: {attribute: a list per k, of one for each draw}; of `others` with all labels only.
-    """
-    with common.autocast(args):                  # encode is under no_grad: the encoder is frozen
-        train, test = (common.encode(f, images, x) for x in (images.train, images.test))
-
-    def fit(name, k, draw):
-        y, test_y = images.train_labels[name], images.test_labels[name]
-        return common.probe(train, y, test, test_y, k, draw)
-
-    what = next(iter(images.names))
-    draws = {k: range(args.draws if k else 1) for k in labels}        # all labels: one way to draw
-    knows = {what: [[fit(what, k, draw) for draw in draws[k]] for k in labels]}
-    others = [name for name in others if name in images.names and name != what]
-    return knows | {name: [[fit(name, 0, 0)]] for name in others}
-
-
-def supervised(args, images, steps):
-    """The same encoder, trained on the class of ALL training images without augmentation, to be
-    probed like the others: what do features know that were made to answer this very question?
-    Returns the encoder."""
-    print("Now the same encoder, supervised, for as many steps ...", flush=True)
-    what = next(iter(images.names))
-    f, y = build(args, images.size).encoder, images.train_labels[what]
-    common.finetune(f, images, images.train, y, images.test_labels[what], args, steps,
-                    args.lr, args.batch, args.seed)
-    return f
-
-
 @torch.no_grad()
 def rebuild(args, model, images):
     """Mean squared error on all pixels of the test images, from inputs corrupted as in training,
@@ -318,19 +280,18 @@ def main(args):
         run.update(loss)
         if step + 1 in looks:                        # the error falls: do the probes rise with it?
             with run.aside():
-                probes = few_shot(args, model.code, images, [max(args.labels)], ["colour"])
+                probes = common.few_shot(args, model.code, images, [max(args.labels)], ["colour"])
                 run.note(error=rebuild(args, model, images), probes=[p[0] for p in probes.values()])
 
     model.eval()
     error = rebuild(args, model, images)
     look(args, model, images)
-    names = images.names
-    rows = {"raw pixels": few_shot(args, nn.Flatten(), images, args.labels, ["colour"]),
-            "untrained encoder": few_shot(args, untrained.code, images, args.labels, names),
-            "autoencoder": few_shot(args, model.code, images, args.labels, names)}
+    probes = lambda f, names=images.names: common.few_shot(args, f, images, args.labels, names)
+    rows = {"raw pixels": probes(nn.Flatten(), ["colour"]),
+            "untrained encoder": probes(untrained.code), "autoencoder": probes(model.code)}
     if args.supervised:
-        best = supervised(args, images, run.step)
-        rows["supervised"] = few_shot(args, best, images, args.labels, names)
+        f = build(args, images.size).encoder
+        rows["supervised"] = probes(common.supervised(args, f, images, run.step))
     tell(args, run, images, error, rows)
 
 

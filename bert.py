@@ -5,7 +5,7 @@ Paper    Devlin et al. 2018, "BERT: Pre-training of Deep Bidirectional Transform
          pmi: Levine et al. 2020 (PMI-Masking), arXiv 2010.01825
 
 Idea     Hide a part, guess it from the rest: the recipe of mae.py, for words. They carry more than
-         patches, so fewer are hidden. Some of the hidden words show as [MASK] and some as another
+         patches, so fewer are hidden. Most of the hidden words show as [MASK] and some as another
          word, for later there will be no [MASK]: the model cannot tell which words to believe, and
          has to keep a good picture of all of them. A special token in front, [CLS], sees the whole
          text, and a new layer on top of it answers a question about it after fine-tuning.
@@ -29,7 +29,7 @@ Differs  Of the hidden words 80 % show as [MASK] and 20 % as others; none stays 
          next-sentence prediction (later work found it needless), so no loss reads what comes out at
          [CLS] before fine-tuning; other words are drawn from the real words, never [PAD] and its
          like; AdamW's second beta is 0.95, not 0.999, the schedule a cosine; the first weights of
-         narrow models are larger; the new head normalises [CLS] over the batch first. span: without
+         narrow models are larger; a BatchNorm before the new head in fine-tuning. span: without
          SpanBERT's second loss, at the ends. pmi: n-grams of 2 to 5 words, seen 10 times or more,
          with 2 nats or more (the paper ranks them). The tensors are BERT's: the published ones load
          by renaming.
@@ -55,13 +55,13 @@ import common
 
 @dataclass
 class Args(common.Args):
-    """Settings of bert.py: for a GPU, and under `cpu` what two cores do in three minutes."""
+    """Settings of bert.py: for a GPU, and under `cpu` smaller ones for two cores."""
     steps: int = 5000               # training steps
     batch: int = 128                # stretches of text a step
     lr: float = 1e-3                # peak learning rate
-    warmup: float = 0.1             # share of the steps in which it rises (post-norm needs more)
+    warmup: float = 0.1             # share of the steps in which the learning rate rises
     weight_decay: float = 0.01      # AdamW's decay, on matrices only (BERT, app. A.2)
-    data: str = "pydocs"            # pydocs, pycode, shakespeare, a file, a folder of .txt files
+    data: str = "pydocs"            # pydocs, pycode, shakespeare, a file or a folder of .txt files
     vocab: int = 8192               # most words that get a token of their own
     context: int = 128              # tokens of a stretch of text, [CLS] and [SEP] included
     dim: int = 256                  # channels
@@ -84,21 +84,21 @@ class Args(common.Args):
 
     def check(self):
         super().check()
+        self.at_least(1, "depth", "labels", "draws")
+        self.at_least(0, "tune_steps", "tune_lr")
+        self.at_least(2, "classes")
+        self.multiple("dim", "heads")
+        self.below_1("dropout")
         need = common.require
-        need(self.depth > 0, f"--depth must be 1 or more, not {self.depth}")
-        need(self.dim > 0 and self.heads > 0 and self.dim % self.heads == 0,
-             f"--dim {self.dim} must be a multiple of --heads {self.heads}")
-        need(0 <= self.dropout < 1, f"--dropout is a share from 0 to below 1, not {self.dropout}")
-        need(0 < self.mask_ratio < 1, f"--mask-ratio {self.mask_ratio} must lie between 0 and 1: "
-             "some words have to stay visible, and some hidden")
-        need(0 <= self.keep <= .2, f"--keep {self.keep} must lie between 0 and 0.2: 80 % of the "
+        need(0 < self.mask_ratio < 1, "--mask-ratio must be above 0 and below 1, not "
+             f"{self.mask_ratio}: some words have to stay visible, and some hidden")
+        need(0 <= self.keep <= .2, f"--keep must be from 0 to 0.2, not {self.keep}: 80 % of the "
              "hidden words always become [MASK]")
-        need(self.vocab > 5, f"--vocab {self.vocab} is too small: five special tokens, and words")
-        need(self.context > 3, f"--context {self.context} is too short: [CLS], two words and [SEP]")
-        need(2 < self.passage <= self.context, f"--passage {self.passage} must be 3 or more, and "
-             f"at most --context {self.context}")
-        need(self.classes > 1, f"--classes must be 2 or more, not {self.classes}")
-        need(min(self.labels) > 0 and self.draws > 0, "--labels and --draws must be 1 or more")
+        need(self.vocab > 5, f"--vocab must be 6 or more, not {self.vocab}: five are special")
+        need(self.context > 3, f"--context must be 4 or more, not {self.context}: [CLS], two words "
+             "and [SEP]")
+        need(2 < self.passage <= self.context, f"--passage must be 3 or more, and at most "
+             f"--context {self.context}, not {self.passage}")
         need(not self.fill or "<mask>" in self.fill, "--fill has no <mask> in it: put one where a "
              'word is to be guessed, as in --fill "the <mask> statement"')
 
@@ -203,7 +203,7 @@ class BERT(nn.Module):
         return self.blocks[-1](x, at, real)
 
     def pool(self, tokens, real=None):
-        """What a classifier reads: one layer on [CLS]. (B, T) -> (B, C)."""
+        """One more layer on [CLS], for a classifier: (B, T) -> (B, C)."""
         cls = self.encode(tokens, torch.zeros_like(tokens[:, :1]), real)            # (B, 1, C)
         return self.pooler(cls[:, 0]).tanh()
 
@@ -292,12 +292,19 @@ def mask(x, group, vocab, ratio=.15, keep=0.):
 
 
 def distance(prediction, target):
-    """C. Mean cross-entropy of logits (B, n, V) with the hidden words (B, n), -100: not owed."""
+    """C. Mean cross-entropy of logits (B, n, V) with the hidden words (B, n), -100: not owed; in
+    nats a word."""
     loss = F.cross_entropy(prediction.flatten(0, 1).float(), target.flatten(), reduction="sum")
     return loss / (target >= 0).sum().clamp(min=1)               # a text without words owes nothing
 
 
 # ------------------------------------------------------------------------------------------ look
+
+
+def build(args, vocab):
+    """The BERT of these settings, on the device."""
+    return BERT(vocab, args.context, args.dim, args.depth, args.heads,
+                args.dropout).to(args.device)
 
 
 def stream(words, documents):
@@ -429,8 +436,8 @@ class Passages:
         return x
 
 
-class Reader(nn.Module):
-    """What a classifier reads: passages (B, T) -> (B, C)."""
+class Features(nn.Module):
+    """What a classifier reads, pool()'s: passages (B, T) -> (B, C)."""
 
     def __init__(self, model):
         super().__init__()
@@ -442,8 +449,8 @@ class Reader(nn.Module):
 
 def tune(args, model, data, how, k, draw):
     """Accuracy in % of a copy of the model with a new head on [CLS], tuned on k passages a class:
-    all of it, or its last block alone."""
-    f = Reader(copy.deepcopy(model).requires_grad_(how == "all"))
+    all of it, or its last block and the pooler."""
+    f = Features(copy.deepcopy(model).requires_grad_(how == "all"))
     f.model.blocks[-1].requires_grad_(True)
     f.model.pooler.requires_grad_(True)
     few = common.few(data.labels, k, draw)
@@ -452,7 +459,8 @@ def tune(args, model, data, how, k, draw):
 
 
 def few_shot(args, model, untrained, data):
-    """Which part is a passage from? {who: accuracies in %, a list per label count, one a draw}."""
+    """Which part is a passage from? {who: for each label count accuracies in %,
+    one a draw}."""
     vocab, draws, rows = len(model.head_bias), range(args.draws), {}
     bag = lambda x: x.new_zeros(len(x), vocab).scatter_add_(1, x, torch.ones_like(x))
     cls = lambda m: lambda x: m.encode(x, torch.zeros_like(x[:, :1]))[:, 0]
@@ -508,9 +516,7 @@ def main(args):
     data = Passages(args, words, text)
     common.few(data.labels, max(args.labels))                                # too many? say so now
     asked = [own(args, words)] if args.fill else []
-    build = lambda: BERT(words.vocab, args.context, args.dim, args.depth, args.heads,
-                         args.dropout).to(args.device)
-    model, untrained = build(), build()
+    model, untrained = build(args, words.vocab), build(args, words.vocab).eval()
     run = common.Run(args, model, chance=math.log(words.vocab), vocabulary=words.words)
     for step in run:
         x, group = grouped(args, run.batch(train))

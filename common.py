@@ -67,7 +67,7 @@ class Args:
     steps: int = 4000            # training steps
     batch: int = 256             # examples a step
     lr: float = 1e-3             # peak learning rate
-    warmup: float = 0.05         # fraction of the steps in which the learning rate rises
+    warmup: float = 0.05         # share of the steps in which the learning rate rises
     weight_decay: float = 0.05   # AdamW's decay, on matrices only
     clip: float = 1.0            # longest gradient that is let through unshortened
     seed: int = 0                # seed of the weights and of every step's randomness
@@ -84,13 +84,38 @@ class Args:
 
     def check(self):
         """Raises UserError where a value makes no sense. Scripts extend it."""
-        require(self.steps >= 0, f"--steps must be 0 or more, not {self.steps}")
-        require(self.batch >= 1, f"--batch must be 1 or more, not {self.batch}")
+        self.at_least(1, "batch")
+        self.at_least(0, "steps", "lr", "weight_decay", "clip", "save_every")
+        self.share("warmup")
         require(0 <= self.seed < 2 ** 32, f"--seed must be from 0 to 2^32 - 1, not {self.seed}")
-        require(0 <= self.warmup <= 1, f"--warmup is a fraction from 0 to 1, not {self.warmup}")
-        for name in "lr", "weight_decay", "clip", "save_every":
+
+    def at_least(self, least, *names):
+        """Raises UserError where one of these settings is less, infinite or not a number."""
+        for name in names:
             value = getattr(self, name)
-            require(0 <= value < math.inf, f"{flag(name)} must be 0 or more, not {value}")
+            low, high = (min(value), max(value)) if isinstance(value, tuple) else (value, value)
+            require(least <= low and high < math.inf,
+                    f"{flag(name)} must be {least} or more, not {words(value)}")
+
+    def share(self, *names):
+        """Raises UserError where one of these settings is not from 0 to 1."""
+        for name in names:
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"{flag(name)} must be from 0 to 1, not {value}")
+
+    def below_1(self, *names):
+        """Raises UserError where one of these settings is not from 0 to below 1."""
+        for name in names:
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{flag(name)} must be from 0 to below 1, not {value}")
+
+    def multiple(self, dim, heads, of=1):
+        """Raises UserError unless dim is a multiple of heads, both 1 or more, and of `of`."""
+        self.at_least(1, dim, heads)
+        d, h = getattr(self, dim), getattr(self, heads)
+        also = f" and of {of}, for the sines and cosines of x and y" if of > 1 else ""
+        require(d % h == 0 == d % of, f"{flag(dim)} must be a multiple of {flag(heads)} {h}{also}, "
+                f"not {d}")
 
 
 def require(condition, sentence):
@@ -591,6 +616,12 @@ def mixed(x, y):
 
 
 IMAGE_SETS = "fashion-mnist", "mnist", "cifar10"
+
+
+def is_images(name):
+    """Whether --data NAME is about images, where it may be a text as well."""
+    return name in ("shapes", *IMAGE_SETS) or name.endswith(".npz")
+
 MNIST = list("0123456789")
 FASHION = "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -1217,6 +1248,26 @@ def write_checkpoint(state, path, fresh=False, when="", kept="", what="a checkpo
         raise UserError(f"cannot write {what} to {path.parent}{when} ({why}){kept}") from None
 
 
+def stage_done(how, settings):
+    """Whether the run in how.out has done all of its steps; where one there has the same of these
+    settings (names), how.resume is set, so that a Run goes on from there."""
+    if not (Path(how.out) / "checkpoint.pt").exists():
+        return False
+    state = read_checkpoint(how.out, script())
+    how.resume = all(state["args"].get(name) == getattr(how, name) for name in settings)
+    return how.resume and state["step"] == how.steps
+
+
+@contextlib.contextmanager
+def stage(what, run):
+    """Says how to go on when the training of a part (what) is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise UserError(f"stopped at step {run.step} of {what}: the same command goes on from "
+                        "there") from None
+
+
 def read_checkpoint(out, *due, otherwise="leave out --resume to start anew", flag="--out"):
     """The newest checkpoint of a run, on the CPU. Raises UserError if there is none, if it is
     broken, or if a script other than those that are due wrote it."""
@@ -1314,6 +1365,39 @@ def finetune(f, images, x, labels, test_labels, args, steps, lr, batch=64, seed=
     with autocast(args):
         scores = encode(model.eval(), images, images.test)
     return 100 * (scores.argmax(1) == test_labels).float().mean().item()
+
+
+def few_shot(args, f, images, labels, others=()):
+    """Freezes f, and fits a linear head on k labels a class (0: all), for each k of labels.
+
+    f maps normalised images (B, 3, S, S) to features (B, C). Returns {attribute: for each k
+    accuracies in % on the test images, one a draw}; `others` are read with all labels only.
+    """
+    with autocast(args):                  # encode is under no_grad: the encoder is frozen
+        train, test = (encode(f, images, x) for x in (images.train, images.test))
+
+    def fit(name, k, draw):
+        y, test_y = images.train_labels[name], images.test_labels[name]
+        return probe(train, y, test, test_y, k, draw)
+
+    what = next(iter(images.names))
+    draws = {k: range(args.draws if k else 1) for k in labels}        # all labels: one way to draw
+    knows = {what: [[fit(what, k, draw) for draw in draws[k]] for k in labels]}
+    others = [name for name in others if name in images.names and name != what]
+    return knows | {name: [[fit(name, 0, 0)]] for name in others}
+
+
+def supervised(args, f, images, steps):
+    """Trains an encoder on the class of ALL training images, without augmentation, to be probed
+    like the others: what do features know that were made to answer this very question?
+
+    f maps normalised images (B, 3, S, S) to features (B, C); it is changed in place, and returned.
+    """
+    print("Now the same encoder, supervised, for as many steps ...", flush=True)
+    what = next(iter(images.names))
+    finetune(f, images, images.train, images.train_labels[what], images.test_labels[what], args,
+             steps, args.lr, args.batch, args.seed)
+    return f
 
 
 # ------------------------------------------------------------------------------------ output

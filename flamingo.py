@@ -41,11 +41,10 @@ Differs  A world of eight shapes in eight colours, a language of 60 words. The L
 Try      (each with --out runs/other --lm runs/flamingo/lm --eye runs/flamingo/eye, which are kept)
          --gate-start 0.5, or inf (no gate): what does the loss in log.jsonl do at the first steps?
          --attend all (nothing numbers the pictures): which answers get worse?
-         --every 4 (of 4 blocks): one look, before the first. What is lost, and what is not?
+         --every 4, on a CPU of 4 blocks: one look, before the first. What is lost, and what is not?
          --lm-steps 900 --eye-steps 500 --steps 650, without --lm and --eye: now the LM binds new
          words ("LM, told"). Flamingo, too? And with --lm-short 0?
 """
-import contextlib
 import dataclasses
 import math
 import random
@@ -69,7 +68,7 @@ class Args(common.Args):
     steps: int = 6000               # training steps of the join
     batch: int = 64                 # documents a step
     lr: float = 1e-3                # peak learning rate
-    warmup: float = 0.1             # fraction of the steps in which the learning rate rises
+    warmup: float = 0.1             # share of the steps in which the learning rate rises
     weight_decay: float = 0.1       # AdamW's decay, on matrices, not the resampler's (B.1.2)
     data: str = "scenes"            # what the prompt is about: scenes, or an .npz with `images`
     images: int = 40_000            # painted scenes to train on, two thirds of single figures
@@ -112,41 +111,32 @@ class Args(common.Args):
 
     def check(self):
         super().check()
+        self.at_least(1, "every", "resampler_depth", "depth", "patch", "eye_depth", "image_size",
+                      "lm_batch", "eye_batch", "lm_steps", "eye_steps")
+        self.at_least(0, "lm_lr", "eye_lr", "gate_lr", "temperature", "shots")
+        self.at_least(12, "tests")
+        self.at_least(500, "images")
+        self.multiple("dim", "heads")
+        self.multiple("eye_dim", "eye_heads", 4)
+        self.share("short", "lm_short", "lm_share")
         need = common.require
-        for name in ("every", "resampler_depth", "depth", "patch", "eye_depth", "image_size",
-                     "lm_batch", "eye_batch", "lm_steps", "eye_steps"):
-            value = getattr(self, name)
-            need(value > 0, f"{common.flag(name)} must be 1 or more, not {value}")
         need(self.eye_batch <= self.images, f"--eye-batch {self.eye_batch} is more than the "
              f"{self.images} pictures (--images)")
-        for name in "lm_lr", "eye_lr", "gate_lr", "temperature":
-            value = getattr(self, name)
-            need(0 <= value < math.inf, f"{common.flag(name)} must be 0 or more, not {value}")
-        for dim, heads in ("dim", "heads"), ("eye_dim", "eye_heads"):
-            d, h = getattr(self, dim), getattr(self, heads)
-            need(d > 0 and h > 0 and d % h == 0 and (dim == "dim" or d % 4 == 0),
-                 f"{common.flag(dim)} {d} must be a multiple of {common.flag(heads)} {h}"
-                 + " and of 4 (sines and cosines of x and y)" * (dim == "eye_dim"))
         need(self.image_size % self.patch == 0, f"--patch {self.patch} does not divide the "
              f"{self.image_size} x {self.image_size} pictures (--image-size)")
         need(self.latents > 0, f"--latents must be 1 or more, not {self.latents}; without a "
              "resampler: --no-resample")
         need(self.context > 40, f"--context must be 41 or more, not {self.context}: a picture, a "
              "question and its answer have to fit")
-        for name in "short", "lm_short", "lm_share":
-            value = getattr(self, name)
-            need(0 <= value <= 1, f"{common.flag(name)} is a share from 0 to 1, not {value}")
-        need(not math.isnan(self.gate_start), "--gate-start must be a number, or inf for no gate")
-        need(self.shots and 0 <= min(self.shots) and max(self.shots) <= 100,
-             "--shots must be 0 or more, and 100 at most")
-        need(self.images >= 500, f"--images must be 500 or more, not {self.images}")
-        need(self.tests >= 12, f"--tests must be 12 or more, not {self.tests}")
+        need(not math.isnan(self.gate_start), "--gate-start must be a number, or inf for no gate, "
+             "not nan")
+        need(max(self.shots) <= 100, f"--shots must be 100 at most, not {max(self.shots)}")
 
 
 # ------------------------------------------------------------------------------------- the model
 # B batch, M pictures, N visual tokens of one, R latents of one, E their channels; T tokens that
-# are new, L tokens in all, C channels of the LM, H heads, D = C / H, V vocabulary.
-# First the language model, gpt.py's:
+# are new, L that can be looked at, C channels of the LM, H heads, D = C / H, V vocabulary.
+# First the language model, gpt.py's.
 
 
 class Cache:
@@ -262,7 +252,8 @@ class GPT(nn.Module):
         return [Cache(batch, block.attn.heads, context, dim // block.attn.heads,
                       self.pos_embed.weight) for block in self.blocks]
 
-# The eye, mae.py's; where a name is taken, it begins with Eye. And the eye while it learns:
+
+# The eye, mae.py's (where a name is taken, it begins with Eye), and the eye while it learns.
 
 
 class EyeAttention(nn.Module):
@@ -374,7 +365,7 @@ class Captioned(nn.Module):
         return self.of_eye(tokens.mean(1)), self.of_reader(words), self.scale.exp().clamp(max=100)
 
 
-# And what joins them.
+# What joins them.
 
 
 class CrossAttention(nn.Module):
@@ -580,8 +571,8 @@ def reach(media, count, attend="last"):
 
 def contrast(picture, text, scale):
     """The eye's loss: n pictures and their captions (n, E) each, as vectors; each picture has to
-    find its caption among all, and each caption its picture (Flamingo, B.1.3). At chance ln n; not
-    down to 0 where two captions are the same."""
+    find its caption among all, and each caption its picture (Flamingo, B.1.3). At chance ln n; it
+    cannot reach 0 where two captions are the same."""
     similar = scale * F.normalize(picture.float(), dim=1) @ F.normalize(text.float(), dim=1).T
     own = torch.arange(len(similar), device=similar.device)
     return (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2
@@ -643,8 +634,8 @@ def sample(model, prompts, media, n, end, temperature=0., seed=0, cached=True):
 EPISODES = "new words", "kept words", "answers"
 KEPT = 4        # of the new words so many are in no picture's text until the test
 TOLD = "colour", "shape", "kind"      # what tells the kind of a figure in words; kind: both
-HOW = "steps", "batch", "lr", "warmup", "weight_decay", "clip", "seed", "dtype"
 # settings that make another LM, another eye
+HOW = "steps", "batch", "lr", "warmup", "weight_decay", "clip", "seed", "dtype"
 LM = *HOW, "lm_short", "lm_share", "context", "dim", "depth", "heads"
 EYE = *HOW, "images", "image_size", "patch", "eye_dim", "eye_depth", "eye_heads"
 
@@ -670,8 +661,9 @@ class Tokens:
             return [t for i, part in enumerate(raw) for t in [256] * (i > 0) + list(part)]
         found = re.findall(r"<\w+>|\w+|[^\w\s]", text)
         unknown = [word for word in found if word not in self.ids]
-        common.require(not unknown, f"the LM knows no word {(unknown or [''])[0]!r}: its words are "
-                       + " ".join(self.words))
+        if unknown:
+            raise common.UserError(f"the LM knows no word {unknown[0]!r}: its words are "
+                                   + " ".join(self.words))
         return [self.ids[word] for word in found]
 
     def decode(self, tokens):
@@ -738,8 +730,8 @@ def document(rng, scenes, names, share, how="kind"):
 
 
 def described(figures, how, text):
-    """A chunk with words for the picture. how: one of TOLD, of the first figure; else its
-    caption."""
+    """A chunk with words for the picture. how: one of TOLD, of the first figure; else
+    the caption of the whole scene."""
     colour, shape = list(common.COLOURS)[figures[0].colour], common.FIGURES[figures[0].shape]
     words = {"colour": colour, "shape": shape, "kind": common.kind_name(figures[0])}
     return f"{words[how]} {text}" if how in TOLD else f"{common.caption(figures)} . {text}"
@@ -789,32 +781,16 @@ def interleaved(args, tokens, scenes, n, length, share):
     return x, at[:, :(x == tokens.image).sum(1).max()]
 
 
-def part(args, name, recipe):
-    """Settings of a stage, in --out/name, and whether it is done there already."""
-    how = dataclasses.replace(args, out=f"{args.out}/{name}", resume=False, compile=False, **{
+def part(args, name):
+    """Settings of a stage, which is kept in --out/name."""
+    return dataclasses.replace(args, out=f"{args.out}/{name}", resume=False, compile=False, **{
         setting: getattr(args, f"{name}_{setting}") for setting in ("steps", "batch", "lr")})
-    if (Path(how.out) / "checkpoint.pt").exists():
-        state = common.read_checkpoint(how.out, common.script())
-        how.resume = all(getattr(how, key) == value for key, value in state["args"].items()
-                         if key in recipe)
-        return how, how.resume and state["step"] == how.steps
-    return how, False
-
-
-@contextlib.contextmanager
-def stage(what, run):
-    """Says how to go on when the training of a part is interrupted."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise common.UserError(f"stopped at step {run.step} of {what}: the same command goes on "
-                               "from there") from None
 
 
 def learn_language(args, tokens):
-    """1. A GPT learns the language of the shapes world, from text alone. Returns its folder."""
-    how, done = part(args, "lm", LM)
-    if done:
+    """A GPT learns the language of the shapes world, from text alone. Returns its folder."""
+    how = part(args, "lm")
+    if common.stage_done(how, LM):
         return how.out
     torch.manual_seed(args.seed)
     model = GPT(tokens.vocab, args.context, args.dim, args.depth, args.heads)
@@ -830,7 +806,7 @@ def learn_language(args, tokens):
     long = texts(args, tokens, min((how.steps - first) * how.batch, most), args.context, marks=True)
     short, long = short.to(args.device), long.to(args.device)
     run = common.Run(how, model.to(args.device), chance=math.log(tokens.vocab))
-    with stage("the LM", run):
+    with common.stage("the LM", run):
         for step in run:
             x = run.batch(short if step < first else long)
             masked, target = mask(x, tokens.image)
@@ -840,10 +816,15 @@ def learn_language(args, tokens):
     return how.out
 
 
+def normalize(pictures):
+    """uint8 -> about mean 0 and variance 1, on this dark ground."""
+    return (pictures.float() / 255 - .2) / .2
+
+
 def learn_to_see(args, tokens, scenes, pictures):
-    """2. A ViT learns which caption belongs to a picture (n, 3, S, S). Returns its folder."""
-    how, done = part(args, "eye", EYE)
-    if done:
+    """A ViT learns which caption belongs to a picture (n, 3, S, S). Returns its folder."""
+    how = part(args, "eye")
+    if common.stage_done(how, EYE):
         return how.out
     torch.manual_seed(args.seed)
     eye = ViT(args.image_size // args.patch, 3 * args.patch ** 2, args.eye_dim, args.eye_depth,
@@ -858,7 +839,7 @@ def learn_to_see(args, tokens, scenes, pictures):
     alike = [torch.tensor([i for kind, own in scenes.of.items() if kind[1] == colour for i in own])
              for colour in range(len(common.COLOURS))]         # single figures of one colour
     run = common.Run(how, model.to(args.device), chance=math.log(how.batch))
-    with stage("the eye", run):
+    with common.stage("the eye", run):
         for step in run:
             i = run.batch(torch.arange(len(pictures), device=args.device))
             if step % 3:                             # hard negatives: only shape, size and side
@@ -867,44 +848,6 @@ def learn_to_see(args, tokens, scenes, pictures):
             loss = contrast(*model(normalize(pictures[i]), captions[i]))
             run.update(loss)
     return how.out
-
-
-def prompt_tokens(args, tokens, context, n):
-    """The tokens of --prompt, for n pictures; None without one. Raises UserError where it has more
-    marks than there are pictures, or does not fit the context."""
-    if not args.prompt:
-        return None
-    prompt = tokens.encode(f"<end> {args.prompt}")
-    marks = prompt.count(tokens.image)
-    common.require(marks <= n, f"--prompt has {marks} <image> marks, and there are {n} pictures of "
-                   f"--data {args.data}")
-    common.require(len(prompt) < context, f"--prompt has {len(prompt)} tokens, and the context of "
-                   f"{context} has to hold it and its answer: shorten it")
-    return prompt
-
-
-def own_pictures(args):
-    """The pictures of --data, (n, 3, S, S) uint8, or None for held-out scenes. Raises UserError."""
-    if args.data == "scenes":
-        return None
-    common.require(args.data.endswith(".npz"), "--data takes scenes, or an .npz with pictures that "
-                   f"--prompt is about, not {args.data!r}")
-    common.require(args.prompt, f"--data {args.data} needs a --prompt about its pictures, such as "
-                   '"<image> what colour is it ?"')
-    return common.read_pictures(Path(args.data), args.image_size, args.device)
-
-
-def reply(args, model, tokens, prompt, visual):
-    """What the model says to --prompt, whose marks stand for visual tokens (n, N, E) in order."""
-    with common.autocast(args), torch.inference_mode():
-        media = model.media(visual[None, :max(1, prompt.count(tokens.image))].float())
-        (new,) = sample(model, [prompt], media, 40, tokens.end, args.temperature, args.seed)
-    return tokens.decode(new).strip()
-
-
-def normalize(pictures):
-    """uint8 -> about mean 0 and variance 1, on this dark ground."""
-    return (pictures.float() / 255 - .2) / .2
 
 
 def load_lm(args, folder):
@@ -916,9 +859,8 @@ def load_lm(args, folder):
     common.require("token_embed.weight" in weights, f"{folder} holds no LM: try --lm {folder}/lm")
     vocab, context = (len(weights[f"{name}_embed.weight"]) for name in ("token", "pos"))
     tokens = Tokens(bytes=state["script"] == "gpt.py")
-    images = how["data"] in ("shapes", *common.IMAGE_SETS) or how["data"].endswith(".npz")
-    common.require(not images or not tokens.bytes, f"the LM in {folder} was trained on images "
-                   f"({how['data']}), and it has to know a text: take another --lm")
+    common.require(not tokens.bytes or not common.is_images(how["data"]), f"the LM in {folder} was "
+                   f"trained on images ({how['data']}), and this is about text: take another --lm")
     common.require(vocab == tokens.vocab, f"the LM in {folder} has {vocab} tokens, and "
                    f"{tokens.vocab} are due: train it anew with this version")
     common.require(context > 40, f"the LM in {folder} has a context of {context} tokens: 41 or "
@@ -937,8 +879,8 @@ def load_eye(args, folder):
     prefix, names = ("eye.", ("eye_dim", "eye_depth", "eye_heads")) if own else \
         ("encoder.", ("dim", "depth", "heads"))
     weights = {k[len(prefix):]: v for k, v in state["model"].items() if k.startswith(prefix)}
-    common.require(weights and (not own or "of_reader.weight" in state["model"]),
-                   f"{folder} holds no eye: try --eye {folder}/eye")
+    alone = not own or "of_reader.weight" in state["model"]       # a join has an eye. in it, too
+    common.require(weights and alone, f"{folder} holds no eye: try --eye {folder}/eye")
     patch, pixels = how["patch"], weights["patch_embed.weight"].shape[1]
     common.require(args.image_size % patch == 0, f"the eye in {folder} has patches of {patch} "
                    f"pixels, which do not divide --image-size {args.image_size}")
@@ -981,8 +923,8 @@ def held_out(args):
 
 
 class Query(NamedTuple):
-    """Something to be asked: what sort it is, the prompt, whose marks stand for these of the held
-    out scenes, the answer, and the prompt with words in the place of pictures."""
+    """Something to be asked. group: what sort it is; prompt: with marks for pictures; at: of these
+    held-out scenes; answer; told: the prompt with words in the place of the pictures."""
     group: str
     prompt: str
     at: list
@@ -1067,6 +1009,39 @@ def evaluate(args, model, tokens, asked, visual):
     return dict(sorted(found.items()))
 
 
+def prompt_tokens(args, tokens, context, n):
+    """The tokens of --prompt, for n pictures; None without one. Raises UserError where it has more
+    marks than there are pictures, or does not fit the context."""
+    if not args.prompt:
+        return None
+    prompt = tokens.encode(f"<end> {args.prompt}")
+    marks = prompt.count(tokens.image)
+    common.require(marks <= n, f"--prompt has {marks} <image> marks, and there are {n} pictures of "
+                   f"--data {args.data}")
+    common.require(len(prompt) < context, f"--prompt has {len(prompt)} tokens, and the context of "
+                   f"{context} has to hold it and its answer: shorten it")
+    return prompt
+
+
+def own_pictures(args):
+    """The pictures of --data, (n, 3, S, S) uint8, or None for held-out scenes. Raises UserError."""
+    if args.data == "scenes":
+        return None
+    common.require(args.data.endswith(".npz"), "--data takes scenes, or an .npz with pictures that "
+                   f"--prompt is about, not {args.data!r}")
+    common.require(args.prompt, f"--data {args.data} needs a --prompt about its pictures, such as "
+                   '"<image> what colour is it ?"')
+    return common.read_pictures(Path(args.data), args.image_size, args.device)
+
+
+def reply(args, model, tokens, prompt, visual):
+    """What the model says to --prompt, whose marks stand for visual tokens (n, N, E) in order."""
+    with common.autocast(args), torch.inference_mode():
+        media = model.media(visual[None, :max(1, prompt.count(tokens.image))].float())
+        (new,) = sample(model, [prompt], media, 40, tokens.end, args.temperature, args.seed)
+    return tokens.decode(new).strip()
+
+
 def look(args, model, tokens, asked, visual, pictures):
     """Writes scenes.png, twelve held-out scenes; returns what is said of each, a list of lines."""
     chosen = []
@@ -1125,16 +1100,16 @@ def main(args):
     own = own_pictures(args)
     scenes = Scenes(args.seed, args.images, common.SEEN)
     pictures = common.paint(scenes.all, args.seed, args.image_size, args.device)
-    tokens, there = Tokens(), args.tests if own is None else len(own)    # pictures for a prompt
+    world, there = Tokens(), args.tests if own is None else len(own)     # pictures for a prompt
     if args.eye:                                     # mistakes are better found before the training
         load_eye(args, args.eye)
     if not args.lm:
-        prompt_tokens(args, tokens, args.context, there)
-    lm, of_lm, *seconds = load_lm(args, args.lm or learn_language(args, tokens))
+        prompt_tokens(args, world, args.context, there)
+    lm, tokens, lm_seconds = load_lm(args, args.lm or learn_language(args, world))
     context = len(lm.pos_embed.weight)
-    prompt = prompt_tokens(args, of_lm, context, there)
-    eye, patch, *more = load_eye(args, args.eye or learn_to_see(args, tokens, scenes, pictures))
-    tokens, seconds = of_lm, seconds + more
+    prompt = prompt_tokens(args, tokens, context, there)
+    eye, patch, eye_seconds = load_eye(args, args.eye
+                                       or learn_to_see(args, world, scenes, pictures))
     torch.manual_seed(args.seed)
     latents = args.latents if args.resample else 0
     model = Flamingo(lm, eye, patch, tokens.image, args.every, latents, args.resampler_depth,
@@ -1163,7 +1138,7 @@ def main(args):
     lines = look(args, model, tokens, asked, visual, pictures)
     answer = prompt and reply(args, model, tokens, prompt,
                               visual if own is None else views(args, model, own))
-    tell(args, run, model, found, lines, answer, seconds)
+    tell(args, run, model, found, lines, answer, [lm_seconds, eye_seconds])
 
 
 if __name__ == "__main__":

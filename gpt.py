@@ -31,7 +31,8 @@ Differs  A token is a byte (257 with BOS), not one of 50,257 pieces of words (by
 Try      --steps 0 --resume --temperature 0, 0.5, 1, 2: where does it repeat itself, and where does
          it fall apart?
          --data shapes: which part of a figure can it complete, and what does it make up?
-         --context 32 --batch 128, or 128 --batch 32: how much of the loss needs what is far away?
+         --context 32 --batch 128, or --context 128 --batch 32: how much of the loss needs what
+         is far away?
 """
 import math
 import time
@@ -48,7 +49,7 @@ import common
 
 @dataclass
 class Args(common.Args):
-    """Settings of gpt.py: for a GPU, and under `cpu` what two cores do in three minutes."""
+    """Settings of gpt.py: for a GPU, and under `cpu` smaller ones for two cores."""
     steps: int = 5000               # training steps
     batch: int = 64                 # windows of the text, or images, a step
     lr: float = 1e-3                # peak learning rate
@@ -62,7 +63,7 @@ class Args(common.Args):
     side: int = 14                  # side in pixels to which images are made smaller
     prompt: str = "The "            # what the sample at the end begins with
     length: int = 400               # tokens of that sample
-    temperature: float = 0.8        # divides the logits: 0 takes the most likely, 1 as it learned
+    temperature: float = 0.8        # divides the logits: 1 as it learned, 0 the most likely only
     top_k: int = 0                  # draw from the k most likely tokens only, 0: from all
     top_p: float = 1.0              # draw from the likeliest that hold this share of probability
 
@@ -70,18 +71,14 @@ class Args(common.Args):
 
     def check(self):
         super().check()
+        self.at_least(1, "depth", "length")
+        self.at_least(2, "side")
+        self.at_least(0, "top_k", "temperature")
+        self.multiple("dim", "heads")
+        self.below_1("dropout")
         need = common.require
         need(self.context > 1, f"--context must be 2 or more, not {self.context}: BOS and a token")
-        need(self.depth > 0, f"--depth must be 1 or more, not {self.depth}")
-        need(self.dim > 0 and self.heads > 0 and self.dim % self.heads == 0,
-             f"--dim {self.dim} must be a multiple of --heads {self.heads}")
-        need(0 <= self.dropout < 1, f"--dropout is a share from 0 to below 1, not {self.dropout}")
-        need(self.side > 1, f"--side must be 2 or more, not {self.side}")
-        need(self.length > 0, f"--length must be 1 or more, not {self.length}")
-        need(0 <= self.temperature < math.inf, f"--temperature {self.temperature} must not be "
-             "below 0 (0 takes the most likely token)")
-        need(self.top_k >= 0, f"--top-k must be 0 (all tokens) or more, not {self.top_k}")
-        need(0 < self.top_p <= 1, f"--top-p is a share above 0, up to 1, not {self.top_p}")
+        need(0 < self.top_p <= 1, f"--top-p must be above 0 and 1 at most, not {self.top_p}")
         n = len(self.prompt.encode(errors="surrogateescape"))
         need(n < self.context, f"--prompt has {n} bytes, and --context {self.context} holds "
              f"{self.context - 1} beside BOS: shorten it, or take a longer context")
@@ -302,11 +299,6 @@ BYTES = common.Bytes()
 BOS = BYTES.BOS
 
 
-def is_images(args):
-    """Whether --data names images: their pixels are the tokens then."""
-    return args.data in ("shapes", *common.IMAGE_SETS) or args.data.endswith(".npz")
-
-
 def pixels(args):
     """Images as rows of grey bytes: train (n, side^2), val (m, side^2) uint8."""
     images = common.load_images(args.data, args.data_dir, 2 * args.side)
@@ -351,7 +343,7 @@ def write(args, model, prompts, n, **how):
 
 def look(args, model, val):
     """What the model writes: a text behind --prompt, which is returned, or completions.png."""
-    if not is_images(args):
+    if not common.is_images(args.data):
         prompt = BYTES.encode(args.prompt.encode(errors="surrogateescape"))
         (new,) = write(args, model, [prompt], args.length, stop=BOS)     # or to the document's end
         return BYTES.decode(torch.cat([prompt, new.cpu()]))
@@ -367,7 +359,8 @@ def look(args, model, val):
 
 
 def speeds(args, model):
-    """Tokens a second at batch 1, with and without the cache, of a whole context (at most 256)."""
+    """A whole context, 256 tokens at most, written at batch 1: how many, and how many a second with
+    the cache and without."""
     n, found = min(256, len(model.pos_embed.weight)) - 1, []
     for cached in True, False:
         began = time.time()
@@ -378,17 +371,16 @@ def speeds(args, model):
 
 def tell(args, run, nats, bits, text, speed):
     """The end of the run, in words and in result.json."""
-    unit = "pixel" if is_images(args) else "byte"
-    if text is not None:
-        print(f"\n{text}\n")
-    else:
-        common.say(f"Picture: {args.out}/completions.png (given | completed | another time | "
-                   "original)")
-    common.say(f"Loss on what it was not trained on: {nats:.3f} nats a token (chance "
+    new, unit = ("images", "pixel") if text is None else ("text", "byte")
+    print("" if text is None else f"\n{text}\n")
+    common.say(f"Loss on new {new}: {nats:.3f} nats a token (chance "
                f"{math.log(BYTES.vocab):.3f}), {bits:.3f} bits a {unit} (chance "
                f"{math.log2(BYTES.vocab):.3f}).")
     common.say(f"It writes {speed[1]:,.0f} tokens a second with the KV cache, {speed[2]:,.0f} "
                f"without ({speed[0]} tokens, one text).")
+    if text is None:
+        common.say(f"Picture: {args.out}/completions.png (given | completed | another time | "
+                   "original)")
     common.report(run, f"{nats:.3f} nats, {bits:.3f} bits a {unit}",
                   dict(loss=nats, bits=bits, chance=math.log(BYTES.vocab), speed=speed[1:],
                        text=text))
@@ -398,7 +390,7 @@ def tell(args, run, nats, bits, text, speed):
 
 
 def main(args):
-    train, val = pixels(args) if is_images(args) else windows(args)                 # (n, T), (m, T)
+    train, val = (pixels if common.is_images(args.data) else windows)(args)         # (n, T), (m, T)
     model = GPT(BYTES.vocab, train.shape[1], args.dim, args.depth, args.heads, args.dropout)
     run = common.Run(args, model.to(args.device), chance=math.log(BYTES.vocab))
     for step in run:

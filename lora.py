@@ -68,12 +68,12 @@ class Args(common.Args):
     steps: int = 1000               # most training steps of an adaptation
     batch: int = 16                 # examples a step, at most k
     lr: float = 0.                  # peak learning rate; 0: the best of a search, for each method
-    warmup: float = 0.1             # fraction of the steps in which the learning rate rises
+    warmup: float = 0.1             # share of the steps in which the learning rate rises
     weight_decay: float = 0.01      # AdamW's decay, on matrices only (LoRA, E2E recipe)
     data: str = "pycode"            # new text: pycode, pydocs, shakespeare, a file or a folder
     method: Method = "all"          # what is trained (prompt: nothing, the examples stand in it)
     k: tuple[int, ...] = (1, 4, 16, 64, 256)    # numbers of examples
-    draws: int = 3                  # repetitions: other examples, other first weights
+    draws: int = 3                  # repeats with other examples and first weights, for the spread
     example: int = 24               # bytes of an example: the beginning of a line, and on
     where: str = "qkv,proj,fc1,fc2"    # LoRA: matrices of each block that get memories
     rank: int = 3                   # LoRA: memories that each of them gets
@@ -92,31 +92,22 @@ class Args(common.Args):
     heads: int = 6                  # base: attention heads
     prompt: str = "def "            # what the samples begin with
     length: int = 150               # bytes of a sample
-    temperature: float = 0.8        # divides the logits: below 1 the likelier is likelier still
+    temperature: float = 0.8        # divides the logits: 1 as it learned, below likelier tokens
 
     cpu = dict(k=(4, 64), base_steps=2400, base_batch=8, base_lr=3e-3, base_dropout=0.,
                context=128, dim=128, depth=4, heads=4)
 
     def check(self):
         super().check()
+        self.at_least(1, "k", "draws", "passes", "rank", "base_steps", "base_batch", "depth",
+                      "length")
+        self.at_least(2, "example")
+        self.at_least(0, "alpha", "base_lr")
+        self.multiple("dim", "heads")
+        self.below_1("dropout", "base_dropout")
         need = common.require
-        need(self.k and min(self.k) > 0, "--k must be 1 or more")
         need(len(set(self.k)) == len(self.k), f"--k {common.words(self.k)} names a number twice")
-        need(self.draws > 0, f"--draws must be 1 or more, not {self.draws}")
-        need(self.passes > 0, f"--passes must be 1 or more, not {self.passes}")
-        need(self.example > 1, f"--example must be 2 bytes or more, not {self.example}")
-        need(self.rank > 0, f"--rank must be 1 or more, not {self.rank}")
-        need(0 <= self.alpha < math.inf, f"--alpha must be 0 or more, not {self.alpha}")
-        for name in "dropout", "base_dropout":
-            value = getattr(self, name)
-            need(0 <= value < 1, f"{common.flag(name)} is a share from 0 to below 1, not {value}")
-        need(self.base_steps > 0, f"--base-steps must be 1 or more, not {self.base_steps}")
-        need(self.base_batch > 0, f"--base-batch must be 1 or more, not {self.base_batch}")
-        need(0 <= self.base_lr < math.inf, f"--base-lr must be 0 or more, not {self.base_lr}")
-        need(self.depth > 0, f"--depth must be 1 or more, not {self.depth}")
-        need(self.dim > 0 and self.heads > 0 and self.dim % self.heads == 0,
-             f"--dim {self.dim} must be a multiple of --heads {self.heads}")
-        need(self.length > 0, f"--length must be 1 or more, not {self.length}")
+        need(self.context > 1, f"--context must be 2 or more, not {self.context}: BOS and a token")
         need(0 < self.temperature < math.inf, "--temperature must be above 0, not "
              f"{self.temperature}")
 
@@ -407,8 +398,9 @@ def sample(model, prompt, n, temperature=1., seed=0):
 
 BYTES = common.Bytes()
 BOS, NEWLINE = BYTES.BOS, ord("\n")
-RECIPE = "steps", "batch", "lr", "weight_decay", "warmup", "clip", "seed", "data", "context", \
-    "dim", "depth", "heads", "dropout"           # settings that make another base
+# settings that make another base
+BASE = "steps", "batch", "lr", "weight_decay", "warmup", "clip", "seed", "dtype", "data", \
+    "context", "dim", "depth", "heads", "dropout"
 
 
 @dataclass
@@ -427,26 +419,20 @@ def pretrain(args):
     how = dataclasses.replace(args, steps=args.base_steps, batch=args.base_batch, lr=args.base_lr,
                               dropout=args.base_dropout, weight_decay=.1, warmup=.05,
                               data=args.old or "pydocs", out=f"{args.out}/base", resume=False)
-    if (Path(how.out) / "checkpoint.pt").exists():
-        state = common.read_checkpoint(how.out, common.script())
-        how.resume = all(state["args"].get(name) == getattr(how, name) for name in RECIPE)
-        if how.resume and state["step"] == how.steps:
-            return how.out
+    if common.stage_done(how, BASE):
+        return how.out
     train = windows(args, how.data, args.context)[0]
     model = GPT(BYTES.vocab, args.context, args.dim, args.depth, args.heads, args.base_dropout)
     check_base(args, model)
     common.say(f"First the base, a GPT that learns {how.data}. It is kept in {how.out}, for the "
                "next time.")
     run = common.Run(how, model.to(args.device), chance=math.log(BYTES.vocab))
-    try:
+    with common.stage("the base", run):
         for step in run:
             masked, target = mask(run.batch(train).long(), BOS)
             prediction = model(masked)
             loss = distance(prediction, target)
             run.update(loss)
-    except KeyboardInterrupt:
-        raise common.UserError(f"stopped at step {run.step} of the base: the same command goes on "
-                               "from there") from None
     return how.out
 
 
@@ -471,9 +457,8 @@ def load_base(args, folder):
                                    otherwise="python gpt.py makes one, or leave out --base")
     common.require("model" in state, f"{folder} holds no base: try --base {folder}/base")
     how, weights = state["args"], state["model"]
-    images = how["data"] in ("shapes", *common.IMAGE_SETS) or how["data"].endswith(".npz")
-    common.require(not images, f"the base {folder} was trained on images ({how['data']}), and this "
-                   "is about text: take another --base")
+    common.require(not common.is_images(how["data"]), f"the base in {folder} was trained on images "
+                   f"({how['data']}), and this is about text: take another --base")
     vocab, context = (len(weights[f"{name}_embed.weight"]) for name in ("token", "pos"))
     model = GPT(vocab, context, how["dim"], how["depth"], how["heads"])     # from now on no dropout
     model.load_state_dict(weights)
@@ -679,7 +664,8 @@ def inspect(args, val):
     old = evenly(windows(args, base.data, base.context)[1], 100)
     for name, x, given in (args.data, evenly(val, 400), 1), (base.data, old, 0):
         after, before = (evaluate(args, m, x, given) for m in (model, base.model))
-        print(f"Loss on new text of {name}: {after:.3f} nats a token (the base {before:.3f}).")
+        common.say(f"Loss on new text of {name}: {after:.3f} nats a token (the base "
+                   f"{before:.3f}).")
 
 
 def tell(args, series, base, rows, start, shares, texts):

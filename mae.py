@@ -24,7 +24,7 @@ Expect   the shape, from 100 labels a class: 28.6 ± 3.6 % fine-tuned, 12.3 ± 1
          chance 10 % (3 seeds; 145 s of training on 2 threads; AMD EPYC, 2 cores, torch
          2.13.0+cpu)
 Differs  Small images, so small patches (4 px of 32); features are the mean of the patch tokens, for
-         the linear probe, too (the paper's reads cls), which is fitted by L-BFGS; no augmentation,
+         the linear probe, too (the paper's reads cls; ours is fitted by L-BFGS); no augmentation,
          in pre-training (the paper crops and mirrors) or fine-tuning, no layer decay or drop path;
          a BatchNorm before the new head in fine-tuning, too; pixels predicted as they are unless
          --norm-pix says otherwise.
@@ -64,7 +64,7 @@ class Args(common.Args):
     decoder_dim: int = 96           # channels of the decoder
     decoder_depth: int = 4          # blocks of the decoder
     decoder_heads: int = 3          # attention heads of the decoder
-    tune: Literal["linear", "last", "all"] = "all"  # what a few labels train: head, last block, all
+    tune: Literal["linear", "last", "all"] = "all"  # what few labels train: head, last block, all
     labels: tuple[int, ...] = (1, 5, 20, 100)        # labelled images a class for each fine-tuning
     tune_steps: int = 1000          # steps of each fine-tuning
     tune_lr: float = 1e-3           # its peak learning rate
@@ -75,16 +75,12 @@ class Args(common.Args):
 
     def check(self):
         super().check()
-        need = common.require
-        need(0 < self.mask_ratio < 1, f"--mask-ratio {self.mask_ratio} must lie between 0 and 1: "
-             "some patches have to stay visible, and some hidden")
-        need(self.patch > 0 and self.image_size > 0, "--patch and --image-size must be 1 or more")
-        need(self.depth > 0 and self.decoder_depth > 0, "--depth, --decoder-depth: 1 or more")
-        for dim, heads in ("dim", "heads"), ("decoder_dim", "decoder_heads"):
-            d, h = getattr(self, dim), getattr(self, heads)
-            need(d > 0 and h > 0 and d % h == 0 and d % 4 == 0, f"{common.flag(dim)} {d} must be a "
-                 f"multiple of 4 (sines and cosines of x and y) and of {common.flag(heads)} {h}")
-        need(min(self.labels) > 0 and self.draws > 0, "--labels and --draws must be 1 or more")
+        self.at_least(1, "patch", "image_size", "depth", "decoder_depth", "labels", "draws")
+        self.at_least(0, "tune_steps", "tune_lr")
+        self.multiple("dim", "heads", 4)
+        self.multiple("decoder_dim", "decoder_heads", 4)
+        common.require(0 < self.mask_ratio < 1, "--mask-ratio must be above 0 and below 1, not "
+                       f"{self.mask_ratio}: some patches have to stay visible, and some hidden")
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -335,9 +331,9 @@ def tune(args, f, images, labels, test_labels, k, draw):
                            args.tune_steps, args.tune_lr, seed=draw)
 
 
-def evaluate(args, model, images):
-    """What a few labels buy: {who: accuracies in %, a list per label count, one for each draw}, and
-    what a linear probe with the most labels reads: {attribute: accuracy in %}."""
+def few_shot(args, model, images):
+    """What a few labels buy: {who: for each label count accuracies in %, one a draw}, and what a
+    linear probe with the most labels reads: {attribute: accuracy in %}."""
     what = next(iter(images.names))
     labels, test_labels = images.train_labels[what], images.test_labels[what]
     torch.manual_seed(args.seed)
@@ -376,12 +372,11 @@ def tell(args, run, images, error, rows, knows):
     ours, untrained = (common.spread(rows[f"{who}, {how}"][args.labels.index(k)])
                    for who in ("MAE", "untrained ViT"))
     if len(knows) > 1:
-        known = ", ".join(f"{name} {got:.0f} % (chance {100 / len(images.names[name]):.0f})"
-                          for name, got in knows.items())
+        known = common.known(images, {name: [[got]] for name, got in knows.items()})
         common.say(f"From MAE's features, a linear probe with {k} labels a class reads: {known}.")
     common.say(f"With {k} labels a class ({how}) the {what} is right in {ours} % with "
                f"pre-training, {untrained} % without, {100 / len(names):.1f} % by chance.")
-    print(f"Picture: {args.out}/reconstructions.png (masked | painted | original)")
+    common.say(f"Picture: {args.out}/reconstructions.png (masked | painted | original)")
     summary = f"{what} at {k} labels: {ours} %, untrained {untrained} %"
     common.report(run, summary, dict(error=error, labels=args.labels, accuracy=rows, linear=knows))
 
@@ -403,7 +398,7 @@ def main(args):
 
     model.eval()
     error = look(args, model, images)
-    tell(args, run, images, error, *evaluate(args, model, images))
+    tell(args, run, images, error, *few_shot(args, model, images))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class Args(common.Args):
     steps: int = 2000               # training steps
     batch: int = 512                # images a step, two views of each
     lr: float = 4e-3                # peak learning rate of AdamW
-    warmup: float = 0.25            # share of the steps in which it rises; some seeds need this
+    warmup: float = 0.25            # share of the steps in which the learning rate rises
     weight_decay: float = 0.05      # AdamW's decay, on matrices only
     clip: float = 0.0               # longest gradient; 0: never shortened (at 1 it learned less)
     loss: Literal["ntxent", "triplet"] = "ntxent"   # N-way cross-entropy, or triplets with a margin
@@ -77,19 +77,18 @@ class Args(common.Args):
 
     def check(self):
         super().check()
+        self.at_least(1, "dim", "image_size", "draws")
+        self.at_least(0, "margin", "strength", "labels")
         need = common.require
-        need(self.batch > 1, "--batch 1 has nobody to contrast with: 2 images or more are needed")
-        need(0 < self.temperature < math.inf, f"--temperature {self.temperature} must be above 0: "
-             "the cosines are divided by it")
-        need(0 <= self.margin < math.inf, f"--margin {self.margin} must be 0 or more")
-        need(0 < self.min_scale <= 1, f"--min-scale {self.min_scale} must be above 0, 1 at most")
-        need(0 <= self.strength < math.inf, f"--strength {self.strength} must be 0 or more")
-        need(0 <= self.hue <= .5, f"--hue {self.hue} must be from 0 to 0.5, half a circle")
-        # PyTorch 2.13 on AVX2: those of a 1 x 1 convolution with stride 2, channels_last
-        need(self.width >= 8, "--width must be 8 or more: below, some CPUs get wrong gradients")
-        for name in "dim", "image_size", "draws":
-            need(getattr(self, name) > 0, f"{common.flag(name)} must be 1 or more")
-        need(min(self.labels) >= 0, "--labels must be 1 or more, or 0 for all")
+        need(self.batch > 1, "--batch must be 2 or more, not 1: it has nobody to contrast with")
+        need(0 < self.temperature < math.inf, "--temperature must be above 0, not "
+             f"{self.temperature}: the cosines are divided by it")
+        need(0 < self.min_scale <= 1, "--min-scale must be above 0 and 1 at most, not "
+             f"{self.min_scale}")
+        need(0 <= self.hue <= .5, f"--hue must be from 0 to 0.5, half a circle, not {self.hue}")
+        # PyTorch 2.13 on AVX2: of a narrow 1 x 1 convolution with stride 2, channels_last
+        need(self.width >= 8, f"--width must be 8 or more, not {self.width}: below, some CPUs get "
+             "wrong gradients")
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -150,7 +149,8 @@ class ResNet(nn.Module):
 
 
 class SimCLR(nn.Module):
-    """Encoder f and projection head g (SimCLR, fig. 2): views (B, 3, S, S) -> z (B, dim)."""
+    """f(x), the encoder, and g(h), the projection head (SimCLR, fig. 2): views (B, 3, S, S) ->
+    z (B, dim)."""
 
     def __init__(self, depth, width, dim):
         super().__init__()
@@ -268,14 +268,14 @@ def cosines(z, temperature=1.):
 
 
 def ntxent(z, temperature):
-    """NT-Xent (SimCLR, eq. 1). z (2 N, dim), the views of image i at i and i + N -> mean ()."""
+    """L(z), NT-Xent (SimCLR, eq. 1): z (2 N, dim), views of image i at i and i + N -> mean ()."""
     sim = cosines(z, temperature).fill_diagonal_(-math.inf)          # nobody is its own partner
     partner = torch.arange(len(z), device=z.device).roll(len(z) // 2)
     return F.cross_entropy(sim, partner)
 
 
 def triplet(z, margin, square=True):
-    """Mean of max(0, d(i, partner) - d(i, other) + margin) over all views i and all others.
+    """L(z), mean of max(0, d(i, partner) - d(i, other) + margin) over all views i and all others.
 
     z (2 N, dim) as for ntxent, compared on the unit sphere. d is the SQUARED distance there, as in
     FaceNet (sec. 3.1); square=False takes the distance itself, as torch's triplet_margin_loss.
@@ -313,38 +313,6 @@ def look(args, model, images):
     wide = groups[0].shape[1]
     common.save_png(f"{args.out}/neighbours.png", sheet, 2 * wide, group=wide, zoom=2)
     return same
-
-
-def few_shot(args, f, images, labels, others=()):
-    """Freezes f, and fits a linear head on k labels a class (0: all), for each k of labels.
-
-    f maps normalised images (B, 3, S, S) to features (B, C). Returns accuracies in % on the test
-    images: {attribute: a list per k, of one for each draw}; of `others` with all labels only.
-    """
-    with common.autocast(args):                  # encode is under no_grad: the encoder is frozen
-        train, test = (common.encode(f, images, x) for x in (images.train, images.test))
-
-    def fit(name, k, draw):
-        y, test_y = images.train_labels[name], images.test_labels[name]
-        return common.probe(train, y, test, test_y, k, draw)
-
-    what = next(iter(images.names))
-    draws = {k: range(args.draws if k else 1) for k in labels}        # all labels: one way to draw
-    knows = {what: [[fit(what, k, draw) for draw in draws[k]] for k in labels]}
-    others = [name for name in others if name in images.names and name != what]
-    return knows | {name: [[fit(name, 0, 0)]] for name in others}
-
-
-def supervised(args, images, steps):
-    """The same encoder, trained on the class of ALL training images without augmentation, to be
-    probed like the others: what do features know that were made to answer this very question?
-    Returns the encoder."""
-    print("Now the same encoder, supervised, for as many steps ...", flush=True)
-    what = next(iter(images.names))
-    f, y = build(args, images.size).encoder, images.train_labels[what]
-    common.finetune(f, images, images.train, y, images.test_labels[what], args, steps,
-                    args.lr, args.batch, args.seed)
-    return f
 
 
 def tell(args, run, images, same, rows):
@@ -385,13 +353,12 @@ def main(args):
 
     model.eval()
     same = look(args, model, images)
-    names = images.names
-    rows = {"raw pixels": few_shot(args, nn.Flatten(), images, args.labels, ["colour"]),
-            "untrained ResNet": few_shot(args, untrained.encoder, images, args.labels, names),
-            "SimCLR": few_shot(args, model.encoder, images, args.labels, names)}
+    probes = lambda f, names=images.names: common.few_shot(args, f, images, args.labels, names)
+    rows = {"raw pixels": probes(nn.Flatten(), ["colour"]),
+            "untrained ResNet": probes(untrained.encoder), "SimCLR": probes(model.encoder)}
     if args.supervised:
-        best = supervised(args, images, run.step)
-        rows["supervised"] = few_shot(args, best, images, args.labels, names)
+        f = build(args, images.size).encoder
+        rows["supervised"] = probes(common.supervised(args, f, images, run.step))
     tell(args, run, images, same, rows)
 
 

@@ -216,9 +216,9 @@ def test_gradients_reach_every_tensor(kind):
 def test_the_supervised_row_answers_its_question(tiny):
     images = common.load_images(str(tiny))
     args = autoencoder.Args(steps=40, batch=16, width=4, code=3, lr=3e-3, device="cpu", dtype="float32", draws=1)
-    f = autoencoder.supervised(args, images, 40)
+    f = common.supervised(args, autoencoder.build(args, images.size).encoder, images, 40)
     assert not f.training
-    knows = autoencoder.few_shot(args, f, images, [5, 0])
+    knows = common.few_shot(args, f, images, [5, 0])
     assert knows["class"][1][0] > 95                                     # dark from light
 
 
@@ -269,8 +269,8 @@ def test_stopped_and_resumed_ends_as_one_never_stopped(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--code 0", ["--code must have 1 dimension or more, not 0"]),
-    ("--keep 0", ["--keep 0 must leave 1 dimension or more"]),
+    ("--code 0", ["--code must be 1 or more, not 0"]),
+    ("--keep 0", ["--keep must be 1 or more, not 0"]),
     ("--corrupt 1", ["--corrupt 1.0", "some pixels have to stay visible"]),
     ("--corrupt -0.1", ["--corrupt -0.1"]),
     ("--noise -1", ["--noise must be 0 or more, not -1.0"]),
@@ -303,7 +303,7 @@ def test_what_the_rows_of_the_table_probe(tiny, tmp_path, monkeypatch):
         assert not getattr(getattr(f, "__self__", None), "training", False)      # while it trains, too
         probed.append(f)
         return {"class": [[50.] for _ in labels]}
-    monkeypatch.setattr(autoencoder, "few_shot", dummy)
+    monkeypatch.setattr(common, "few_shot", dummy)
     monkeypatch.setattr("sys.argv", ["autoencoder.py"])
     args = common.cli(autoencoder.Args, list(map(str, ["--data", tiny, "--steps", 3, "--out", tmp_path, *SMALL,
                                                        "--bottleneck", "noise"])))

@@ -445,6 +445,26 @@ def test_the_whole_script_and_a_look_without_training(texts, tmp_path):
     assert "the quick [1] fox" in other.stdout, other.stderr                    # the words it was trained with, whatever the text
 
 
+def test_both_models_are_evaluated_without_dropout(texts, tmp_path, monkeypatch):
+    """The trained one and its untrained twin, which the training did not touch."""
+    given = []
+
+    def few_shot(args, model, untrained, data):
+        given.extend([model, untrained])
+        return {"nobody": [[0.] for _ in args.labels]}
+    monkeypatch.setattr(bert, "few_shot", few_shot)
+    monkeypatch.setattr("sys.argv", ["bert.py"])
+    args = common.cli(bert.Args, list(map(str, ["--data", texts, "--steps", 3, "--out", tmp_path, *SMALL, "--dropout", .5])))
+    bert.main(args)
+    model, untrained = given
+    x = torch.arange(5, 10)[None]
+    for m in model, untrained:
+        assert m.dropout == .5 and torch.equal(m.pool(x), m.pool(x))
+    trained = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+    assert torch.equal(model.pooler.weight, trained["pooler.weight"])
+    assert not torch.equal(model.token_embed.weight, untrained.token_embed.weight)
+
+
 @pytest.mark.parametrize("strategy", ["span", "pmi"])
 def test_strategies_run(texts, tmp_path, strategy):
     done = run("--data", texts, "--steps", 3, "--out", tmp_path, *SMALL, "--strategy", strategy, script="bert.py")
@@ -452,17 +472,19 @@ def test_strategies_run(texts, tmp_path, strategy):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--mask-ratio 1", ["--mask-ratio 1.0 must lie between 0 and 1"]),
+    ("--mask-ratio 1", ["--mask-ratio must be above 0 and below 1, not 1.0"]),
     ("--mask-ratio 0", ["some hidden"]),
-    ("--keep .3", ["--keep 0.3 must lie between 0 and 0.2"]),
+    ("--keep .3", ["--keep must be from 0 to 0.2, not 0.3"]),
     ("--strategy all", ["--strategy", "token"]),
     ("--fill the_statement", ["--fill has no <mask>"]),
-    ("--context 3", ["--context 3 is too short"]),
-    ("--passage 65 --context 64", ["--passage 65 must be 3 or more, and at most --context 64"]),
-    ("--vocab 5", ["--vocab 5 is too small"]),
+    ("--context 3", ["--context must be 4 or more, not 3"]),
+    ("--passage 65 --context 64", ["--passage must be 3 or more, and at most --context 64, not 65"]),
+    ("--vocab 5", ["--vocab must be 6 or more, not 5"]),
     ("--classes 1", ["--classes must be 2 or more"]),
-    ("--dim 30 --heads 4", ["--dim 30 must be a multiple of --heads 4"]),
-    ("--labels 0", ["--labels"]),
+    ("--dim 30 --heads 4", ["--dim must be a multiple of --heads 4, not 30"]),
+    ("--labels 0", ["--labels must be 1 or more, not 0"]),
+    ("--tune-lr -1", ["--tune-lr must be 0 or more, not -1.0"]),
+    ("--tune-steps -5", ["--tune-steps must be 0 or more, not -5"]),
     ("--depth 0", ["--depth"]),
     ("--dropout -1", ["--dropout"]),
 ])

@@ -17,8 +17,6 @@ FAMILIES = {   # part -> groups of scripts in which it is one and the same
     "sincos": [("mae.py", "flamingo.py:eye")],
     "take": [("mae.py", "flamingo.py:eye")],
     "patchify": [("mae.py", "flamingo.py:eye")],
-    "few_shot": [("simclr.py", "autoencoder.py")],
-    "supervised": [("simclr.py", "autoencoder.py")],
 }
 
 

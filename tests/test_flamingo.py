@@ -732,9 +732,9 @@ def test_stages_are_kept_and_frozen(done):
         args = common.cli(flamingo.Args, list(map(str, [*SMALL, "--out", out, *flags])))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(common, "script", lambda: "flamingo.py")
-            for name, recipe in ("lm", flamingo.LM), ("eye", flamingo.EYE):
-                how, ready = flamingo.part(args, name, recipe)
-                assert ready == (name != anew) and how.resume == ready, flags
+            for name, settings in ("lm", flamingo.LM), ("eye", flamingo.EYE):
+                how = flamingo.part(args, name)
+                assert common.stage_done(how, settings) == how.resume == (name != anew), flags
 
 
 def test_resumed_equals_uninterrupted(done, tmp_path):
@@ -823,17 +823,17 @@ def test_own_pictures(done, tmp_path):
     (["--every", "0"], ["--every must be 1 or more, not 0"]),
     (["--latents", "0"], ["--latents must be 1 or more", "--no-resample"]),
     (["--patch", "5"], ["--patch 5 does not divide the 32 x 32 pictures"]),
-    (["--heads", "3"], ["--dim 16 must be a multiple of --heads 3"]),
-    (["--eye-dim", "6"], ["--eye-dim 6 must be a multiple of --eye-heads 2 and of 4"]),
+    (["--heads", "3"], ["--dim must be a multiple of --heads 3, not 16"]),
+    (["--eye-dim", "6"], ["--eye-dim must be a multiple of --eye-heads 2 and of 4"]),
     (["--context", "20"], ["--context must be 41 or more"]),
     (["--gate-start", "nan"], ["--gate-start must be a number"]),
     (["--shots", "-1"], ["--shots must be 0 or more"]),
-    (["--shots", "1500"], ["--shots must be 0 or more, and 100 at most"]),
+    (["--shots", "1500"], ["--shots must be 100 at most, not 1500"]),
     (["--images", "100"], ["--images must be 500 or more"]),
     (["--tests", "5"], ["--tests must be 12 or more"]),
-    (["--lm-short", "2"], ["--lm-short is a share from 0 to 1"]),
-    (["--lm-share", "2"], ["--lm-share is a share from 0 to 1"]),
-    (["--short", "-1"], ["--short is a share from 0 to 1"]),
+    (["--lm-short", "2"], ["--lm-short must be from 0 to 1"]),
+    (["--lm-share", "2"], ["--lm-share must be from 0 to 1"]),
+    (["--short", "-1"], ["--short must be from 0 to 1"]),
     (["--gate-lr", "-1"], ["--gate-lr must be 0 or more"]),
     (["--eye-batch", "501"], ["--eye-batch 501 is more than the 500 pictures"]),
     (["--lm-lr", "-1"], ["--lm-lr must be 0 or more"]),

@@ -462,13 +462,13 @@ def test_killed_and_resumed_ends_bit_for_bit_as_one_never_stopped(text, tmp_path
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--temperature -1", ["--temperature -1.0 must not be below 0", "0 takes the most likely"]),
-    ("--top-k -1", ["--top-k must be 0 (all tokens) or more"]),
-    ("--top-p 0", ["--top-p is a share above 0"]),
-    ("--top-p 1.5", ["--top-p is a share above 0"]),
+    ("--temperature -1", ["--temperature must be 0 or more, not -1.0"]),
+    ("--top-k -1", ["--top-k must be 0 or more"]),
+    ("--top-p 0", ["--top-p must be above 0 and 1 at most, not 0.0"]),
+    ("--top-p 1.5", ["--top-p must be above 0 and 1 at most, not 1.5"]),
     ("--context 1", ["--context must be 2 or more"]),
-    ("--dim 30 --heads 4", ["--dim 30 must be a multiple of --heads 4"]),
-    ("--dropout 1", ["--dropout is a share from 0 to below 1"]),
+    ("--dim 30 --heads 4", ["--dim must be a multiple of --heads 4, not 30"]),
+    ("--dropout 1", ["--dropout must be from 0 to below 1"]),
     ("--prompt abcdefgh --context 8", ["--prompt has 8 bytes, and --context 8 holds 7", "shorten it"]),
     ("--length 0", ["--length"]),
     ("--side 1", ["--side"]),

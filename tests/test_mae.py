@@ -286,16 +286,17 @@ def test_a_checkpoint_of_another_shape_or_script_is_refused(tiny, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     ("--mask-ration .5", ["unknown flag --mask-ration", "did you mean --mask-ratio?"]),
-    ("--mask-ratio 1.5", ["--mask-ratio 1.5", "between 0 and 1"]),
+    ("--mask-ratio 1.5", ["--mask-ratio must be above 0 and below 1, not 1.5"]),
     ("--mask-ratio 1", ["some patches have to stay visible"]),
     ("--mask-ratio 0", ["some hidden"]),
     ("--steps many", ["--steps", "invalid int value"]),
     ("--steps -1", ["--steps must be 0 or more"]),
     ("--lr nan", ["--lr must be 0 or more"]),
-    ("--dim 30 --heads 4", ["--dim 30 must be a multiple of 4"]),
-    ("--decoder-dim 20 --decoder-heads 3", ["--decoder-dim 20", "--decoder-heads 3"]),
+    ("--dim 30 --heads 4", ["--dim must be a multiple of --heads 4 and of 4"]),
+    ("--decoder-dim 20 --decoder-heads 3", ["--decoder-dim must be a multiple of --decoder-heads 3", "not 20"]),
     ("--tune some", ["--tune", "linear"]),
-    ("--labels 0", ["--labels"]),
+    ("--labels 0", ["--labels must be 1 or more, not 0"]),
+    ("--tune-lr nan", ["--tune-lr must be 0 or more, not nan"]),
     ("--device tpu", ["there is no tpu here", "cpu"]),
     ("--batch 0", ["--batch"]),
 ])
@@ -309,7 +310,7 @@ def test_a_bad_flag_gets_one_sentence(flags, words, monkeypatch, capsys):
 
 
 def test_a_bad_flag_in_a_process_of_its_own():
-    refused(run("--mask-ratio", 1.5), 2, "--mask-ratio 1.5 must lie between 0 and 1")
+    refused(run("--mask-ratio", 1.5), 2, "--mask-ratio must be above 0 and below 1, not 1.5")
 
 
 @pytest.mark.parametrize("flags, words", [

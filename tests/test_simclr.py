@@ -351,7 +351,7 @@ def test_probes_read_h_and_leave_it_alone(tiny):
     model = simclr.build(args, 8).eval()
     assert model.encoder(images.normalize(images.test)).shape == (20, 64) and model(torch.rand(4, 3, 8, 8)).shape == (4, 8)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    knows = simclr.few_shot(args, model.encoder, images, [1, 5, 0], ["class", "colour"])
+    knows = common.few_shot(args, model.encoder, images, [1, 5, 0], ["class", "colour"])
     h, t = (common.encode(model.encoder, images, x) for x in (images.train, images.test))
     y, ty = images.train_labels["class"], images.test_labels["class"]
     assert knows == {"class": [[common.probe(h, y, t, ty, k, d) for d in range(2 if k else 1)] for k in (1, 5, 0)]}
@@ -439,17 +439,17 @@ def test_stopped_and_resumed_ends_as_one_never_stopped(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--batch 1", ["--batch 1 has nobody to contrast with"]),
-    ("--temperature 0", ["--temperature 0.0 must be above 0"]),
-    ("--temperature nan", ["--temperature nan must be above 0"]),
-    ("--margin -1", ["--margin -1.0 must be 0 or more"]),
-    ("--min-scale 0", ["--min-scale 0.0 must be above 0"]),
-    ("--hue .6", ["--hue 0.6", "0 to 0.5"]),
-    ("--strength -1", ["--strength -1.0"]),
+    ("--batch 1", ["--batch must be 2 or more, not 1: it has nobody to contrast with"]),
+    ("--temperature 0", ["--temperature must be above 0, not 0.0"]),
+    ("--temperature nan", ["--temperature must be above 0, not nan"]),
+    ("--margin -1", ["--margin must be 0 or more, not -1.0"]),
+    ("--min-scale 0", ["--min-scale must be above 0"]),
+    ("--hue .6", ["--hue must be from 0 to 0.5, half a circle, not 0.6"]),
+    ("--strength -1", ["--strength must be 0 or more, not -1.0"]),
     ("--depth 12", ["--depth", "10, 18"]),
     ("--loss simclr", ["--loss", "ntxent"]),
     ("--width 4", ["--width must be 8 or more"]),
-    ("--labels -1", ["--labels must be 1 or more, or 0 for all"]),
+    ("--labels -1", ["--labels must be 0 or more"]),
     ("--temprature 1", ["did you mean --temperature?"]),
 ])
 def test_a_bad_flag_gets_one_sentence(flags, words, monkeypatch, capsys):
@@ -473,7 +473,7 @@ def test_flags_reach_the_method(tiny, tmp_path, monkeypatch, flags, called):
     for name in "ntxent", "triplet", "blur":
         usual = getattr(simclr, name)
         monkeypatch.setattr(simclr, name, lambda *a, name=name, usual=usual, **k: calls.add(name) or usual(*a, **k))
-    monkeypatch.setattr(simclr, "few_shot", lambda args, f, images, labels, others=(): {"class": [[50.] for _ in labels]})
+    monkeypatch.setattr(common, "few_shot", lambda args, f, images, labels, others=(): {"class": [[50.] for _ in labels]})
     monkeypatch.setattr("sys.argv", ["simclr.py"])
     words = ["--data", tiny, "--steps", 3, "--out", tmp_path, *SMALL, *flags.split()]
     simclr.main(common.cli(simclr.Args, list(map(str, words))))
@@ -485,7 +485,7 @@ def test_what_the_rows_of_the_table_probe(tiny, tmp_path, monkeypatch):
     evaluation mode, and the untrained one untouched by the training."""
     probed = []
     dummy = lambda args, f, images, labels, others=(): probed.append(f) or {"class": [[50.] for _ in labels]}
-    monkeypatch.setattr(simclr, "few_shot", dummy)
+    monkeypatch.setattr(common, "few_shot", dummy)
     monkeypatch.setattr("sys.argv", ["simclr.py"])
     args = common.cli(simclr.Args, list(map(str, ["--data", tiny, "--steps", 3, "--out", tmp_path, *SMALL])))
     torch.manual_seed(args.seed)
