@@ -57,13 +57,13 @@ import common
 class Args(common.Args):
     """Settings of bert.py: for a GPU, and under `cpu` smaller ones for two cores."""
     steps: int = 5000               # training steps
-    batch: int = 128                # stretches of text a step
+    batch: int = 128                # windows of the text a step
     lr: float = 1e-3                # peak learning rate
     warmup: float = 0.1             # share of the steps in which the learning rate rises
     weight_decay: float = 0.01      # AdamW's decay, on matrices only (BERT, app. A.2)
     data: str = "pydocs"            # pydocs, pycode, shakespeare, a file or a folder of .txt files
     vocab: int = 8192               # most words that get a token of their own
-    context: int = 128              # tokens of a stretch of text, [CLS] and [SEP] included
+    context: int = 128              # tokens of a window, [CLS] and [SEP] included
     dim: int = 256                  # channels
     depth: int = 4                  # blocks
     heads: int = 4                  # attention heads (on a CPU 8: with few it learns later)
@@ -319,7 +319,7 @@ def wrap(x):
     return F.pad(F.pad(x, (1, 0), value=CLS), (0, 1), value=SEP)
 
 
-def stretches(args, words, text):
+def windows(args, words, text):
     """Text to train on, (n, 2, T - 2): from every start, words and the numbers of the phrases that
     they are part of; and to validate on, (m, T - 2)."""
     T, (train, val) = args.context - 2, (stream(words, part) for part in (text.train, text.val))
@@ -334,7 +334,7 @@ def stretches(args, words, text):
 
 
 def grouped(args, rows):
-    """Rows of `stretches` (B, 2, T - 2) -> texts (B, T), and the groups that --strategy hides."""
+    """Rows of `windows` (B, 2, T - 2) -> texts (B, T), and the groups that --strategy hides."""
     x, phrase = rows.unbind(1)
     x = wrap(x)
     if args.strategy == "span":
@@ -368,15 +368,15 @@ def evaluate(args, model, train, val, draws=4):
     return (100 * right / n, perplexity(nats)), (100 * usual_right / n, perplexity(usual_nats))
 
 
-def sentences(words, stream, n, seed, most):
+def sentences(words, text, n, seed, most):
     """n sentences of a text (N,), 8 to 16 plain words and a full stop, at most `most` in all, each
-    with two words to be hidden: [(tokens (T,), places (2,))]; or, for want of these, stretches."""
-    ends = (stream == words.ids.get(".", -1)).nonzero().flatten()
-    plain = [stream[a + 1:b + 1] for a, b in zip(ends, ends[1:]) if 9 <= b - a <= min(17, most)]
+    with two words to be hidden: [(tokens (T,), places (2,))]; or, for want of these, windows."""
+    ends = (text == words.ids.get(".", -1)).nonzero().flatten()
+    plain = [text[a + 1:b + 1] for a, b in zip(ends, ends[1:]) if 9 <= b - a <= min(17, most)]
     usual = lambda t: t >= len(SPECIAL) and words.words[t].isalpha()
     plain = [s for s in plain if all(map(usual, s[:-1].tolist()))]
     size = min(12, most)
-    plain = plain or [s for s in stream.unfold(0, size, size) if (s >= len(SPECIAL)).all()]
+    plain = plain or [s for s in text.unfold(0, size, size) if (s >= len(SPECIAL)).all()]
     g = torch.Generator().manual_seed(seed)
     found = [plain[i] for i in torch.randperm(len(plain), generator=g)[:n]]
     return [(s, (torch.randperm(len(s) - 1, generator=g)[:2]).sort().values) for s in found]
@@ -486,10 +486,10 @@ def tell(args, run, blanks, scores, data, rows):
     for line in "\n".join(f"\n{blank}" for blank in blanks).split("\n"):
         common.say(line, indent=" " * 8)
     print()
-    (right, perplexity), (common_right, common_perplexity) = scores
+    (right, perplexity), (usual_right, usual_perplexity) = scores
     vocab = len(run.model.head_bias)
     common.say(f"Hidden words of new text: {right:.1f} % right, perplexity {perplexity:.1f} (by "
-               f"frequency alone: {common_right:.1f} %, {common_perplexity:.1f}; by chance "
+               f"frequency alone: {usual_right:.1f} %, {usual_perplexity:.1f}; by chance "
                f"{vocab:,}).")
     share = 100 * data.test_labels.bincount().max().item() / len(data.test_labels)
     common.say(f"Which part is a passage of {args.passage - 2} words from: "
@@ -499,7 +499,7 @@ def tell(args, run, blanks, scores, data, rows):
     lines += [[who, *map(common.spread, row)] for who, row in rows.items()]
     print(f"\n{common.table(lines)}\n")
     figures = dict(masked=dict(accuracy=right, perplexity=perplexity),
-                   frequency=dict(accuracy=common_right, perplexity=common_perplexity),
+                   frequency=dict(accuracy=usual_right, perplexity=usual_perplexity),
                    blanks=blanks, vocab=vocab, parts=data.names, majority=share,
                    labels=args.labels, accuracy=rows)
     common.report(run, f"{right:.1f} % of hidden words, perplexity {perplexity:.1f}", figures)
@@ -512,9 +512,9 @@ def main(args):
     text = common.load_text(args.data, args.data_dir, parts=args.classes, utf8=True)
     kept = args.resume and common.read_checkpoint(args.out, common.script())["vocabulary"]
     words = common.Words(kept) if kept else common.Words.of(text.train, args.vocab)
-    train, val = stretches(args, words, text)
+    train, val = windows(args, words, text)
     data = Passages(args, words, text)
-    common.few(data.labels, max(args.labels))                                # too many? say so now
+    common.few(data.labels, max(args.labels))                                # too many? now
     asked = [own(args, words)] if args.fill else []
     model, untrained = build(args, words.vocab), build(args, words.vocab).eval()
     run = common.Run(args, model, chance=math.log(words.vocab), vocabulary=words.words)

@@ -189,7 +189,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2: tokens (B, T) -> logits of the token after each, (B, T, V).
+    """B. GPT-2: tokens (B, T) -> logits of the token after each, (B, T, V).
 
     Without a cache the tokens stand at places 0 to T - 1; with one, from `cache()`, behind those
     that it holds, so that a prompt, one token, or a few at a time give the same logits as the
@@ -311,7 +311,8 @@ class IA3(nn.Module):
 
 
 def mask(x, bos):
-    """A. Tokens x (B, T) -> what the model may see before each of them, and the tokens it owes.
+    """A. Tokens x (B, T) -> what the model may see before each of them, (B, T), and the tokens it
+    owes (has to predict), (B, T).
 
     Shifting by one, with causal attention behind it, hides x_t and all that follows from the place
     that predicts x_t.

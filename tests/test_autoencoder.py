@@ -271,12 +271,12 @@ def test_stopped_and_resumed_ends_as_one_never_stopped(tiny, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     ("--code 0", ["--code must be 1 or more, not 0"]),
     ("--keep 0", ["--keep must be 1 or more, not 0"]),
-    ("--corrupt 1", ["--corrupt 1.0", "some pixels have to stay visible"]),
-    ("--corrupt -0.1", ["--corrupt -0.1"]),
+    ("--corrupt 1", ["--corrupt must be from 0 to below 1, not 1.0: some pixels have to stay visible"]),
+    ("--corrupt -0.1", ["--corrupt must be from 0 to below 1, not -0.1"]),
     ("--noise -1", ["--noise must be 0 or more, not -1.0"]),
     ("--price nan", ["--price must be 0 or more, not nan"]),
     ("--bottleneck wide", ["--bottleneck", "narrow"]),
-    ("--width 0", ["--width and --image-size"]),
+    ("--width 0", ["--width must be 1 or more, not 0"]),
     ("--labels -2", ["--labels"]),
     ("--bottelneck none", ["did you mean --bottleneck?"]),
 ])

@@ -324,10 +324,10 @@ def test_special_tokens_are_the_first_of_the_vocabulary(texts):
     assert names == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] and bert.SPECIAL == range(5)
 
 
-def test_stretches_and_groups(texts, tmp_path):
+def test_windows_and_groups(texts, tmp_path):
     text, words = words_of(texts)
     args = settings(texts, tmp_path)
-    train, val = bert.stretches(args, words, text)
+    train, val = bert.windows(args, words, text)
     assert train.shape[1:] == (2, 10) and val.shape[1:] == (10,)
     assert words.decode(train[1, 0]) == "the quick brown fox jumps over the lazy dog and" and train[0, 0, 0] == SEP
     assert torch.equal(train[5, 0], train[4, 0].roll(-1).index_copy(0, torch.tensor([9]), train[5, 0, 9:]))
@@ -339,7 +339,7 @@ def test_stretches_and_groups(texts, tmp_path):
     torch.manual_seed(0)
     assert torch.equal(spans, bert.spans(4, 12))
     args = settings(texts, tmp_path, strategy="pmi")
-    train, _ = bert.stretches(args, words, text)
+    train, _ = bert.windows(args, words, text)
     group = bert.grouped(args, train[:4])[1]
     assert torch.equal(group[:, 1:-1], bert.phrases(bert.stream(words, text.train)).unfold(0, 10, 1)[:4])
     assert (group[:, 0] == -1).all()
@@ -349,7 +349,7 @@ def test_evaluation_by_hand(texts, tmp_path):
     """A model that gives every word the logarithm of its share in the training text scores as the baseline does."""
     text, words = words_of(texts)
     args = settings(texts, tmp_path)
-    train, val = bert.stretches(args, words, text)
+    train, val = bert.windows(args, words, text)
     stream = bert.stream(words, text.train)
     model = bert.BERT(words.vocab, 12, 16, 1, 2)
     for p in model.parameters():
@@ -369,7 +369,7 @@ def test_evaluation_by_hand(texts, tmp_path):
 def test_a_model_learns_to_fill_in(texts, tmp_path):
     text, words = words_of(texts)
     args = settings(texts, tmp_path, fill="the quick <mask> fox jumps <mask> the lazy dog")
-    train, val = bert.stretches(args, words, text)
+    train, val = bert.windows(args, words, text)
     torch.manual_seed(0)
     model = bert.BERT(words.vocab, 12, 32, 2, 4)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)

@@ -600,7 +600,7 @@ def test_a_base_from_gpt(done, texts, tmp_path):
     (["--k", "2", "1", "2"], ["--k 2 1 2 names a number twice"]),
     (["--draws", "0"], ["--draws must be 1 or more"]),
     (["--passes", "0"], ["--passes must be 1 or more"]),
-    (["--example", "1"], ["--example must be 2 bytes or more"]),
+    (["--example", "1"], ["--example must be 2 or more"]),
     (["--alpha", "-1"], ["--alpha must be 0 or more"]),
     (["--dropout", "1"], ["--dropout must be from 0 to below 1"]),
     (["--base-dropout", "-1"], ["--base-dropout must be from 0 to below 1"]),
