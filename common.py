@@ -218,17 +218,19 @@ def device(name):
     return name
 
 
+def has_bfloat16(device):
+    """Whether a kind of device (cpu, cuda, mps) computes in bfloat16 by itself."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+
+
 @contextlib.contextmanager
 def autocast(args, dtype=None):
     """bfloat16 where it is native, or as dtype or --dtype says; the weights stay float32."""
-    kind, native = args.device.split(":")[0], False
-    if kind == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif kind == "cpu":
-        able = torch.cpu.get_capabilities()
-        native = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
-    dtype = dtype or args.dtype
-    on = native if dtype == "auto" else dtype == "bfloat16"
+    kind, dtype = args.device.split(":")[0], dtype or args.dtype
+    on = has_bfloat16(kind) if dtype == "auto" else dtype == "bfloat16"
     kernels = [torch.autocast(kind, torch.bfloat16, enabled=on)]
     if kind == "cpu" and not args.compile:
         kernels += [Float32Attention()] + [OneDNN()] * (OneDNN.pays() and not on)

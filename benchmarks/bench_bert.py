@@ -12,23 +12,13 @@ and on the gradient of the word embeddings before the clock starts. `--plain` le
 that common.autocast chooses on some CPUs. Timed in turns; the ratio is the median over rounds of theirs /
 ours (above 1: ours is faster), the middle half in brackets.
 """
-import argparse
-import json
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
 import torch.nn.functional as F
 import transformers
 
+from pairs import DEVICE, agree, bench, pair, training           # first: it knows where bert.py is
 import bert
-import common
-from pairs import compare, pair
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB, T, B, DIM, DEPTH, HEADS = 8192, 128, 16, 256, 4, 4
 
 
@@ -62,8 +52,6 @@ def sides(case, dtype, plain):
     theirs = peer(ours)
     x = bert.wrap(torch.randint(5, VOCAB, (B, T - 2), device=DEVICE))
     alone = torch.arange(T, device=DEVICE).expand_as(x)
-    usual = lambda: torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16")
-    args = SimpleNamespace(device=DEVICE, dtype=dtype, compile=False)
 
     def our_loss():
         masked, target = bert.mask(x, alone, VOCAB)
@@ -77,53 +65,21 @@ def sides(case, dtype, plain):
         hidden = theirs.bert(tokens).last_hidden_state
         return F.cross_entropy(theirs.cls(bert.take(hidden, places)).flatten(0, 1).float(), target.flatten())
 
-    def side(loss, model, context):
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-
-        def run():
-            with context():
-                value = loss()
-            value.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return run
     found = []
     for loss, table in (our_loss, ours.token_embed.weight), (their_loss, theirs.bert.embeddings.word_embeddings.weight):
         torch.manual_seed(1)
         value = loss()
         found.append((value.detach(), torch.autograd.grad(value, table)[0]))
-    for a, b in zip(*found):
-        error = (a - b).abs().max().item()
-        assert error < 1e-4, f"the two sides differ by {error}"
-    return side(our_loss, ours, usual if plain else lambda: common.autocast(args)), side(their_loss, theirs, usual)
+    for what, a, b in zip(("the loss", "its gradient"), *found):
+        agree(what, a, b, 1e-4)
+    return training(our_loss, ours, dtype, plain), training(their_loss, theirs, dtype, True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["full", "masked"], choices=["full", "masked"])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plain", action="store_true", help="ours, too, on PyTorch's choice of kernels")
-    args = parser.parse_args()
-    print(f"{common.machine()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-          f"{torch.get_num_threads()} threads; {args.rounds} rounds; milliseconds a step")
-    rows, figures = [("step", "dtype", "ours", "theirs", "theirs / ours")], []
-    for case in args.cases:
-        for dtype in args.dtypes:
-            found = compare(*pair(*sides(case, dtype, args.plain), args.rounds))
-            other = "BertForMaskedLM" + ", masked head" * (case == "masked")
-            rows.append((f"step, beside {other}", dtype, f"{found['ours_ms']:.0f}",
-                         f"{found['theirs_ms']:.0f}", "{:.2f} [{:.2f} to {:.2f}]".format(found["ratio"], *found["quartiles"])))
-            figures.append(dict(case="step, 4 x 256, 128 tokens, batch 16, 8192 words", beside=other, dtype=dtype, **found))
-            print(f"  {' | '.join(rows[-1])}", file=sys.stderr, flush=True)
-    print(common.table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(dict(
-            command="make bench-bert" + " ARGS=--plain" * args.plain, machine=common.machine(), rounds=args.rounds,
-            threads=torch.get_num_threads(), versions=dict(torch=torch.__version__, transformers=transformers.__version__),
-            figures=figures), indent=1) + "\n")
+def measure(case, dtype, plain, rounds):
+    """The figures of a case."""
+    other = "BertForMaskedLM" + ", masked head" * (case == "masked")
+    return [dict(case="step, 4 x 256, 128 tokens, batch 16, 8192 words", beside=other, **pair(*sides(case, dtype, plain), rounds))]
 
 
 if __name__ == "__main__":
-    main()
+    bench(__doc__, ["full", "masked"], measure, "transformers")

@@ -15,24 +15,12 @@ on both sides. In bfloat16 both run under autocast. `--plain` leaves out the fas
 on some CPUs. Timed in turns; the ratio is the median over rounds of theirs / ours (above 1: ours is faster), the middle
 half in brackets.
 """
-import argparse
-import importlib.metadata
-import itertools
-import json
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
 from torch import nn
 
-import common
+from pairs import DEVICE, bench, kernels, pair           # first: it knows where flamingo.py is
 import flamingo
-from pairs import compare, pair
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIM, HEADS, LATENTS, DEPTH, B, T, M, N, NEW = 384, 8, 64, 2, 4, 256, 4, 64, 64
 
 
@@ -78,13 +66,6 @@ def theirs(mine, squared=False):
     return other
 
 
-def context(dtype, plain):
-    """What a side runs under."""
-    if plain:
-        return torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16")
-    return common.autocast(SimpleNamespace(device=DEVICE, dtype=dtype, compile=False))
-
-
 def tensors():
     """Text (B, T, DIM), visual tokens (B, M, N, DIM), and where the marks are (B, T): the first not at the beginning."""
     torch.manual_seed(1)
@@ -120,19 +101,20 @@ def agree():
 
 
 def layers(dtype, plain, rounds):
-    """The figures of the case `layers`."""
+    """The figures of the case `layers`, after a check that both give the same."""
+    agree()
     mine = ours()
     x, visual, marks = tensors()
     sides = []
     for side, model in ("ours", mine), ("theirs", theirs(mine)):
         def run(side=side, model=model, plain=plain or side == "theirs"):
-            with context(dtype, plain):
+            with kernels(dtype, plain):
                 y = forward(side, model, x, visual, marks)
             y.float().square().mean().backward()
             model.zero_grad()
         sides.append(run)
     return dict(case=f"resampler and gated layer, dim {DIM}, {LATENTS} latents, {M} pictures, {T} tokens, batch {B}",
-                beside="flamingo-pytorch", dtype=dtype, **compare(*pair(*sides, rounds)))
+                beside="flamingo-pytorch", **pair(*sides, rounds))
 
 
 @torch.no_grad()
@@ -145,7 +127,7 @@ def decode(dtype, plain, rounds):
     time, layer = marks.long().cumsum(1), mine[1]
 
     def our():
-        with context(dtype, plain):
+        with kernels(dtype, plain):
             pair = tuple(t.unflatten(2, (M, LATENTS)) for t in layer.attn.keys(latents.flatten(1, 2)))      # once
             out = []
             for t in range(T - NEW, T):
@@ -154,40 +136,14 @@ def decode(dtype, plain, rounds):
         return torch.cat(out, 1)
 
     def their():
-        with context(dtype, True):
+        with kernels(dtype, True):
             return torch.cat([other[1].attn(x[:, t:t + 1], latents, media_locations=time[:, t:t + 1]) for t in range(T - NEW, T)], 1)
     whole = other[1].attn(x, latents, media_locations=marks)[:, -NEW:]
     for y in our(), their():
         assert (y.float() - whole).abs().max() < (1e-5 if dtype == "float32" else .05) * whole.abs().max()
     return dict(case=f"cross-attention, {NEW} tokens one by one, dim {DIM}, {M} pictures of {LATENTS} latents, batch {B}",
-                beside="flamingo-pytorch", dtype=dtype, **compare(*pair(our, their, rounds)))
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["layers", "decode"], choices=["layers", "decode"])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plain", action="store_true", help="ours, too, on PyTorch's choice of kernels")
-    args = parser.parse_args()
-    package = importlib.metadata.version("flamingo-pytorch")
-    print(f"{common.machine()}, torch {torch.__version__}, flamingo-pytorch {package}, {torch.get_num_threads()} threads; "
-          f"{args.rounds} rounds")
-    agree()
-    rows, figures = [("case", "dtype", "ours", "theirs", "theirs / ours")], []
-    for case, dtype in itertools.product(args.cases, args.dtypes):
-        f = dict(layers=layers, decode=decode)[case](dtype, args.plain, args.rounds)
-        figures.append(f)
-        rows.append((f["case"], dtype, f"{f['ours_ms']:.1f} ms", f"{f['theirs_ms']:.1f} ms",
-                     "{:.2f} [{:.2f} to {:.2f}]".format(f["ratio"], *f["quartiles"])))
-        print(f"  {' | '.join(rows[-1])}", file=sys.stderr, flush=True)
-    print(common.table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(dict(
-            command="make bench-flamingo" + " ARGS=--plain" * args.plain, machine=common.machine(), threads=torch.get_num_threads(),
-            versions={"torch": torch.__version__, "flamingo-pytorch": package}, figures=figures), indent=1) + "\n")
+                beside="flamingo-pytorch", **pair(our, their, rounds))
 
 
 if __name__ == "__main__":
-    main()
+    bench(__doc__, ["layers", "decode"], lambda case, *how: [dict(layers=layers, decode=decode)[case](*how)], "flamingo-pytorch")

@@ -13,22 +13,12 @@ rounding). In bfloat16 a step runs under autocast, and for sampling the weights 
 leaves out the faster kernels that common.autocast chooses on some CPUs. Timed in turns; the ratio is
 the median over rounds of theirs / ours (above 1: ours is faster), the middle half in brackets.
 """
-import argparse
-import json
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
 import transformers
 
-import common
+from pairs import DEVICE, agree, bench, kernels, pair, training           # first: it knows where gpt.py is
 import gpt
-from pairs import compare, pair
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL, GPT2 = dict(vocab=257, context=512, dim=384, depth=6, heads=6), dict(vocab=50257, context=1024, dim=768, depth=12, heads=12)
 
 
@@ -49,20 +39,6 @@ def peer(ours, vocab, context, dim, depth, heads):
     return theirs.to(DEVICE)
 
 
-def agree(what, a, b, tolerance):
-    """Stops the benchmark unless two tensors are equal to within a tolerance."""
-    error = (a - b).abs().max().item()
-    assert error < tolerance, f"{what}: the two sides differ by {error}"
-
-
-def kernels(dtype, plain):
-    """What our side runs under."""
-    args = SimpleNamespace(device=DEVICE, dtype=dtype, compile=False)
-    if plain:
-        return torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16")
-    return common.autocast(args)
-
-
 def step(dtype, plain):
     """A training step of ours and of theirs."""
     torch.manual_seed(0)
@@ -78,21 +54,10 @@ def step(dtype, plain):
     def our_loss():
         return gpt.distance(ours(masked), target)
 
-    def side(loss, model, context):
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-
-        def run():
-            with context():
-                value = loss()
-            value.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return run
     with torch.no_grad():
         agree("the loss", our_loss(), their_loss(), 1e-4)
-    usual = lambda: torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16")
-    return (f"step, 6 x 384, context 256, batch 8", "GPT2LMHeadModel",
-            side(our_loss, ours, lambda: kernels(dtype, plain)), side(their_loss, theirs, usual))
+    return ("step, 6 x 384, context 256, batch 8", "GPT2LMHeadModel",
+            training(our_loss, ours, dtype, plain), training(their_loss, theirs, dtype, True))
 
 
 def sampling(dtype, plain, how, batch, n=256, beside="generate"):
@@ -134,33 +99,12 @@ CASES = {   # case -> how often, and what
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plain", action="store_true", help="ours, too, on PyTorch's choice of kernels")
-    args = parser.parse_args()
-    print(f"{common.machine()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-          f"{torch.get_num_threads()} threads; up to {args.rounds} rounds; milliseconds")
-    rows, figures = [("case", "dtype", "ours", "theirs", "theirs / ours")], []
-    for case in args.cases:
-        for dtype in args.dtypes:
-            share, build = CASES[case]
-            name, other, *sides = build(dtype, args.plain)
-            found = compare(*pair(*sides, max(5, round(share * args.rounds))))
-            rows.append((f"{name}, beside {other}", dtype, f"{found['ours_ms']:.0f}", f"{found['theirs_ms']:.0f}",
-                         "{:.2f} [{:.2f} to {:.2f}]".format(found["ratio"], *found["quartiles"])))
-            figures.append(dict(case=name, beside=other, dtype=dtype, **found))
-            print(f"  {' | '.join(rows[-1])}", file=sys.stderr, flush=True)
-    print(common.table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(dict(
-            command="make bench-gpt" + " ARGS=--plain" * args.plain, machine=common.machine(), threads=torch.get_num_threads(),
-            versions=dict(torch=torch.__version__, transformers=transformers.__version__),
-            figures=figures), indent=1) + "\n")
+def measure(case, dtype, plain, rounds):
+    """The figures of a case."""
+    share, build = CASES[case]
+    name, other, *sides = build(dtype, plain)
+    return [dict(case=name, beside=other, **pair(*sides, max(5, round(share * rounds))))]
 
 
 if __name__ == "__main__":
-    main()
+    bench(__doc__, CASES, measure, "transformers")

@@ -16,26 +16,20 @@ the middle half in brackets.
 Their side runs as it comes, and once more with what makes it faster in training: the fused GELU (the same function as
 GPT-2's default, which is written out in Python) and no cache.
 """
-import argparse
-import itertools
 import json
 import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-import common
+from pairs import DEVICE, bench, kernels, pair, training           # first: it knows where lora.py is
 import lora
-from pairs import compare, pair
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOW = dict(vocab=257, context=256, dim=384, depth=6, heads=6)
 RANK, ALPHA, BATCH = 8, 16., 8
 FUSED = ", fused GELU, no cache"
@@ -78,13 +72,6 @@ def copy_weights(mine, other):
     assert missing.missing_keys == ["base_model.model.lm_head.weight"] and not missing.unexpected_keys, missing   # it is tied
 
 
-def context(dtype, plain):
-    """What our side runs under."""
-    if plain:
-        return torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16")
-    return common.autocast(SimpleNamespace(device=DEVICE, dtype=dtype, compile=False))
-
-
 def sides(which, dtype, plain, fused):
     """{side: (model, its loss, a training step)}"""
     torch.manual_seed(1)
@@ -93,15 +80,8 @@ def sides(which, dtype, plain, fused):
     for side in which:
         model = ours() if side == "ours" else theirs(fused)
         logits = model if side == "ours" else lambda x, model=model: model(x).logits
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
-
-        def run(logits=logits, optimizer=optimizer, plain=plain or side == "theirs"):
-            with context(dtype, plain):
-                loss = lora.distance(logits(masked), target)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        built[side] = model, lambda logits=logits: lora.distance(logits(masked), target), run
+        loss = lambda logits=logits: lora.distance(logits(masked), target)
+        built[side] = model, loss, training(loss, model, dtype, plain or side == "theirs")
     return built
 
 
@@ -109,7 +89,7 @@ def agree(mine, other):
     """Stops the benchmark unless losses and gradients of A and B are equal."""
     (a, a_loss, _), (b, b_loss, _) = mine, other
     copy_weights(a, b)
-    with context("float32", False):
+    with kernels("float32", False):
         x = a_loss()
     y = b_loss()
     x.backward(), y.backward()
@@ -129,7 +109,7 @@ def timed_step(dtype, plain, fused, rounds):
     """The figures of the case `step`."""
     built = sides(("ours", "theirs"), dtype, plain, fused)
     agree(built["ours"], built["theirs"])
-    return dict(case=NAME, beside="peft" + FUSED * fused, dtype=dtype, **compare(*pair(built["ours"][2], built["theirs"][2], rounds)))
+    return dict(case=NAME, beside="peft" + FUSED * fused, **pair(built["ours"][2], built["theirs"][2], rounds))
 
 
 def peak(side, dtype, plain, fused):
@@ -151,51 +131,22 @@ def memory(dtype, plain, fused, times=3):
     found = {"ours": [], "theirs": []}
     for _ in range(times):
         for side in found:
-            line = [sys.executable, __file__, "--peak", side, "--dtypes", dtype] + ["--plain"] * plain + ["--fused"] * fused
+            line = [sys.executable, __file__, "peak", side, dtype, "plain" * plain, "fused" * fused]
             found[side].append(json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout))
     mb = {side: [sorted(column)[times // 2] for column in zip(*runs)] for side, runs in found.items()}
     (a, a0), (b, b0) = mb["ours"], mb["theirs"]
-    return dict(case=NAME.replace("step", "memory"), beside="peft" + FUSED * fused, dtype=dtype, ours_mb=a, theirs_mb=b, ratio=b / a,
+    return dict(case=NAME.replace("step", "memory"), beside="peft" + FUSED * fused, ours_mb=a, theirs_mb=b, ratio=b / a,
                 ours_after_imports_mb=a - a0, theirs_after_imports_mb=b - b0, ratio_after_imports=(b - b0) / (a - a0))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["step", "memory"], choices=["step", "memory"])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plain", action="store_true", help="ours, too, on PyTorch's choice of kernels")
-    parser.add_argument("--peak", choices=["ours", "theirs"], help=argparse.SUPPRESS)
-    parser.add_argument("--fused", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.peak:
-        return peak(args.peak, args.dtypes[0], args.plain, args.fused)
-    import peft
-    import transformers
-    print(f"{common.machine()}, torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
-          f"{torch.get_num_threads()} threads; {args.rounds} rounds")
-    rows, figures = [("case", "dtype", "ours", "theirs", "theirs / ours")], []
-    for case, dtype, fused in itertools.product(args.cases, args.dtypes, (False, True)):
-        if case == "step":
-            f = timed_step(dtype, args.plain, fused, args.rounds)
-            rows.append((f"{f['case']}, beside {f['beside']}", dtype, f"{f['ours_ms']:.0f} ms", f"{f['theirs_ms']:.0f} ms",
-                         "{:.2f} [{:.2f} to {:.2f}]".format(f["ratio"], *f["quartiles"])))
-        else:
-            f = memory(dtype, args.plain, fused)
-            rows.append((f"{f['case']}, beside {f['beside']}", dtype, f"{f['ours_mb']:.0f} MB", f"{f['theirs_mb']:.0f} MB",
-                         f"{f['ratio']:.2f}"))
-            rows.append(("  of it after the imports", dtype, f"{f['ours_after_imports_mb']:.0f} MB",
-                         f"{f['theirs_after_imports_mb']:.0f} MB", f"{f['ratio_after_imports']:.2f}"))
-        figures.append(f)
-        print(f"  {' | '.join(rows[-1])}", file=sys.stderr, flush=True)
-    print(common.table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(dict(
-            command="make bench-lora" + " ARGS=--plain" * args.plain, machine=common.machine(), threads=torch.get_num_threads(),
-            versions=dict(torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__),
-            figures=figures), indent=1) + "\n")
+def measure(case, dtype, plain, rounds):
+    """The figures of a case, beside peft as it comes and with its faster settings."""
+    return [timed_step(dtype, plain, fused, rounds) if case == "step" else memory(dtype, plain, fused) for fused in (False, True)]
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["peak"]:                                          # memory() calls this file again
+        side, dtype, plain, fused = sys.argv[2:]
+        peak(side, dtype, bool(plain), bool(fused))
+    else:
+        bench(__doc__, ["step", "memory"], measure, "transformers", "peft")

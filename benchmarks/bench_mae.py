@@ -10,21 +10,11 @@ rounds of theirs / ours (above 1: ours is faster), the middle half of the rounds
 range that spans 1 shows no difference. `--plain` leaves out the faster kernels that common.autocast
 chooses on some CPUs; `--json FILE` also keeps the figures.
 """
-import argparse
-import json
-import statistics
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
 import transformers
 
-import common
+from pairs import DEVICE, agree, bench, pair, training           # first: it knows where mae.py is
 import mae
-from pairs import compare, pair
 
 CASES = {   # side, patch, batch, (dim, depth, heads), (dim, depth, heads) of the decoder
     "tiny": ("ViT-Tiny, patch 2, 32 px", 32, 2, 32, (192, 12, 3), (128, 4, 4)),
@@ -63,16 +53,13 @@ def peer(ours, side, patch, encoder, decoder):
     return theirs.train()
 
 
-def measure(case, dtype, rounds, plain):
-    """Seconds of each of our steps and of theirs: (ours, theirs, the first loss of each)."""
-    _, side, patch, batch, encoder, decoder = CASES[case]
-    args = SimpleNamespace(device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype,
-                           compile=False)
+def measure(case, dtype, plain, rounds):
+    """The figures of a case."""
+    name, side, patch, batch, encoder, decoder = CASES[case]
     torch.manual_seed(0)
-    ours = mae.MAE(side // patch, 3 * patch * patch, *encoder, *decoder).to(args.device)
-    theirs = peer(ours, side, patch, encoder, decoder).to(args.device)
-    optimizers = [torch.optim.AdamW(m.parameters(), 1e-4, fused=True) for m in (ours, theirs)]
-    x = torch.randn(batch, 3, side, side, device=args.device)
+    ours = mae.MAE(side // patch, 3 * patch * patch, *encoder, *decoder).to(DEVICE)
+    theirs = peer(ours, side, patch, encoder, decoder).to(DEVICE)
+    x = torch.randn(batch, 3, side, side, device=DEVICE)
 
     def our_loss():
         masked, target = mae.mask(x, patch, .75)
@@ -81,52 +68,15 @@ def measure(case, dtype, rounds, plain):
     def their_loss():
         return theirs(x).loss
 
-    def step(loss, optimizer):
-        usual = torch.autocast(args.device, torch.bfloat16, enabled=dtype == "bfloat16")
-        with common.autocast(args) if loss is our_loss and not plain else usual:
-            value = loss()
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
     with torch.no_grad():                    # the same noise on both sides, so the same patches hidden
         torch.manual_seed(1)
-        a = our_loss().item()
+        a = our_loss()
         torch.manual_seed(1)
-        b = their_loss().item()
-    assert abs(a - b) < 1e-4 * abs(b), f"the two sides disagree: {a} and {b}"
-    steps = [lambda side=side: step((our_loss, their_loss)[side], optimizers[side]) for side in (0, 1)]
-    return *pair(*steps, rounds), (a, b)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plain", action="store_true", help="ours, too, on PyTorch's choice of kernels")
-    args = parser.parse_args()
-    print(f"{common.machine()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-          f"{torch.get_num_threads()} threads; {args.rounds} rounds; milliseconds a step")
-    rows = [("case", "dtype", "ours (min to max)", "theirs (min to max)", "theirs / ours")]
-    results = []
-    for case in args.cases:
-        for dtype in args.dtypes:
-            ours, theirs, losses = measure(case, dtype, args.rounds, args.plain)
-            found = compare(ours, theirs)
-            text = lambda t: f"{1000 * statistics.median(t):.0f} ({1000 * min(t):.0f} to {1000 * max(t):.0f})"
-            rows.append((f"{CASES[case][0]}, batch {CASES[case][3]}", dtype, text(ours), text(theirs),
-                         "{:.2f} [{:.2f} to {:.2f}]".format(found["ratio"], *found["quartiles"])))
-            results.append(dict(case=rows[-1][0], dtype=dtype, losses=losses, rounds=args.rounds, **found))
-            print(f"  {' | '.join(rows[-1])}", file=sys.stderr, flush=True)
-    print(common.table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(dict(
-            command="make bench-mae" + " ARGS=--plain" * args.plain, machine=common.machine(), threads=torch.get_num_threads(),
-            versions=dict(torch=torch.__version__, transformers=transformers.__version__),
-            figures=results), indent=1) + "\n")
+        b = their_loss()
+    agree("the loss", a, b, 1e-4 * b.item())
+    steps = training(our_loss, ours, dtype, plain), training(their_loss, theirs, dtype, True)
+    return [dict(case=f"{name}, batch {batch}", **pair(*steps, rounds))]
 
 
 if __name__ == "__main__":
-    main()
+    bench(__doc__, CASES, measure, "transformers")

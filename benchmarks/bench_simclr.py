@@ -14,30 +14,14 @@ and on each transform with the same random numbers (kornia draws one order of th
 batch, ours one for each image: the comparison gives ours kornia's). Timed in turns; the ratio is the
 median over rounds of theirs / ours (above 1: ours is faster), the middle half in brackets.
 """
-import argparse
-import json
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
 from torch import nn
 
-import common
+from pairs import DEVICE, agree, bench, pair           # first: it knows where simclr.py is
 import simclr
-from pairs import compare, pair
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def agree(what, a, b, tolerance):
-    """Stops the benchmark unless two tensors are equal to within a tolerance."""
-    error = (a - b).abs().max().item()
-    assert error < tolerance, f"{what}: the two sides differ by {error}"
-
-
-def loss(dtype):
+def loss(_):
     """Ours and lightly's: two functions that run forward and backward."""
     from lightly.loss import NTXentLoss
     theirs, z = NTXentLoss(temperature=.2), torch.randn(1024, 128, device=DEVICE, requires_grad=True)
@@ -103,7 +87,7 @@ def same_transforms(x):
     agree("grey", grey(x), simclr.grey(x).expand_as(x), 1e-5)
 
 
-def augment(dtype):
+def augment(_):
     """Our view of 512 images and kornia's."""
     x = torch.rand(512, 3, 32, 32, device=DEVICE)
     for _ in range(8):                                   # each time in another order of the jitter
@@ -112,34 +96,14 @@ def augment(dtype):
     return "augmentation of 512 images, 32 px", "kornia", lambda: simclr.augment(x, .5, 1., .2), lambda: pipeline(x)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["loss", "layout", "augment"], choices=["loss", "layout", "augment"])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args()
-    print(f"{common.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
-          f"{args.rounds} rounds; milliseconds")
-    rows, figures = [("case", "dtype", "ours", "theirs", "theirs / ours")], []
-    for case in args.cases:
-        for dtype in ["float32", "bfloat16"] if case == "layout" else ["float32"]:
-            torch.manual_seed(0)
-            name, other, *sides = {"loss": loss, "layout": layout, "augment": augment}[case](dtype)
-            found = compare(*pair(*sides, args.rounds if case == "layout" else 2 * args.rounds))
-            rows.append((f"{name}, beside {other}", dtype, f"{found['ours_ms']:.1f}", f"{found['theirs_ms']:.1f}",
-                         "{:.2f} [{:.2f} to {:.2f}]".format(found["ratio"], *found["quartiles"])))
-            figures.append(dict(case=name, beside=other, dtype=dtype, **found))
-            if case == "augment":
-                figures[-1]["images_per_second"] = 512_000 / found["ours_ms"]
-                print(f"  ours: {figures[-1]['images_per_second']:,.0f} augmented images a second", file=sys.stderr)
-            print(f"  {' | '.join(rows[-1])}", file=sys.stderr, flush=True)
-    print(common.table(rows))
-    if args.json:
-        import importlib.metadata
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "lightly", "kornia")}
-        args.json.write_text(json.dumps(dict(command="make bench-simclr", machine=common.machine(), rounds=args.rounds,
-                                             threads=torch.get_num_threads(), versions=versions, figures=figures), indent=1) + "\n")
+def measure(case, dtype, plain, rounds):
+    """The figures of a case. --plain changes nothing here."""
+    if dtype != "float32" and case != "layout":
+        return []
+    torch.manual_seed(0)
+    name, other, *sides = {"loss": loss, "layout": layout, "augment": augment}[case](dtype)
+    return [dict(case=name, beside=other, **pair(*sides, rounds if case == "layout" else 2 * rounds))]
 
 
 if __name__ == "__main__":
-    main()
+    bench(__doc__, ["loss", "layout", "augment"], measure, "lightly", "kornia")

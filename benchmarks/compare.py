@@ -179,7 +179,7 @@ def draw(labels, seeds, chance, most):
     rules = [f".c{i}{{stroke:{c};fill:{c}}}" for i, c in enumerate(light)]
     rules += ["@media (prefers-color-scheme:dark){"] + [
         f".c{i}{{stroke:{c};fill:{c}}}" for i, c in enumerate(dark)] + ["}"]
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 380" font-size="12" '
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 366" font-size="12" '
              'font-family="sans-serif">', "<style>text{fill:#808080;stroke:none}.g{stroke:#808080;"
              f"stroke-width:.5;fill:none}}{''.join(rules)}path{{fill:none!important}}</style>"]
     text = lambda x, y, words, anchor="middle": parts.append(
@@ -192,7 +192,7 @@ def draw(labels, seeds, chance, most):
             parts.append(f'<path class="g" d="M{left + panel * (wide + gap)} {y(value):.1f}h{wide}"/>')
         parts.append(f'<path class="g" stroke-dasharray="2 3" '
                      f'd="M{left + panel * (wide + gap)} {y(chance):.1f}h{wide}"/>')
-        text(left + panel * (wide + gap) + wide, y(chance) - 3, "chance", "end")
+        text(left + panel * (wide + gap) + wide, y(chance) + 12, "chance", "end")
         for i in order:
             text(x(i, panel), top + high + 18, counts[i] if labels[i] else "all")
         text(left + panel * (wide + gap) + wide / 2, top + high + 36, "labelled images a class")
@@ -225,6 +225,7 @@ def compare(args, data):
     images, seeds = common.load_images(data, args.data_dir, device=args.device), []
     what = next(iter(images.names))
     common.few(images.train_labels[what], max(args.labels))                          # too many? now
+    most = int(images.train_labels[what].unique(return_counts=True)[1].min())
     for seed in range(args.seeds):
         path = Path(args.out) / f"compare-{Path(data).stem}-{seed}.json"
         about = dict(data=data, seed=seed, labels=args.labels, steps=args.steps,
@@ -232,7 +233,7 @@ def compare(args, data):
         result = dict(command=command(args, data), settings=about, seconds=0., whole=False,
                       machine=common.machine(), threads=torch.get_num_threads(),
                       versions=dict(python=platform.python_version(), torch=torch.__version__),
-                      chance={name: 100 / len(ids) for name, ids in images.names.items()},
+                      chance={name: 100 / len(ids) for name, ids in images.names.items()}, most=most,
                       figures=dict(linear={}, tune={}, knows={}))
         if path.exists():
             try:
@@ -259,7 +260,6 @@ def compare(args, data):
           + f", mean ± spread of {len(seeds)} seeds" * (len(seeds) > 1))
     for rows in tables(args, images, seeds):
         print(f"\n{common.table(rows)}")
-    most = int(images.train_labels[what].unique(return_counts=True)[1].min())
     curves = Path(args.out) / f"compare-{Path(data).stem}.svg"
     curves.write_text(draw(args.labels, seeds, 100 / len(images.names[what]), most))
     print(f"\nCurves: {curves}", flush=True)
