@@ -106,6 +106,8 @@ class Args(common.Args):
         self.multiple("dim", "heads")
         self.below_1("dropout", "base_dropout")
         need = common.require
+        need(self.steps > 0, f"--steps must be 1 or more, not {self.steps}: --resume alone looks "
+             "again")
         need(len(set(self.k)) == len(self.k), f"--k {common.words(self.k)} names a number twice")
         need(self.context > 1, f"--context must be 2 or more, not {self.context}: BOS and a token")
         need(0 < self.temperature < math.inf, "--temperature must be above 0, not "

@@ -221,7 +221,8 @@ def jitter(x, factors, order):
 
 def blur(x, sigma):
     """Gaussian blur by sigma (B,) pixels; the kernel spans a tenth of the side (SimCLR, app. A)."""
-    S, r = x.shape[-1], max(1, x.shape[-1] // 20)
+    S = x.shape[-1]
+    r = min(S - 1, max(1, S // 20))                                  # a single pixel stays
     at = torch.arange(-r, r + 1, device=x.device)
     weight = (-.5 * (at / sigma[:, None]).square()).softmax(1)       # (B, 2 r + 1), of sum 1
     for dim in 2, 3:                                                 # down the columns, then across

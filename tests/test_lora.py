@@ -594,6 +594,7 @@ def test_a_base_from_gpt(done, texts, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--rank", "0"], ["--rank must be 1 or more, not 0"]),
+    (["--steps", "0"], ["--steps must be 1 or more, not 0: --resume alone looks again"]),
     (["--k", "4", "0"], ["--k must be 1 or more, not 4 0"]),
     (["--context", "-5"], ["--context must be 2 or more, not -5"]),
     (["--k"], ["--k", "at least one"]),

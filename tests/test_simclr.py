@@ -197,6 +197,7 @@ def test_blur_equals_a_convolution_with_the_whole_kernel():
         kernel = (kernel / kernel.sum()).expand(3, 1, 5, 5)
         due = F.conv2d(F.pad(x[b:b + 1], (2, 2, 2, 2), mode="reflect"), kernel, groups=3)
         torch.testing.assert_close(got[b:b + 1], due, rtol=1e-4, atol=1e-5)
+    assert torch.equal(simclr.blur(x[..., :1, :1], sigma), x[..., :1, :1])              # one pixel has no neighbours
 
 
 def test_augment_draws_what_the_paper_says():
