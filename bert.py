@@ -459,8 +459,8 @@ def tune(args, model, data, how, k, draw):
 
 
 def few_shot(args, model, untrained, data):
-    """Which part is a passage from? {who: for each label count accuracies in %,
-    one a draw}."""
+    """Which part is a passage from? {who: for each label count
+    accuracies in %, one a draw}."""
     vocab, draws, rows = len(model.head_bias), range(args.draws), {}
     bag = lambda x: x.new_zeros(len(x), vocab).scatter_add_(1, x, torch.ones_like(x))
     cls = lambda m: lambda x: m.encode(x, torch.zeros_like(x[:, :1]))[:, 0]

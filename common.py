@@ -8,8 +8,10 @@ surroundings, few-label evaluation and pictures. No model, loss, mask or augment
                  load_text              documents as bytes; the embedded one is Python's own manual
                  Bytes, Words           tokenizers: a token a byte, or a token a word
     training     Run                    optimizer, schedule, bar, log, checkpoint, exact resume
+                 stage, stage_done      a training before the training, kept for the next time
                  Series                 several short trainings, their results kept one by one
     evaluation   few, encode, probe, finetune     what do k labels a class buy?
+                 few_shot, supervised   the rows of a table: at few labels, and at all
     output       save_png, table, report
 
 `python common.py` prints one table of all runs under runs/.
@@ -93,8 +95,10 @@ class Args:
         """Raises UserError where one of these settings is less, infinite or not a number."""
         for name in names:
             value = getattr(self, name)
-            low, high = (min(value), max(value)) if isinstance(value, tuple) else (value, value)
-            require(least <= low and high < math.inf,
+            all_of = value if isinstance(value, tuple) else (value,)
+            require(all_of and all(least <= x < math.inf for x in all_of),
+                    f"{flag(name)} must be {least} or more, and finite, not {words(value)}"
+                    if math.inf in all_of else
                     f"{flag(name)} must be {least} or more, not {words(value)}")
 
     def share(self, *names):
@@ -623,6 +627,7 @@ IMAGE_SETS = "fashion-mnist", "mnist", "cifar10"
 def is_images(name):
     """Whether --data NAME is about images, where it may be a text as well."""
     return name in ("shapes", *IMAGE_SETS) or name.endswith(".npz")
+
 
 MNIST = list("0123456789")
 FASHION = "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
@@ -1251,8 +1256,8 @@ def write_checkpoint(state, path, fresh=False, when="", kept="", what="a checkpo
 
 
 def stage_done(how, settings):
-    """Whether the run in how.out has done all of its steps; where one there has the same of these
-    settings (names), how.resume is set, so that a Run goes on from there."""
+    """Sets how.resume where the run in how.out has the same of these settings (names), as they were
+    typed, so that a Run goes on from there; and tells whether that run has done all its steps."""
     if not (Path(how.out) / "checkpoint.pt").exists():
         return False
     state = read_checkpoint(how.out, script())

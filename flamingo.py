@@ -394,7 +394,7 @@ class CrossAttention(nn.Module):
         q = self.q(x).view(B, T, self.heads, -1).transpose(1, 2)            # (B, H, T, D)
         if seen is None:
             x = F.scaled_dot_product_attention(q, k, v)
-        elif seen.shape[-1] == 1:                    # all of them, or nothing
+        elif seen.shape[-1] == 1:                    # one answer for all L
             x = F.scaled_dot_product_attention(q, k, v).masked_fill(~seen, 0.)
         else:                                        # softmax of nothing is not a number, so where
             blind = ~seen.any(-1, keepdim=True)      # nothing is seen: look at all, and drop it
@@ -452,7 +452,7 @@ class Resampler(nn.Module):
 
 class GatedCrossAttention(nn.Module):
     """Gated cross-attention and a gated feed-forward layer (Flamingo, fig. 4): x (B, T, C), keys
-    and values (B, H, L, D), who sees what (B, 1, T, L) -> (B, T, C). mlp has a norm of its own."""
+    and values (B, H, L, D), who sees what, from reach() -> (B, T, C). mlp has a norm of its own."""
 
     def __init__(self, dim, source, heads, start=0.):
         super().__init__()
@@ -559,9 +559,9 @@ def reach(media, count, attend="last"):
     """
     B, _, M, R, _ = media[0][0].shape
     if count.shape[1] == 1 and attend == "last":
-        which = torch.arange(B, device=count.device) * M + (count[:, 0] - 1).clamp(min=0)
-        seen = (count > 0)[:, None, :, None]                    # all R of them, or nothing
-        flat = lambda x: x.transpose(1, 2).flatten(0, 1)        # (B M, H, R, D), not a copy
+        which = torch.arange(B, device=count.device) * M + (count[:, 0] - 1).clamp(0, M - 1)
+        seen = ((count > 0) & (count <= M))[:, None, :, None]       # all R of them, or nothing
+        flat = lambda x: x.transpose(1, 2).flatten(0, 1)            # (B M, H, R, D)
         return [tuple(flat(x).index_select(0, which) for x in pair) for pair in media], seen
     number = torch.arange(1, M + 1, device=count.device)                    # of each picture
     seen = count[:, :, None] == number if attend == "last" else count[:, :, None] >= number
@@ -634,7 +634,7 @@ def sample(model, prompts, media, n, end, temperature=0., seed=0, cached=True):
 EPISODES = "new words", "kept words", "answers"
 KEPT = 4        # of the new words so many are in no picture's text until the test
 TOLD = "colour", "shape", "kind"      # what tells the kind of a figure in words; kind: both
-# settings that make another LM, another eye
+# settings that make another LM, another eye; HOW: either
 HOW = "steps", "batch", "lr", "warmup", "weight_decay", "clip", "seed", "dtype"
 LM = *HOW, "lm_short", "lm_share", "context", "dim", "depth", "heads"
 EYE = *HOW, "images", "image_size", "patch", "eye_dim", "eye_depth", "eye_heads"

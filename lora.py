@@ -63,7 +63,7 @@ LR = dict(lora=1e-3, ia3=1e-2, bias=1e-3, first=1e-4, middle=1e-4, last=1e-4, fu
 
 @dataclass
 class Args(common.Args):
-    """Settings of lora.py: for a GPU, and under `cpu` what two cores do in three minutes."""
+    """Settings of lora.py: for a GPU, and under `cpu` smaller ones for two cores."""
     passes: int = 20                # times that each example is seen: passes x k / batch steps
     steps: int = 1000               # most training steps of an adaptation
     batch: int = 16                 # examples a step, at most k
@@ -98,6 +98,8 @@ class Args(common.Args):
                context=128, dim=128, depth=4, heads=4)
 
     def check(self):
+        common.require(self.steps > 0, f"--steps must be 1 or more, not {self.steps}: --resume "
+                       "alone looks again")
         super().check()
         self.at_least(1, "k", "draws", "passes", "rank", "base_steps", "base_batch", "depth",
                       "length")
@@ -106,8 +108,6 @@ class Args(common.Args):
         self.multiple("dim", "heads")
         self.below_1("dropout", "base_dropout")
         need = common.require
-        need(self.steps > 0, f"--steps must be 1 or more, not {self.steps}: --resume alone looks "
-             "again")
         need(len(set(self.k)) == len(self.k), f"--k {common.words(self.k)} names a number twice")
         need(self.context > 1, f"--context must be 2 or more, not {self.context}: BOS and a token")
         need(0 < self.temperature < math.inf, "--temperature must be above 0, not "

@@ -76,17 +76,18 @@ class Args(common.Args):
     cpu = dict(steps=800, batch=64, depth=10, width=16)
 
     def check(self):
+        common.require(self.batch > 1, f"--batch must be 2 or more, not {self.batch}: an image has "
+                       "to be told apart from others")
         super().check()
         self.at_least(1, "dim", "image_size", "draws")
         self.at_least(0, "margin", "strength", "labels")
         need = common.require
-        need(self.batch > 1, "--batch must be 2 or more, not 1: it has nobody to contrast with")
         need(0 < self.temperature < math.inf, "--temperature must be above 0, not "
              f"{self.temperature}: the cosines are divided by it")
         need(0 < self.min_scale <= 1, "--min-scale must be above 0 and 1 at most, not "
              f"{self.min_scale}")
         need(0 <= self.hue <= .5, f"--hue must be from 0 to 0.5, half a circle, not {self.hue}")
-        # PyTorch 2.13 on AVX2: of a narrow 1 x 1 convolution with stride 2, channels_last
+        # PyTorch 2.13 on AVX2: wrong ones of a 1 x 1 convolution with stride 2, channels_last
         need(self.width >= 8, f"--width must be 8 or more, not {self.width}: below, some CPUs get "
              "wrong gradients")
 

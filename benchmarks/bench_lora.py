@@ -40,7 +40,7 @@ def ours():
     """Our GPT with LoRA; A is not zero, so that all gradients can be compared."""
     torch.manual_seed(0)
     model = lora.adapt(lora.GPT(**HOW), "lora", ["qkv"], RANK, ALPHA)
-    for name, p in lora.trained(model).items():
+    for p in lora.trained(model).values():
         torch.nn.init.normal_(p, std=.05)
     return model.to(DEVICE)
 

@@ -97,7 +97,7 @@ def augment(_):
 
 
 def measure(case, dtype, plain, rounds):
-    """The figures of a case. --plain changes nothing here."""
+    """The figures of a case."""
     if dtype != "float32" and case != "layout":
         return []
     torch.manual_seed(0)
@@ -106,4 +106,4 @@ def measure(case, dtype, plain, rounds):
 
 
 if __name__ == "__main__":
-    bench(__doc__, ["loss", "layout", "augment"], measure, "lightly", "kornia")
+    bench(__doc__, ["loss", "layout", "augment"], measure, "lightly", "kornia", plain=False)

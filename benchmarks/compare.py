@@ -243,6 +243,7 @@ def compare(args, data):
                 raise common.UserError(f"{path} is broken: remove it, and this seed is done "
                                        "again") from None
             common.require(same, f"{path} is of other settings: choose another --out")
+            result.setdefault("most", most)                           # an older version did not say
         if not result["whole"]:
             began = time.time() - result["seconds"]
 

@@ -65,7 +65,7 @@ def pair(ours, theirs, rounds):
     ratios = [b / a for a, b in zip(*times)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return dict(ours_ms=1000 * statistics.median(times[0]), theirs_ms=1000 * statistics.median(times[1]),
-                ratio=middle, quartiles=[low, high], range=[min(ratios), max(ratios)])
+                ratio=middle, quartiles=[low, high], range=[min(ratios), max(ratios)], rounds=rounds)
 
 
 def lines(f):
@@ -80,15 +80,17 @@ def lines(f):
              f"{f['ratio_after_imports']:.2f}")]
 
 
-def bench(doc, cases, measure, *packages):
+def bench(doc, cases, measure, *packages, plain=True):
     """The command line of a benchmark. measure(case, dtype, plain, rounds) -> its figures, a list of {case, beside, and what
-    pair() gives}; packages: those beside which it is measured."""
+    pair() gives}; packages: those beside which it is measured; plain: whether there are kernels to leave out."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(cases), choices=list(cases))
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=["float32", "bfloat16"], help="[float32, and bfloat16 where it is native]")
-    parser.add_argument("--rounds", type=int, default=20, help="of each case, at most [20]")
+    parser.add_argument("--rounds", type=int, default=20, help="how often; some cases take a share or a multiple of it [20]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures, too")
-    parser.add_argument("--plain", action="store_true", help="ours, too, on PyTorch's choice of kernels")
+    parser.set_defaults(plain=False)
+    if plain:
+        parser.add_argument("--plain", action="store_true", help="ours, too, on PyTorch's choice of kernels")
     args = parser.parse_args()
     versions = dict(torch=torch.__version__) | {name: importlib.metadata.version(name) for name in packages}
     print(f"{common.machine()}, {torch.get_num_threads()} threads, {', '.join(f'{name} {version}' for name, version in versions.items())}")

@@ -1,7 +1,7 @@
 """bert.py against torch's own layer, an independent forward in the published layout, counts and loops."""
+import copy
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -447,7 +447,13 @@ def test_the_whole_script_and_a_look_without_training(texts, tmp_path):
 
 def test_both_models_are_evaluated_without_dropout(texts, tmp_path, monkeypatch):
     """The trained one and its untrained twin, which the training did not touch."""
-    given = []
+    given, built, build = [], [], bert.build
+
+    def kept(*args):
+        model = build(*args)
+        built.append(copy.deepcopy(model.state_dict()))
+        return model
+    monkeypatch.setattr(bert, "build", kept)
 
     def few_shot(args, model, untrained, data):
         given.extend([model, untrained])
@@ -461,8 +467,9 @@ def test_both_models_are_evaluated_without_dropout(texts, tmp_path, monkeypatch)
     for m in model, untrained:
         assert m.dropout == .5 and torch.equal(m.pool(x), m.pool(x))
     trained = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
-    assert torch.equal(model.pooler.weight, trained["pooler.weight"])
-    assert not torch.equal(model.token_embed.weight, untrained.token_embed.weight)
+    assert len(built) == 2 and all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, built[1][name]) for name, value in untrained.state_dict().items())
+    assert not torch.equal(model.token_embed.weight, built[0]["token_embed.weight"])
 
 
 @pytest.mark.parametrize("strategy", ["span", "pmi"])

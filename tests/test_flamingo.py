@@ -102,6 +102,22 @@ def test_picture_j_reaches_what_comes_after_it(attend, j):
         assert direct[row, marks[j]:end].min() > 1e-4
 
 
+def test_a_single_token_sees_what_it_sees_among_others():
+    """Before the first mark nothing, then its last picture, of its own text; behind a mark too many, nothing."""
+    model = new_model("last")
+    layer, latents, h = model.gated[1], torch.randn(3, 2, 4, 12), torch.randn(3, 5, C)
+    k, v = layer.attn.keys(latents.flatten(1, 2))
+    media = [tuple(x.unflatten(2, (2, 4)) for x in (k, v))]
+    count = torch.tensor([[0, 1, 2, 3, 3], [0, 0, 1, 2, 3], [1, 1, 2, 2, 2]])
+    pairs, seen = flamingo.reach(media, count)
+    whole = layer.attn(h, *pairs[0], seen)
+    for t in range(5):
+        pairs, seen = flamingo.reach(media, count[:, t:t + 1])
+        torch.testing.assert_close(layer.attn(h[:, t:t + 1], *pairs[0], seen), whole[:, t:t + 1], rtol=1e-4, atol=1e-6)
+    blind = (count < 1) | (count > 2)
+    assert not whole[blind].any() and whole[~blind].abs().amax(1).min() > 0
+
+
 @MODES
 def test_cross_attention_equals_a_loop_in_float64(attend):
     model = new_model(attend).double()

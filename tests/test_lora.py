@@ -495,7 +495,7 @@ def test_the_base_is_kept_and_trained_anew_for_other_settings(done, texts):
     assert "First the base" not in again.stdout and again.returncode == 0
     assert (out / "base/checkpoint.pt").read_bytes() == base
     for flags in ["--base-steps", 4], ["--seed", 1], ["--dim", 18], ["--context", 41], ["--old", texts[1]], ["--base-lr", .1], \
-            ["--base-dropout", .1], ["--base-batch", 3], ["--heads", 1], ["--depth", 1]:
+            ["--base-dropout", .1], ["--base-batch", 3], ["--heads", 1], ["--depth", 1], ["--dtype", "auto"]:
         args = common.cli(lora.Args, [*map(str, [*texts, *SMALL, "--out", out, *flags])])
         with pytest.raises(Trained):
             pretrained(args)

@@ -90,9 +90,10 @@ def fastest(_):
         benches = [bench for bench in load(f"bench-{name}*.json") if "plain" not in bench["command"]]
         figures = [f for bench in benches for f in bench["figures"] if "ours_ms" in f and f.get("beside") not in ("no cache", "NCHW")]
         peers = ", ".join(package for package in benches[0]["versions"] if package != "torch")
-        ratios = [f["ratio"] for f in figures]
         low = min(figures, key=lambda f: f["ratio"])
-        lines.append(f"| `{name}.py` | {peers} | {min(ratios):.2f} ({low['dtype']}) to {max(ratios):.2f} |")
+        high = max(figures, key=lambda f: f["ratio"])
+        where = ", on two processors" * (len(benches) > 1)
+        lines.append(f"| `{name}.py` | {peers} | {low['ratio']:.2f} ({low['dtype']}) to {high['ratio']:.2f} ({high['dtype']}){where} |")
     return "\n".join(lines)
 
 
@@ -219,7 +220,7 @@ def fine_tuned(patterns):
         lines.append(f"| {who} | " + " | ".join(cells) + " |")
     how = f"{len(runs)} seeds" if len(runs) > 1 else f"{len(figures[0]['accuracy'][who][0])} draws of the labelled passages"
     return "\n".join(lines) + (f"\n\nMean ± standard deviation over {how}; the parts: {', '.join(figures[0]['parts'])}. "
-                              f"{runs[0]['machine']}, torch {runs[0]['versions']['torch']}.")
+                              f"{runs[0]['machine']}, torch {runs[0]['versions']['torch']}." + (f" {runs[0]['note']}." if "note" in runs[0] else ""))
 
 
 def lora_table(rows, ks, note):
@@ -251,7 +252,7 @@ def adapted(patterns):
     if what == "old":                                  # what is trained stands above, and the prompt leaves the base as it is
         rows = [[row[0], row[-1]] for row in rows if row[0] != "prompt"]
     text = lora_table(rows, ks, [f"loss on {how['data'] if what == 'new' else f['old']}", "trained", "bytes"][:len(rows[0]) - 1])
-    return (f"{text}\n\nNats a token, mean ± standard deviation over {len(runs)} bases, each the mean of {how['draws']} draws of the examples; "
+    return (f"{text}\n\nNats a token, mean ± standard deviation over {len(runs)} bases, each the mean of {how['draws']} draws of the examples (k = 2 and 8 are in results/); "
             f"{runs[0]['machine']}, torch {runs[0]['versions']['torch']}, Python {runs[0]['versions']['python']}.")
 
 
@@ -312,7 +313,7 @@ def shots(pattern):
                      if who in f["right"].get(f"{name}, {k}", ()) else "" for k in f["shots"]]
             lines.append(f"| {what}: {title} | " + " | ".join(cells) + " |")
     seeds = f"Mean ± standard deviation over {len(runs)} seeds" if len(runs) > 1 else "One run"
-    return "\n".join(lines) + f"\n\n{seeds}, {runs[0]['settings']['tests']} episodes each; two new words an episode. The one asked for was always shown: at 1 shot it is enough to repeat it; from 2 on both were shown, and chance is 50 %."
+    return "\n".join(lines) + f"\n\n{seeds}, {runs[0]['settings']['tests']} episodes each; two new words an episode. The one asked for was shown: at 1 shot it is enough to repeat it; from 2 on both were shown, and chance is 50 %."
 
 
 def described(pattern):
@@ -398,7 +399,7 @@ def compared(pattern):
     text = "\n\n".join("\n".join("| " + " | ".join(row) + " |" + ("\n|---|" + "---:|" * len(labels if table[0][1:] == head else chance)) * (i == 0)
                                  for i, row in enumerate(table)) for table in tables)
     seeds = f"mean ± standard deviation over {len(runs)} seeds, each with its own draw of the labels" if len(runs) > 1 else "one seed so far"
-    return (f"{text}\n\n`{runs[0]['command']}`; {seeds}; {statistics.mean(r['seconds'] for r in runs) / 60:.0f} minutes a seed on {runs[0]['threads']} thread, beside other jobs; "
+    return (f"{text}\n\n`{runs[0]['command']}`; {seeds}; {statistics.mean(r['seconds'] for r in runs) / 60:.0f} minutes a seed on {runs[0]['threads']} thread{'s' * (runs[0]['threads'] > 1)}, beside another job; "
             f"{runs[0]['machine']}, torch {runs[0]['versions']['torch']}.")
 
 
@@ -464,7 +465,7 @@ def claims(_):
          f"shape, %: linear, all labels, MAE {compare('shapes', 'linear', 'MAE', 4)}, autoencoder {compare('shapes', 'linear', 'autoencoder', 4)}; tuned, 100 a class, "
          f"{compare('shapes', 'tune', 'MAE', 3)}, {compare('shapes', 'tune', 'autoencoder', 3)}. Fashion-MNIST: linear {compare('fashion-mnist', 'linear', 'MAE', 4)}, "
          f"{compare('fashion-mnist', 'linear', 'autoencoder', 4)}; tuned {compare('fashion-mnist', 'tune', 'MAE', 3)}, {compare('fashion-mnist', 'tune', 'autoencoder', 3)}",
-         "on the shapes from 20 labels on, unless all are used for tuning; on Fashion-MNIST for a linear probe with 1 and 5 only (the encoders differ, too)"),
+         "on the shapes from 20 labels on, unless all are used for tuning; on Fashion-MNIST clearly only for a linear probe with 1 and 5 (the encoders differ, too)"),
         ("With few labels comparing is ahead of rebuilding", "make compare",
          f"20 labels a class, linear, %: shape, SimCLR {compare('shapes', 'linear', 'SimCLR', 2)}, MAE {compare('shapes', 'linear', 'MAE', 2)}, "
          f"autoencoder {compare('shapes', 'linear', 'autoencoder', 2)}; Fashion-MNIST {compare('fashion-mnist', 'linear', 'SimCLR', 2)}, "
@@ -473,7 +474,8 @@ def claims(_):
          f"linear, all labels, %: the colour, SimCLR {knows('SimCLR', 'colour')} (random ResNet {knows('random ResNet', 'colour')}), autoencoder {knows('autoencoder', 'colour')}, "
          f"MAE {knows('MAE', 'colour')}; the place, SimCLR {knows('SimCLR', 'place')} (random ResNet {knows('random ResNet', 'place')})", "for the colour: less is left of it than without training, and rebuilding keeps it; not for size and place, which crops change, too"),
         ("With many labels pre-training hardly matters, once all is tuned", "make compare",
-         f"all labels, tuned, %: shape, SimCLR {compare('shapes', 'tune', 'SimCLR', 4)}, from scratch {compare('shapes', 'tune', 'random ResNet', 4)}; "
+         f"all labels, tuned, %: shape, SimCLR {compare('shapes', 'tune', 'SimCLR', 4)}, from scratch {compare('shapes', 'tune', 'random ResNet', 4)}; autoencoder {compare('shapes', 'tune', 'autoencoder', 4)}, "
+         f"{compare('shapes', 'tune', 'random encoder', 4)}; "
          f"MAE {compare('shapes', 'tune', 'MAE', 4)}, {compare('shapes', 'tune', 'random ViT', 4)}; Fashion-MNIST {compare('fashion-mnist', 'tune', 'SimCLR', 4)}, "
          f"{compare('fashion-mnist', 'tune', 'random ResNet', 4)}; {compare('fashion-mnist', 'tune', 'MAE', 4)}, {compare('fashion-mnist', 'tune', 'random ViT', 4)}", "yes for the ResNet and the autoencoder, and on Fashion-MNIST for all; not for the ViT on the shapes, which it does not learn from scratch in 1,000 steps"),
         ("BERT: tuning all is better than the last block, that better than a frozen [CLS]", "python bert.py --steps 10000 --dropout 0.1",
@@ -484,21 +486,21 @@ def claims(_):
         ("What was computed for earlier tokens can be kept", "make bench-gpt", f"256 tokens {cached['ratio']:.1f} times as fast, and equal", "yes"),
         ("A few memories more in each matrix (LoRA) do as well as tuning it", adapt,
          f"loss on the new text, {lora('the base', 256)} before; after 256 examples {lora('lora', 256)} with 2.9 % of the parameters, {lora('full', 256)} with all; "
-         f"after 16 {lora('lora', 16)}, {lora('full', 16)}; after one {lora('lora', 1)}, {lora('full', 1)}", "yes: a little better from 64 on, a little worse at 4 to 16"),
+         f"after 16 {lora('lora', 16)}, {lora('full', 16)}; after one {lora('lora', 1)}, {lora('full', 1)}", "yes: a little better from 64 on, a little worse at 2 to 16"),
         ("So do vectors that scale what is there ((IA)³)", adapt,
          f"after 256 examples {lora('ia3', 256)} with 0.4 % of the parameters; after 16 {lora('ia3', 16)}", "as LoRA up to 16 examples; behind at 64 and 256"),
         ("A LoRA is merged into its matrix and costs no time then", 'make test ARGS="-k merge"', "the same logits, up to rounding", "yes: it is the plain layer then"),
         ("To change little is to forget little", adapt,
          f"loss on the old text, {forgot('the base')} before; after 256 examples: (IA)³ (0.4 % of the parameters) {forgot('ia3')}, LoRA (2.9 %) {forgot('lora')}, "
          f"biases (0.7 %) {forgot('bias')}, all {forgot('full')}, the last two blocks (46 %) {forgot('last')}",
-         "no: at 256 examples (IA)³ and LoRA, with few, forgot the most, the last and the middle two blocks the least; at 64, and at each one's best rate, the order is another"),
+         "no: at 256 examples (IA)³ and LoRA, with few, forgot the most, the last and the middle two blocks the least; at 64 LoRA is in the middle, and at each one's best rate the order is another"),
         ("With few examples the prompt is better than training", adapt,
          f"loss on the new text after 4 examples: {lora('prompt', 4)} in the prompt, {lora('lora', 4)} with LoRA, {lora('the base', 4)} without any",
          "no: here the prompt is worse than none (one size of model, examples that are cut off)"),
         ("Frozen parts can be joined, and learn new words from examples in context", load("flamingo-long.json")[0]["command"],
          f"a new word, one of two in sight (chance 50), after 2, 4, 8 pictures, %: {', '.join(one('flamingo-long.json', at(k)) for k in (2, 4, 8))}; one that no picture came with in "
          f"training, after 8: {one('flamingo-long.json', lambda f: f['right']['kept words, 8']['flamingo'])}",
-         "yes in this, the longest run (one seed), for words that came with pictures in training; hardly for others; the run in between with one seed of three, the plain one with none"),
+         "yes in this, the longest run (one seed), for words that came with pictures in training; hardly for others; the run in between with one seed of three, in part with another, the plain one with none"),
         ("And find out what is asked", "python flamingo.py",
          f"a question that is not asked, after 0 and 1 examples, %: {asked(0, 'flamingo')}, {asked(1, 'flamingo')} (the LM alone {asked(1, 'lm')})", "yes"),
         ("It looks at the last picture alone", load("flamingo-ablation-all.json")[0]["command"],

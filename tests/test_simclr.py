@@ -440,7 +440,7 @@ def test_stopped_and_resumed_ends_as_one_never_stopped(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--batch 1", ["--batch must be 2 or more, not 1: it has nobody to contrast with"]),
+    ("--batch 1", ["--batch must be 2 or more, not 1: an image has to be told apart"]),
     ("--temperature 0", ["--temperature must be above 0, not 0.0"]),
     ("--temperature nan", ["--temperature must be above 0, not nan"]),
     ("--margin -1", ["--margin must be 0 or more, not -1.0"]),
