@@ -76,7 +76,7 @@ class Args(common.Args):
         super().check()
         self.at_least(1, "code", "keep", "width", "image_size", "draws")
         self.at_least(0, "noise", "price", "labels")
-        common.require(0 <= self.corrupt < 1, f"--corrupt must be from 0 to below 1, not "
+        common.require(0 <= self.corrupt < 1, "--corrupt must be from 0 to below 1, not "
                        f"{self.corrupt}: some pixels have to stay visible")
 
 

@@ -59,7 +59,7 @@ class Args(common.Args):
     steps: int = 5000               # training steps
     batch: int = 128                # windows of the text a step
     lr: float = 1e-3                # peak learning rate
-    warmup: float = 0.1             # share of the steps in which the learning rate rises
+    warmup: float = 0.1             # share of steps in which the rate rises (post-norm needs more)
     weight_decay: float = 0.01      # AdamW's decay, on matrices only (BERT, app. A.2)
     data: str = "pydocs"            # pydocs, pycode, shakespeare, a file or a folder of .txt files
     vocab: int = 8192               # most words that get a token of their own
@@ -459,8 +459,8 @@ def tune(args, model, data, how, k, draw):
 
 
 def few_shot(args, model, untrained, data):
-    """Which part is a passage from? {who: for each label count
-    accuracies in %, one a draw}."""
+    """Which part is a passage from? {who: for each label count accuracies in
+    %, one a draw}."""
     vocab, draws, rows = len(model.head_bias), range(args.draws), {}
     bag = lambda x: x.new_zeros(len(x), vocab).scatter_add_(1, x, torch.ones_like(x))
     cls = lambda m: lambda x: m.encode(x, torch.zeros_like(x[:, :1]))[:, 0]

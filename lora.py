@@ -92,7 +92,7 @@ class Args(common.Args):
     heads: int = 6                  # base: attention heads
     prompt: str = "def "            # what the samples begin with
     length: int = 150               # bytes of a sample
-    temperature: float = 0.8        # divides the logits: 1 as it learned, below likelier tokens
+    temperature: float = 0.8        # divides the logits: 1 as it learned, less prefers the likely
 
     cpu = dict(k=(4, 64), base_steps=2400, base_batch=8, base_lr=3e-3, base_dropout=0.,
                context=128, dim=128, depth=4, heads=4)

@@ -55,7 +55,7 @@ class Args(common.Args):
     steps: int = 2000               # training steps
     batch: int = 512                # images a step, two views of each
     lr: float = 4e-3                # peak learning rate of AdamW
-    warmup: float = 0.25            # share of the steps in which the learning rate rises
+    warmup: float = 0.25            # share of steps in which the rate rises (some seeds need this)
     weight_decay: float = 0.05      # AdamW's decay, on matrices only
     clip: float = 0.0               # longest gradient; 0: never shortened (at 1 it learned less)
     loss: Literal["ntxent", "triplet"] = "ntxent"   # N-way cross-entropy, or triplets with a margin
