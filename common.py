@@ -1089,7 +1089,8 @@ class Run:
         A finished or foreign checkpoint that was there before this run is kept as previous.pt."""
         state = dict(script=script(), args=dataclasses.asdict(self.args), step=self.step,
                      seconds=self.seconds, model=self.model.state_dict(),
-                     optimizer=self.optimizer.state_dict(), vocabulary=self.vocabulary)
+                     optimizer=self.optimizer.state_dict(), vocabulary=self.vocabulary,
+                     random=torch.get_rng_state())     # for what comes after the last step
         kept = "" if self.wrote is None else f"; the one of step {self.wrote} is kept"
         write_checkpoint(state, self.out / "checkpoint.pt", self.wrote is None,
                          f" at step {self.step}", kept)
@@ -1105,7 +1106,13 @@ class Run:
             require(a == b, f"{path} does not fit this model: {name} is {a} there and {b} here; "
                     "leave out the flags that change the model, or choose another --out")
         self.model.load_state_dict(state["model"])
+        groups = [{k: v for k, v in group.items() if k != "params"}
+                  for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, options in zip(self.optimizer.param_groups, groups):
+            group.update(options)                               # of the flags that are given now
+        if "random" in state:
+            torch.set_rng_state(state["random"])
         self.step, self.seconds, self.wrote = state["step"], state["seconds"], state["step"]
         self.args.steps = max(self.args.steps, self.step)       # --steps 0: look, do not train
         print(f"Going on from step {self.step} of {path}.")

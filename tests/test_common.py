@@ -529,6 +529,29 @@ def test_a_look_aside_leaves_no_trace_and_its_notes_survive_a_resume(tmp_path, m
     assert "(chance 1.250)" in run.words()
 
 
+def test_what_comes_after_the_last_step_is_the_same_when_a_run_is_resumed(tmp_path):
+    """The weights of another network, say: of a run stopped before its end, and of one that had ended."""
+    def after(out, stop=None, resume=False, **changed):
+        args = common.Args(**dict(steps=6, batch=4, lr=.1, out=str(out), device="cpu", dtype="float32", resume=resume) | changed)
+        torch.manual_seed(args.seed)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(.5))
+        run, data = common.Run(args, model), torch.arange(60.).view(20, 3) / 60
+        try:
+            for step in run:
+                run.update(model(run.batch(data)).square().mean())
+                run.stop = step == stop
+        except KeyboardInterrupt:
+            return None
+        return torch.rand(5).tolist(), run
+
+    whole, _ = after(tmp_path / "a")
+    assert after(tmp_path / "b", stop=3) is None
+    assert after(tmp_path / "b", resume=True)[0] == whole
+    again, run = after(tmp_path / "a", resume=True, weight_decay=.25)
+    assert again == whole
+    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [.25, 0]     # the flag that is given now wins
+
+
 # ---------------------------------------------------------------------------------- evaluation
 
 

@@ -437,6 +437,8 @@ def test_stopped_and_resumed_ends_as_one_never_stopped(tiny, tmp_path):
     whole, cut = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "cut"))
     for name in whole:
         assert torch.equal(whole[name], cut[name]), name
+    again = run("--resume", "--steps", 0, "--out", tmp_path / "cut", script="simclr.py")        # a look at a run that has ended
+    assert again.returncode == 0 and "supervised" in again.stdout and again.stdout.split("\n\n")[1:] == done.stdout.split("\n\n")[1:]
 
 
 @pytest.mark.parametrize("flags, words", [
