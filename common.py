@@ -1,7 +1,9 @@
-"""Everything the seven scripts share and nobody needs to copy: settings, data, the training loop's
-surroundings, few-label evaluation and pictures. No model, loss, mask or augmentation lives here.
+"""What the seven scripts share, or what would hide a method if it stood in one: settings, data, the
+training loop's surroundings, few-label evaluation, pictures. No model, loss, mask or augmentation
+lives here, but the linear heads that read features.
 
     settings     Args, start            a dataclass becomes the command line
+    the machine  device, autocast       which there is; bfloat16, and faster kernels on a CPU
     data         load_images            uint8 images that live on the device, with their labels
                  draw, shapes           the embedded world: ten figures, drawn in a second
                  scene, paint, caption, question     several figures, in pictures and in words
@@ -128,6 +130,11 @@ def require(condition, sentence):
         raise UserError(sentence)
 
 
+def script():
+    """The name of the script that runs, such as mae.py."""
+    return Path(sys.argv[0]).name
+
+
 def flag(name):
     """The flag of a setting: mask_ratio -> --mask-ratio."""
     return "--" + name.replace("_", "-")
@@ -212,6 +219,35 @@ def cli(Args, argv=None):
     return args
 
 
+def say(text, indent=""):
+    """Prints, wrapped to 80 columns; `indent` stands in front of all lines but the first."""
+    print("\n".join(textwrap.wrap(text, 80, subsequent_indent=indent, break_on_hyphens=False,
+                                  break_long_words=False)))
+
+
+def start(main, Args, argv=None):
+    """Reads the flags, seeds, runs main(args), and turns a user's mistake into one sentence."""
+    args, began = cli(Args, argv), time.time()
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")          # TF32 on GPUs that have it
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")        # a terminal without UTF-8 gets marks
+    try:
+        main(args)
+    except UserError as error:
+        sys.exit(f"{script()}: {error}")
+    except OSError as error:                            # a full disk, a folder that is gone
+        sys.exit(f"{script()}: {error.strerror or error} ({error.filename or args.out})")
+    except KeyboardInterrupt:
+        path = Path(args.out) / "checkpoint.pt"              # an older run's does not count
+        ours = path.exists() and (args.resume or path.stat().st_mtime > began)
+        saved = f": go on with python {script()} --resume --out {args.out}"
+        sys.exit(f"\nStopped{saved if ours else ''}")
+
+
+# ------------------------------------------------------------------------------- the machine
+
+
 def device(name):
     """'auto' or a name -> the name of a device that is there."""
     there = ["cuda"] if torch.cuda.is_available() else []
@@ -232,7 +268,8 @@ def has_bfloat16(device):
 
 @contextlib.contextmanager
 def autocast(args, dtype=None):
-    """bfloat16 where it is native, or as dtype or --dtype says; the weights stay float32."""
+    """bfloat16 where it is native, or as dtype or --dtype says; the weights stay float32. While it
+    lasts, two functions of torch.nn.functional have faster kernels on a CPU."""
     kind, dtype = args.device.split(":")[0], dtype or args.dtype
     on = has_bfloat16(kind) if dtype == "auto" else dtype == "bfloat16"
     kernels = [torch.autocast(kind, torch.bfloat16, enabled=on)]
@@ -334,30 +371,6 @@ class Linear(torch.autograd.Function):
 def onednn(x, weight, bias=None):
     """x weight^T + bias by oneDNN. (..., K), (N, K), (N) -> (..., N)."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def say(text, indent=""):
-    """Prints, wrapped to 80 columns; `indent` stands in front of all lines but the first."""
-    print("\n".join(textwrap.wrap(text, 80, subsequent_indent=indent, break_on_hyphens=False,
-                                  break_long_words=False)))
-
-
-def start(main, Args, argv=None):
-    """Reads the flags, seeds, runs main(args), and turns a user's mistake into one sentence."""
-    args = cli(Args, argv)
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")          # TF32 on GPUs that have it
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")        # a terminal without UTF-8 gets marks
-    try:
-        main(args)
-    except UserError as error:
-        sys.exit(f"{script()}: {error}")
-    except OSError as error:                            # a full disk, a folder that is gone
-        sys.exit(f"{script()}: {error.strerror or error} ({error.filename or args.out})")
-    except KeyboardInterrupt:
-        saved = f": go on with python {script()} --resume --out {args.out}"
-        sys.exit(f"\nStopped{saved if (Path(args.out) / 'checkpoint.pt').exists() else ''}")
 
 
 # -------------------------------------------------------------------------------------- data
@@ -719,7 +732,7 @@ def read_idx(name, data_dir):
         try:
             raw = gzip.decompress(path.read_bytes())
             require(raw[:4] == bytes([0, 0, 8, dims]),
-                    f"{path} is not an IDX file of {dims} dimensions")
+                    f"{path} is not an IDX file of {dims} dimensions: delete it to fetch it anew")
             shape = np.frombuffer(raw, ">u4", dims, 4)            # after the magic number
             arrays.append(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape))
         except (OSError, EOFError, ValueError, zlib.error):
@@ -759,7 +772,7 @@ def read_npz(path):
         raise UserError(f"there is no file {path}") from None
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         why = "it holds pickled objects" if "pickle" in str(error) else "it is truncated or no .npz"
-        raise UserError(f"cannot read {path}: {why}") from None
+        raise UserError(f"cannot read {path}: {why}; write plain arrays with np.savez") from None
 
 
 def read_pictures(path, size, device="cpu"):
@@ -989,9 +1002,11 @@ class Run:
             run.update(distance(model(x), x))   # backward, clip, step
 
     Each step's randomness depends on (seed, step) alone: a run that was killed and resumed ends
-    with the same weights, bit for bit, as one that was not (on a CPU; on a GPU with deterministic
-    algorithms). Ctrl-C saves after the step it falls in. A loss that is not finite stops the run
-    and leaves the last good checkpoint.
+    with the same weights, bit for bit, as one that was not, and draws the same after its last step
+    (on a CPU, with as many threads; on a GPU after torch.use_deterministic_algorithms(True), and
+    the weights alone). Flags that are given with --resume count from there on. Ctrl-C saves after
+    the step it falls in. A loss that is not finite stops the run and leaves the last good
+    checkpoint.
     """
 
     def __init__(self, args, model, optimizer=None, chance=None, vocabulary=None, part=""):
@@ -1086,7 +1101,7 @@ class Run:
 
     def save(self):
         """Writes checkpoint.pt in one motion: whoever looks sees the old one or the new one, whole.
-        A finished or foreign checkpoint that was there before this run is kept as previous.pt."""
+        One that was there before a new run, without --resume, is kept as previous.pt."""
         state = dict(script=script(), args=dataclasses.asdict(self.args), step=self.step,
                      seconds=self.seconds, model=self.model.state_dict(),
                      optimizer=self.optimizer.state_dict(), vocabulary=self.vocabulary,
@@ -1165,11 +1180,6 @@ class Run:
         """The newest loss and, where it is known, what guessing would cost."""
         chance = "" if self.chance is None else f" (chance {self.chance:.3f})"
         return f"loss {self.loss:.4f}{chance}"
-
-
-def script():
-    """The name of the script that runs, such as mae.py."""
-    return Path(sys.argv[0]).name
 
 
 class Series:
@@ -1297,8 +1307,8 @@ def read_saved(path, *due, flag="--out"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         by = state["script"]
     except Exception as error:                          # torch raises many kinds for a broken file
-        why = f"{path} is not a checkpoint that can be read ({type(error).__name__})"
-        raise UserError(why) from None
+        raise UserError(f"{path} is not a checkpoint that can be read ({type(error).__name__}): "
+                        f"delete it, or choose another {flag}") from None
     require(by in due or not due, f"{path} was written by {by}, not by {' or '.join(due)}: choose "
             f"another {flag}")
     return state
@@ -1382,7 +1392,8 @@ def finetune(f, images, x, labels, test_labels, args, steps, lr, batch=64, seed=
 
 
 def few_shot(args, f, images, labels, others=()):
-    """Freezes f, and fits a linear head on k labels a class (0: all), for each k of labels.
+    """Freezes f, and fits a linear head on k labels a class (0: all), for each k of labels, and for
+    each of args.draws choices of them.
 
     f maps normalised images (B, 3, S, S) to features (B, C). Returns {attribute: for each k
     accuracies in % on the test images, one a draw}; `others` are read with all labels only.
@@ -1475,10 +1486,10 @@ def progress(things, what):
     return tqdm(things, what, ncols=80, leave=False, disable=None)
 
 
-def machine():
+def machine(device="cpu"):
     """What the figures were measured on, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1] or cpu
@@ -1509,9 +1520,10 @@ def report(run, summary, figures):
     settings = dataclasses.asdict(run.args)
     for name in "out", "data_dir", "resume":            # where it was done, not what
         del settings[name]
-    result = dict(command=command(run.args), summary=summary, figures=figures, machine=machine(),
-                  threads=torch.get_num_threads(), seconds=round(run.seconds, 1), settings=settings,
-                  versions=dict(python=platform.python_version(), torch=torch.__version__))
+    result = dict(command=command(run.args), summary=summary, figures=figures,
+                  machine=machine(run.args.device), threads=torch.get_num_threads(),
+                  seconds=round(run.seconds, 1), settings=settings, versions=dict(
+                      python=platform.python_version(), torch=torch.__version__))
     (run.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

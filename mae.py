@@ -30,8 +30,9 @@ Differs  Small images, so small patches (4 px of 32); features are the mean of t
          --norm-pix says otherwise.
 
 Try      --mask-ratio 0.25, 0.5, 0.9: which error is lowest, and which features are best?
-         --tune linear, last, all: how much of the encoder has to move before it is good?
-         --norm-pix: the pictures get worse. Do the features?
+         --tune last, then --resume --tune all (no second pre-training): how much of the encoder has
+         to move before it is good?
+         --norm-pix: do the features get better? (Its pictures are lent the patches' contrast.)
 """
 import copy
 import math
@@ -52,7 +53,7 @@ class Args(common.Args):
     """Settings of mae.py: for a GPU, and under `cpu` smaller ones for two cores."""
     steps: int = 4000               # training steps
     batch: int = 512                # images a step
-    lr: float = 1e-3                # peak learning rate (MAE, table 8: a third of this)
+    lr: float = 1e-3                # peak learning rate (MAE, table 8: 1.5e-4 batch / 256)
     weight_decay: float = 0.05      # AdamW's decay, on matrices only (MAE, table 8)
     mask_ratio: float = 0.75        # share of the patches hidden from the encoder (MAE, fig. 5)
     norm_pix: bool = False          # predict each patch with its own mean and variance taken out
@@ -64,7 +65,7 @@ class Args(common.Args):
     decoder_dim: int = 96           # channels of the decoder
     decoder_depth: int = 4          # blocks of the decoder
     decoder_heads: int = 3          # attention heads of the decoder
-    tune: Literal["linear", "last", "all"] = "all"  # what few labels train: head, last block, all
+    tune: Literal["linear", "last", "all"] = "all"  # linear: the probe alone; or tuned, too
     labels: tuple[int, ...] = (1, 5, 20, 100)        # labelled images a class for each fine-tuning
     tune_steps: int = 1000          # steps of each fine-tuning
     tune_lr: float = 1e-3           # its peak learning rate
@@ -208,8 +209,8 @@ class MAE(nn.Module):
         return torch.cat([cls, restore(torch.cat([seen, blank], 1), order)], 1)
 
     def decode(self, tokens, places):
-        """(B, 1 + N, C') -> pixels of the patches at the places (B, N - n) that were hidden only,
-        (B, N - n, P): nothing else is owed."""
+        """All tokens (B, 1 + N, C') -> the pixels of the patches at `places` (B, N - n), the hidden
+        ones: (B, N - n, P). Nothing else is owed."""
         x = tokens + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
@@ -236,7 +237,7 @@ def unpatchify(patches, p):
 def hide(patches, ratio):
     """Shuffles the patches and cuts: -> visible (B, n, P), hidden (B, N - n, P), order (B, N).
 
-    order[b, i] is the place that the i-th patch after the shuffle had; the first n are visible.
+    order[b, i] is where in the image the i-th of the shuffled belongs; the first n are visible.
     """
     B, N, _ = patches.shape
     n = N - round(N * ratio)
@@ -245,8 +246,8 @@ def hide(patches, ratio):
 
 
 def restore(tokens, order):
-    """Undoes the shuffle: (B, N, C) -> the same tokens in their places. Of all that hide() parted,
-    restore(torch.cat([visible, hidden], 1), order) gives the patches back."""
+    """Undoes the shuffle: (B, N, C) -> the same tokens in their places. So
+    restore(torch.cat([visible, hidden], 1), order) undoes hide()."""
     places = order[:, :, None].expand_as(tokens)
     return torch.empty_like(tokens).scatter_(1, places, tokens)
 
@@ -339,16 +340,17 @@ def few_shot(args, model, images):
     torch.manual_seed(args.seed)
     models = build(args, images.size), model
     untrained, trained = (Features(m.encoder, args.patch) for m in models)
-    rows, knows, draws = {}, {}, range(args.draws)
+    rows, draws = {}, range(args.draws)
     for who, f in ("raw pixels", nn.Flatten()), ("untrained ViT", untrained), ("MAE", trained):
         with common.autocast(args):
             train, test = (common.encode(f, images, x) for x in (images.train[:POOL], images.test))
         rows[f"{who}, linear"] = [
             [common.probe(train, labels[:POOL], test, test_labels, k, draw) for draw in draws]
             for k in args.labels]
-    for name, y in images.train_labels.items():      # of the last of these, MAE's
-        test_y = images.test_labels[name]
-        knows[name] = common.probe(train, y[:POOL], test, test_y, max(args.labels))
+        if f is trained:
+            knows = {name: common.probe(train, images.train_labels[name][:POOL], test,
+                                        images.test_labels[name], max(args.labels))
+                     for name in images.names}
     fits = [(who, f, i, draw) for who, f in (("untrained ViT", untrained), ("MAE", trained))
             for i in range(len(args.labels)) for draw in draws if args.tune != "linear"]
     for who, f, i, draw in common.progress(fits, "fine-tuning"):
@@ -362,7 +364,8 @@ def tell(args, run, images, error, rows, knows):
     what, names = next(iter(images.names.items()))
     print()
     common.say(f"Squared error on the hidden patches of {len(images.test):,} new images: "
-               f"{error:.3f} (always guessing the mean: 1.000).")
+               f"{error:.3f} ({'without their own mean and variance; ' if args.norm_pix else ''}"
+               "always guessing the mean: 1.000).")
     lines = [[f"{what}, accuracy in %", *(f"{k} a class" for k in args.labels)],
              ["chance", *[f"{100 / len(names):.1f}"] * len(args.labels)]]
     lines += [[who, *map(common.spread, row)] for who, row in rows.items()]
@@ -386,7 +389,7 @@ def tell(args, run, images, error, rows, knows):
 
 def main(args):
     images = common.load_images(args.data, args.data_dir, args.image_size, args.device)
-    common.few(next(iter(images.train_labels.values()))[:POOL], max(args.labels))    # too many? now
+    common.few(next(iter(images.train_labels.values()))[:POOL], max(args.labels))    # too many?
     model = build(args, images.size)
     run = common.Run(args, model)
     for step in run:

@@ -231,7 +231,7 @@ def compare(args, data):
         about = dict(data=data, seed=seed, labels=args.labels, steps=args.steps,
                      tune_steps=args.tune_steps, device=args.device)
         result = dict(command=command(args, data), settings=about, seconds=0., whole=False,
-                      machine=common.machine(), threads=torch.get_num_threads(),
+                      machine=common.machine(args.device), threads=torch.get_num_threads(),
                       versions=dict(python=platform.python_version(), torch=torch.__version__),
                       chance={name: 100 / len(ids) for name, ids in images.names.items()}, most=most,
                       figures=dict(linear={}, tune={}, knows={}))

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import struct
+import sys
 import tarfile
 import threading
 import zlib
@@ -550,6 +551,34 @@ def test_what_comes_after_the_last_step_is_the_same_when_a_run_is_resumed(tmp_pa
     again, run = after(tmp_path / "a", resume=True, weight_decay=.25)
     assert again == whole
     assert [group["weight_decay"] for group in run.optimizer.param_groups] == [.25, 0]     # the flag that is given now wins
+
+
+def test_ctrl_c_offers_to_go_on_with_this_run_not_with_an_older_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mae.py"])
+    path = tmp_path / "checkpoint.pt"
+
+    def stopped(main, *flags):
+        with pytest.raises(SystemExit) as end:
+            common.start(main, common.Args, ["--out", str(tmp_path), "--device", "cpu", *flags])
+        return str(end.value)
+
+    def before(args):
+        raise KeyboardInterrupt
+
+    def after(args):
+        torch.save(dict(script="mae.py", args={}), path)
+        raise KeyboardInterrupt
+
+    assert stopped(before) == "\nStopped"
+    assert stopped(after).endswith(f"go on with python mae.py --resume --out {tmp_path}")
+    os.utime(path, (1e9, 1e9))                                           # of an older run
+    assert stopped(before) == "\nStopped" and "--resume" in stopped(before, "--resume")
+
+
+def test_the_machine_is_the_one_that_computes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device}")
+    assert common.machine("cuda:1") == "a GPU, cuda:1" and "cores" in common.machine("cpu")
 
 
 # ---------------------------------------------------------------------------------- evaluation

@@ -550,10 +550,12 @@ def expect(name):
                 f"all methods after {base:.0f} s for the base, on {most} thread{'s' * (most > 1)}; {r['machine']}, torch {r['versions']['torch']})")
     elif name == "flamingo":
         get = lambda group: number([r["figures"]["right"][group]["flamingo"] for r in runs], 1)
+        before = statistics.mean(sum(r["figures"]["stages"]) for r in runs if r["threads"] == most)
         text = (f"of held-out scenes {get('caption, 1 figure')}, {get('caption, 2 figures')} and {get('caption, 3 figures')} % of the captions "
                 f"of 1, 2 and 3 figures are right to the word; of single figures of unseen kinds {get('colour, unseen kind')} % of the colours "
-                f"and {get('shape, unseen kind')} % of the shapes (chance 12.5) ({len(runs)} seed{'s' * (len(runs) > 1)}; {seconds:.0f} s of training "
-                f"the join on {most} thread{'s' * (most > 1)}; {r['machine']}, torch {r['versions']['torch']})")
+                f"and {get('shape, unseen kind')} % of the shapes (chance 12.5); a question that is not asked is found out from one example "
+                f"({get('answers, 1')} %), what a new word means, from 4, is not ({get('new words, 4')} %, chance 50) ({len(runs)} seed{'s' * (len(runs) > 1)}; {seconds:.0f} s of training the join, "
+                f"after {before:.0f} s for the LM and the eye, on {most} thread{'s' * (most > 1)}; {r['machine']}, torch {r['versions']['torch']})")
     elif name == "bert":
         get = lambda who, key, digits: number([r["figures"][who][key] for r in runs], digits)
         text = (f"{get('masked', 'accuracy', 1)} % of the hidden words of new text are right, at a perplexity of "
@@ -570,7 +572,7 @@ def expect(name):
         colour = lambda who: over_seeds(runs, lambda f: f["accuracy"][who]["colour"][0])
         text = (f"a linear probe on {'h' if name == 'simclr' else 'the code'} reads the shape, from 20 labels a class, "
                 f"at {few(who)} % (raw pixels {few('raw pixels')} %, chance 10 %), and the colour, from all labels, at "
-                f"{colour(who)} % {where}")
+                f"{colour(who)} % (raw pixels {colour('raw pixels')} %, chance 12.5 %) {where}")
     whole = re.sub(r"(?<=\d) (?=%)| (?=±)|(?<=±) ", "\a", text)                          # a figure stays on its line
     return textwrap.fill(whole, 91, subsequent_indent=" " * 9).replace("\a", " ")
 
