@@ -259,8 +259,9 @@ def tell(args, run, images, error, rows):
     common.say(f"Pictures: {args.out}/reconstructions.png ({'masked | ' * (args.corrupt > 0)}"
                f"{'rebuilt | original' if args.corrupt else 'original | rebuilt'}), "
                f"{args.out}/interpolations.png")
-    summary = (f"{args.bottleneck}: error {error:.3f}, {what} at {k or 'all'} labels: "
-               f"{common.spread(rows['autoencoder'][what][args.labels.index(k)])} %")
+    score = rows["autoencoder"][what][args.labels.index(k)]
+    summary = (f"{args.bottleneck}: error {error:.3f}, {what} at {k or 'all'} "
+               f"label{'s' * (k != 1)}: {common.spread(score)} %")
     common.report(run, summary, dict(error=error, labels=args.labels, accuracy=rows, notes=notes))
 
 

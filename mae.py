@@ -372,15 +372,16 @@ def tell(args, run, images, error, rows, knows):
     print(f"\n{common.table(lines)}\n")
 
     how, k = "linear" if args.tune == "linear" else f"tune {args.tune}", max(args.labels)
+    many = f"{k} label{'s' * (k > 1)}"
     ours, untrained = (common.spread(rows[f"{who}, {how}"][args.labels.index(k)])
                    for who in ("MAE", "untrained ViT"))
     if len(knows) > 1:
         known = common.known(images, {name: [[got]] for name, got in knows.items()})
-        common.say(f"From MAE's features, a linear probe with {k} labels a class reads: {known}.")
-    common.say(f"With {k} labels a class ({how}) the {what} is right in {ours} % with "
+        common.say(f"From MAE's features, a linear probe with {many} a class reads: {known}.")
+    common.say(f"With {many} a class ({how}) the {what} is right in {ours} % with "
                f"pre-training, {untrained} % without, {100 / len(names):.1f} % by chance.")
     common.say(f"Picture: {args.out}/reconstructions.png (masked | painted | original)")
-    summary = f"{what} at {k} labels: {ours} %, untrained {untrained} %"
+    summary = f"{what} at {many}: {ours} %, untrained {untrained} %"
     common.report(run, summary, dict(error=error, labels=args.labels, accuracy=rows, linear=knows))
 
 

@@ -334,7 +334,7 @@ def tell(args, run, images, same, rows):
                "pixels)")
     k = max(args.labels)
     score = rows["SimCLR"][what][args.labels.index(k)]
-    summary = f"{what} at {k or 'all'} labels: {common.spread(score)} %"
+    summary = f"{what} at {k or 'all'} label{'s' * (k != 1)}: {common.spread(score)} %"
     common.report(run, summary, dict(neighbours=same, labels=args.labels, accuracy=rows))
 
 
