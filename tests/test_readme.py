@@ -437,7 +437,7 @@ def claims(_):
              *(number([list(r["figures"]["notes"].values())[i]["error"] for r in load(long[1])], 2) for i in (0, -1)), shape,
              *(over(long[1], lambda f: statistics.mean(list(f["notes"].values())[i]["probes"][0])) for i in (0, -1)))
          + "; colour, all labels: {}, then {}".format(*(over(long[1], lambda f: statistics.mean(list(f["notes"].values())[i]["probes"][1])) for i in (0, -1))),
-         "yes for the shape, which hardly gains; the colour gains"),
+         "yes for the shape, which hardly gains in training; the colour gains"),
         ("It needs a bottleneck", "python autoencoder.py --bottleneck none",
          "shape, 20 labels a class, then all, %: {} and {} without; {} and {} with 64 numbers; {} and {} sparse".format(
              *(one(f"autoencoder-{name}.json", acc("autoencoder", "shape", i)) for name in ("kind-none", "shapes-0", "kind-sparse") for i in (2, 3))),
@@ -453,23 +453,23 @@ def claims(_):
          "{}: {}, triplets {}".format(
              shape, *(one(f"simclr-{name}.json", acc("SimCLR", "shape", 2)) for name in ("shapes-0", "kind-triplet"))), "yes, one run; margin and learning rate were not tuned"),
         ("MAE's features pay with few labels", "python mae.py",
-         f"shape, 100 labels a class, %: {few('MAE, tune all', 1)} tuned, {few('untrained ViT, tune all', 1)} from scratch", "yes"),
+         f"shape, 100 labels a class, %: {few('MAE, tune all', 1)} tuned, {few('untrained ViT, tune all', 1)} from scratch", "yes, on the shapes from 20 labels a class on (`make compare`)"),
         ("They want fine-tuning more than a linear probe", "python mae.py",
          f"shape, %: at 100 labels a class linear {few('MAE, linear', 1)}, tuned {few('MAE, tune all', 1)}; at 20 {few('MAE, linear', 0)}, {few('MAE, tune all', 0)}. "
          f"Fashion-MNIST, at 100, a longer run: {over('mae-fashion-mnist.json', mae('MAE, linear', 3))}, {over('mae-fashion-mnist.json', mae('MAE, tune all', 3))}",
          "on the shapes at 100 labels; not at 20, not on Fashion-MNIST"),
         ("Tuning the last block is nearly as good as all", "python mae.py --tune last",
          f"shape, %: at 100 labels a class last {over('mae-last-*.json', mae('MAE, tune last', 1))}, all {few('MAE, tune all', 1)}; "
-         f"at 20 {over('mae-last-*.json', mae('MAE, tune last', 0))}, {few('MAE, tune all', 0)}", "at 20 labels; at 100 no, and no better than linear"),
+         f"at 20 {over('mae-last-*.json', mae('MAE, tune last', 0))}, {few('MAE, tune all', 0)}", "at 20 labels, where neither is better than linear; at 100 no, and no better than linear"),
         ("Masking makes of rebuilding a better teacher", "make compare",
          f"shape, %: linear, all labels, MAE {compare('shapes', 'linear', 'MAE', 4)}, autoencoder {compare('shapes', 'linear', 'autoencoder', 4)}; tuned, 100 a class, "
          f"{compare('shapes', 'tune', 'MAE', 3)}, {compare('shapes', 'tune', 'autoencoder', 3)}. Fashion-MNIST: linear {compare('fashion-mnist', 'linear', 'MAE', 4)}, "
          f"{compare('fashion-mnist', 'linear', 'autoencoder', 4)}; tuned {compare('fashion-mnist', 'tune', 'MAE', 3)}, {compare('fashion-mnist', 'tune', 'autoencoder', 3)}",
-         "on the shapes from 20 labels on, unless all are used for tuning; not on Fashion-MNIST (the encoders differ, too)"),
+         "on the shapes from 20 labels on, unless all are used for tuning; not on Fashion-MNIST in so few steps (the encoders differ, too)"),
         ("With few labels comparing is ahead of rebuilding", "make compare",
          f"20 labels a class, linear, %: shape, SimCLR {compare('shapes', 'linear', 'SimCLR', 2)}, MAE {compare('shapes', 'linear', 'MAE', 2)}, "
          f"autoencoder {compare('shapes', 'linear', 'autoencoder', 2)}; Fashion-MNIST {compare('fashion-mnist', 'linear', 'SimCLR', 2)}, "
-         f"{compare('fashion-mnist', 'linear', 'MAE', 2)}, {compare('fashion-mnist', 'linear', 'autoencoder', 2)}", "yes: by far on the shapes, by little on Fashion-MNIST"),
+         f"{compare('fashion-mnist', 'linear', 'MAE', 2)}, {compare('fashion-mnist', 'linear', 'autoencoder', 2)}", "yes: by far on the shapes, by little on Fashion-MNIST (in the longer run there, MAE alone has 80.6)"),
         ("Features forget what the views differ in; rebuilding keeps it", "make compare",
          f"linear, all labels, %: the colour, SimCLR {knows('SimCLR', 'colour')} (random ResNet {knows('random ResNet', 'colour')}), autoencoder {knows('autoencoder', 'colour')}, "
          f"MAE {knows('MAE', 'colour')}; the place, SimCLR {knows('SimCLR', 'place')} (random ResNet {knows('random ResNet', 'place')})", "for the colour: less is left of it than without training, and rebuilding keeps it; not for size and place, which crops change, too"),
@@ -477,13 +477,13 @@ def claims(_):
          f"all labels, tuned, %: shape, SimCLR {compare('shapes', 'tune', 'SimCLR', 4)}, from scratch {compare('shapes', 'tune', 'random ResNet', 4)}; autoencoder {compare('shapes', 'tune', 'autoencoder', 4)}, "
          f"{compare('shapes', 'tune', 'random encoder', 4)}; "
          f"MAE {compare('shapes', 'tune', 'MAE', 4)}, {compare('shapes', 'tune', 'random ViT', 4)}; Fashion-MNIST {compare('fashion-mnist', 'tune', 'SimCLR', 4)}, "
-         f"{compare('fashion-mnist', 'tune', 'random ResNet', 4)}; {compare('fashion-mnist', 'tune', 'MAE', 4)}, {compare('fashion-mnist', 'tune', 'random ViT', 4)}", "yes for the ResNet and the autoencoder, and on Fashion-MNIST for all; not for the ViT on the shapes, which it hardly learns from scratch in 1,000 steps"),
+         f"{compare('fashion-mnist', 'tune', 'random ResNet', 4)}; {compare('fashion-mnist', 'tune', 'autoencoder', 4)}, {compare('fashion-mnist', 'tune', 'random encoder', 4)}; {compare('fashion-mnist', 'tune', 'MAE', 4)}, {compare('fashion-mnist', 'tune', 'random ViT', 4)}", "yes for the ResNet and the autoencoder, and on Fashion-MNIST for all; not for the ViT on the shapes, of which it learns little from scratch in 1,000 steps"),
         ("BERT: tuning all is better than the last block, that better than a frozen [CLS]", "python bert.py --steps 10000 --dropout 0.1",
          f"accuracy, 20 labels a class, %: {bert('BERT, tune all', 20)}, {bert('BERT, tune last', 20)}, {bert('BERT, frozen [CLS]', 20)} (frozen mean of words "
-         f"{bert('BERT, frozen mean of words', 20)}); at 1: {bert('BERT, tune all', 1)}, {bert('BERT, tune last', 1)}, {bert('BERT, frozen [CLS]', 1)}",
+         f"{bert('BERT, frozen mean of words', 20)}); at 5: {bert('BERT, tune all', 5)}, {bert('BERT, tune last', 5)}, {bert('BERT, frozen [CLS]', 5)}; at 1: {bert('BERT, tune all', 1)}, {bert('BERT, tune last', 1)}, {bert('BERT, frozen [CLS]', 1)}",
          "at 5 and 20 labels, not at 1; one pre-training run"),
         ("A GPT is a masked autoencoder with a special mask", 'make test ARGS="-k masked_autoencoder"', "the same loss and gradient, token by token", "yes, exactly"),
-        ("What was computed for earlier tokens can be kept", "make bench-gpt", f"256 tokens {cached['ratio']:.1f} times as fast, and equal", "yes"),
+        ("What was computed for earlier tokens can be kept", "make bench-gpt", f"256 tokens {cached['ratio']:.1f} times as fast in float32, and equal", "yes"),
         ("A few memories more in each matrix (LoRA) do as well as tuning it", adapt,
          f"loss on the new text, {lora('the base', 256)} before; after 256 examples {lora('lora', 256)} with 2.9 % of the parameters, {lora('full', 256)} with all; "
          f"after 16 {lora('lora', 16)}, {lora('full', 16)}; after one {lora('lora', 1)}, {lora('full', 1)}", "yes: a little better from 64 on, a little worse at 2 to 16"),
