@@ -61,9 +61,9 @@ class Args(common.Args):
     weight_decay: float = 0.01      # AdamW's decay, on matrices only
     bottleneck: Literal["none", "narrow", "noise", "sparse", "weak"] = "narrow"  # what is short
     code: int = 64                  # dimensions of the code (narrow, noise, weak)
-    keep: int = 64                  # sparse: those it keeps, of 4 width (S / 8)^2
+    keep: int = 64                  # sparse: those kept, of 4 x width x (side / 8)^2
     noise: float = 1.0              # with noise: its scale in the code; 1: as in a VAE
-    price: float = 0.1              # with noise: of a nat, in squared error summed over the image
+    price: float = 0.1              # with noise: the KL's weight beside the summed squared error
     corrupt: float = 0.0            # share of the pixels blanked in the input (denoising)
     image_size: int = 32            # side in pixels of drawn shapes, and of a folder's pictures
     width: int = 48                 # channels of the first convolution, doubled in each of the next

@@ -73,11 +73,11 @@ class Args:
     lr: float = 1e-3             # peak learning rate
     warmup: float = 0.05         # share of the steps in which the learning rate rises
     weight_decay: float = 0.05   # AdamW's decay, on matrices only
-    clip: float = 1.0            # longest gradient that is let through unshortened
+    clip: float = 1.0            # longest gradient, longer ones are cut to it; 0: never cut
     seed: int = 0                # seed of the weights and of every step's randomness
     data: str = "shapes"         # shapes, cifar10, fashion-mnist, mnist, an .npz file or a folder
     data_dir: str = os.environ.get("DATA_DIR", "data")   # where downloads are kept ($DATA_DIR)
-    out: str = ""                # folder for what the run writes (default runs/<script>)
+    out: str = ""                # folder for what the run writes [runs/<script>]
     device: str = "auto"         # cuda, mps or cpu; auto takes the first that is there
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # auto: bfloat16 where it is native
     compile: bool = False        # compile the model first (pays on a GPU, in longer runs)
@@ -164,14 +164,15 @@ def parser_of(Args):
     doc, text = sys.modules[Args.__module__].__doc__ or "", help_of(Args)
     parser = Parser(
         allow_abbrev=False, argument_default=argparse.SUPPRESS, usage="%(prog)s [--flag value ...]",
-        description=doc.split("\n\n")[0],
+        description=doc.split("\n\n")[0], epilog=f"At the top of {script()}: how it works, what to "
+        "expect, what to try.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=80))
     own = parser.add_argument_group(f"settings of {script()}")
     shared = parser.add_argument_group("settings of every script")
     for f in dataclasses.fields(Args):
         kind, many = f.type, typing.get_origin(f.type) is tuple
         kind = typing.get_args(kind)[0] if many else kind
-        how = dict(type=kind, metavar={int: "N", float: "X"}.get(kind, "NAME"))
+        how = dict(type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"))
         if kind is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(kind) is Literal:
@@ -180,7 +181,9 @@ def parser_of(Args):
         if many:
             how["nargs"] = "+"
         help = text.get(f.name, "").replace("%", "%%")
-        if kind is not bool and f.default not in ("", "auto"):
+        if kind is bool:
+            help += " [yes]" if f.default else " [no]"
+        elif f.default not in ("", "auto"):
             smaller = f"; on a CPU {words(Args.cpu[f.name])}" if f.name in Args.cpu else ""
             help += f" [{words(f.default)}{smaller}]"
         group = shared if f.name in Args.__mro__[-2].__annotations__ else own
@@ -1529,7 +1532,9 @@ def report(run, summary, figures):
 
 def main():
     """All runs under a folder (runs/ if none is given) as one table."""
-    root = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
+    parser = Parser(description="All finished runs as one table.")
+    parser.add_argument("folder", nargs="?", default="runs", help="where the runs are [runs]")
+    root = Path(parser.parse_args().folder)
     rows = [("run", "data", "steps", "minutes", "what came out")]
     for path in sorted(root.glob("**/result.json")):
         r = json.loads(path.read_text())

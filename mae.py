@@ -65,7 +65,7 @@ class Args(common.Args):
     decoder_dim: int = 96           # channels of the decoder
     decoder_depth: int = 4          # blocks of the decoder
     decoder_heads: int = 3          # attention heads of the decoder
-    tune: Literal["linear", "last", "all"] = "all"  # linear: the probe alone; or tuned, too
+    tune: Literal["linear", "last", "all"] = "all"  # nothing but the probe, last block, all
     labels: tuple[int, ...] = (1, 5, 20, 100)        # labelled images a class for each fine-tuning
     tune_steps: int = 1000          # steps of each fine-tuning
     tune_lr: float = 1e-3           # its peak learning rate

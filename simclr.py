@@ -60,13 +60,13 @@ class Args(common.Args):
     lr: float = 4e-3                # peak learning rate of AdamW
     warmup: float = 0.25            # share of steps in which the rate rises (some seeds need this)
     weight_decay: float = 0.05      # AdamW's decay, on matrices only
-    clip: float = 0.0               # longest gradient; 0: never shortened (at 1 it learned less)
+    clip: float = 0.0               # longest gradient; 0: never cut (at 1 it learned less)
     loss: Literal["ntxent", "triplet"] = "ntxent"   # pick the partner among all, or triplets
     temperature: float = 0.2        # divides the cosines (SimCLR's code: 0.5 for CIFAR-10)
     margin: float = 0.5             # how much further away than the partner the others have to be
     min_scale: float = 0.5          # least share of the image in a crop (SimCLR, app. A: 0.08)
     strength: float = 1.0           # of jitter in brightness, contrast, saturation; times 0.8
-    hue: float = 0.5                # largest turn of the hue, in circles (app. A: 0.2 strength)
+    hue: float = 0.5                # largest turn of the hue, 1 a circle (app. A: 0.2 strength)
     blur: bool = False              # blur half of the views (SimCLR, app. A; not for CIFAR-10)
     image_size: int = 32            # side in pixels of drawn shapes, and of a folder's pictures
     depth: Literal[10, 18] = 18     # layers of the ResNet
