@@ -446,10 +446,10 @@ def claims(_):
          f"{shape}: {over(long[0], acc('SimCLR', 'shape', 2))}, an autoencoder {over(long[1], acc('autoencoder', 'shape', 2))}", "yes"),
         ("The same, on real images", "python simclr.py --data fashion-mnist",
          f"class, 20 labels a class, %: {garment('SimCLR')}, an autoencoder {garment('autoencoder')}", "yes, by little: there, pixels are good features"),
-        ("The choice of the views decides what that is", "python simclr.py --strength 0.5 --hue 0.1",
+        ("The choice of views decides what is learned", "python simclr.py --strength 0.5 --hue 0.1",
          "{}: {} with strong colour jitter, {} with weak".format(
              shape, *(one(f"simclr-{name}.json", acc("SimCLR", "shape", 2)) for name in ("shapes-0", "kind-views"))), "yes, one run"),
-        ("A softmax over all others (NT-Xent) teaches more than a margin to each (triplets)", "python simclr.py --loss triplet --margin 0.5",
+        ("A softmax over all others (NT-Xent) teaches more than a margin in each triplet", "python simclr.py --loss triplet --margin 0.5",
          "{}: {}, triplets {}".format(
              shape, *(one(f"simclr-{name}.json", acc("SimCLR", "shape", 2)) for name in ("shapes-0", "kind-triplet"))), "yes, one run; margin and learning rate were not tuned"),
         ("MAE's features pay with few labels", "python mae.py",
@@ -461,7 +461,7 @@ def claims(_):
         ("Tuning the last block is nearly as good as all", "python mae.py --tune last",
          f"shape, %: at 100 labels a class last {over('mae-last-*.json', mae('MAE, tune last', 1))}, all {few('MAE, tune all', 1)}; "
          f"at 20 {over('mae-last-*.json', mae('MAE, tune last', 0))}, {few('MAE, tune all', 0)}", "at 20 labels, where neither is better than linear; at 100 no, and no better than linear"),
-        ("Masking makes of rebuilding a better teacher", "make compare",
+        ("Masking makes rebuilding a better teacher", "make compare",
          f"shape, %: linear, all labels, MAE {compare('shapes', 'linear', 'MAE', 4)}, autoencoder {compare('shapes', 'linear', 'autoencoder', 4)}; tuned, 100 a class, "
          f"{compare('shapes', 'tune', 'MAE', 3)}, {compare('shapes', 'tune', 'autoencoder', 3)}. Fashion-MNIST: linear {compare('fashion-mnist', 'linear', 'MAE', 4)}, "
          f"{compare('fashion-mnist', 'linear', 'autoencoder', 4)}; tuned {compare('fashion-mnist', 'tune', 'MAE', 3)}, {compare('fashion-mnist', 'tune', 'autoencoder', 3)}",
@@ -470,7 +470,7 @@ def claims(_):
          f"20 labels a class, linear, %: shape, SimCLR {compare('shapes', 'linear', 'SimCLR', 2)}, MAE {compare('shapes', 'linear', 'MAE', 2)}, "
          f"autoencoder {compare('shapes', 'linear', 'autoencoder', 2)}; Fashion-MNIST {compare('fashion-mnist', 'linear', 'SimCLR', 2)}, "
          f"{compare('fashion-mnist', 'linear', 'MAE', 2)}, {compare('fashion-mnist', 'linear', 'autoencoder', 2)}", "yes: by far on the shapes, by little on Fashion-MNIST (in the longer run there, MAE alone has 80.6)"),
-        ("Features forget what the views differ in; rebuilding keeps it", "make compare",
+        ("Comparing forgets what the views differ in; rebuilding keeps it", "make compare",
          f"linear, all labels, %: the colour, SimCLR {knows('SimCLR', 'colour')} (random ResNet {knows('random ResNet', 'colour')}), autoencoder {knows('autoencoder', 'colour')}, "
          f"MAE {knows('MAE', 'colour')}; the place, SimCLR {knows('SimCLR', 'place')} (random ResNet {knows('random ResNet', 'place')})", "for the colour: less is left of it than without training, and rebuilding keeps it; not for size and place, which crops change, too"),
         ("With many labels pre-training hardly matters, once all is tuned", "make compare",
@@ -483,11 +483,11 @@ def claims(_):
          f"{bert('BERT, frozen mean of words', 20)}); at 5: {bert('BERT, tune all', 5)}, {bert('BERT, tune last', 5)}, {bert('BERT, frozen [CLS]', 5)}; at 1: {bert('BERT, tune all', 1)}, {bert('BERT, tune last', 1)}, {bert('BERT, frozen [CLS]', 1)}",
          "at 5 and 20 labels, not at 1; one pre-training run"),
         ("A GPT is a masked autoencoder with a special mask", 'make test ARGS="-k masked_autoencoder"', "the same loss and gradient, token by token", "yes, exactly"),
-        ("What was computed for earlier tokens can be kept", "make bench-gpt", f"256 tokens {cached['ratio']:.1f} times as fast in float32, and equal", "yes"),
+        ("Keys and values of earlier tokens can be kept", "make bench-gpt", f"256 tokens {cached['ratio']:.1f} times as fast in float32, and equal", "yes"),
         ("A few memories more in each matrix (LoRA) do as well as tuning it", adapt,
          f"loss on the new text, {lora('the base', 256)} before; after 256 examples {lora('lora', 256)} with 2.9 % of the parameters, {lora('full', 256)} with all; "
          f"after 16 {lora('lora', 16)}, {lora('full', 16)}; after one {lora('lora', 1)}, {lora('full', 1)}", "yes: a little better from 64 on, a little worse at 2 to 16"),
-        ("So do vectors that scale what is there ((IA)³)", adapt,
+        ("Vectors that scale what is there ((IA)³) do as well, too", adapt,
          f"after 256 examples {lora('ia3', 256)} with 0.4 % of the parameters; after 16 {lora('ia3', 16)}", "as LoRA up to 16 examples; behind at 64 and 256"),
         ("A LoRA is merged into its matrix and costs no time then", 'make test ARGS="-k merge"', "the same logits, up to rounding", "yes: it is the plain layer then"),
         ("To change little is to forget little", adapt,
@@ -501,15 +501,15 @@ def claims(_):
          f"a new word, one of two in sight (chance 50), after 2, 4, 8 pictures, %: {', '.join(one('flamingo-long.json', at(k)) for k in (2, 4, 8))}; one that no picture came with in "
          f"training, after 8: {one('flamingo-long.json', lambda f: f['right']['kept words, 8']['flamingo'])}",
          "yes in this, the longest run (one seed), for words that came with pictures in training; hardly for others; the run in between with one seed of three, in part with another, the plain one with none"),
-        ("And find out what is asked", "python flamingo.py",
+        ("They also find out from examples what is asked", "python flamingo.py",
          f"a question that is not asked, after 0 and 1 examples, %: {asked(0, 'flamingo')}, {asked(1, 'flamingo')} (the LM alone {asked(1, 'lm')})", "yes"),
-        ("It looks at the last picture alone", load("flamingo-ablation-all.json")[0]["command"],
+        ("Looking at the last picture alone works best", load("flamingo-ablation-all.json")[0]["command"],
          f"captions of one figure, %: {ablation('middle-0', 'caption, 1 figure')}; trained with all earlier pictures in sight {ablation('ablation-all', 'caption, 1 figure')}",
-         "yes, one run, though at the end only one is in sight either way"),
-        ("At first it is the language model that it was: gates that start at 0", 'make test ARGS="-k gates_at_zero"', "the same logits, bit for bit", "yes, exactly"),
-        ("That it starts so helps", load("flamingo-ablation-no-gate.json")[0]["command"],
+         "yes, one run, though the test shows only one picture"),
+        ("With gates that start at 0 it is at first the language model that it was", 'make test ARGS="-k gates_at_zero"', "the same logits, bit for bit", "yes, exactly"),
+        ("Gates that start closed help", load("flamingo-ablation-no-gate.json")[0]["command"],
          f"captions of one figure, %: {ablation('middle-0', 'caption, 1 figure')}; without gates {ablation('ablation-no-gate', 'caption, 1 figure')}, half open at first "
-         f"{ablation('ablation-start-half', 'caption, 1 figure')}", "against half open; not against none; one run each"),
+         f"{ablation('ablation-start-half', 'caption, 1 figure')}", "more than gates that start half open; not more than none; one run each"),
         ("A language model that stays frozen keeps what it knew", load("flamingo-ablation-no-freeze.json")[0]["command"],
          f"told in words in the place of pictures, captions of one figure, %: {middle('told', 'caption, 1 figure')}; {melted('told', 'caption, 1 figure')} if it is trained, too "
          f"(with pictures {middle('flamingo', 'caption, 1 figure')}, {melted('flamingo', 'caption, 1 figure')})", "yes, one run; with pictures it does as well either way"),
