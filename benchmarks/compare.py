@@ -138,7 +138,7 @@ def measure(args, images, data, seed, found, keep):
         how, pair = encoders(args, name, pretrain(args, name, data, seed), images, seed)
         if name == "simclr":
             probe("raw pixels", nn.Flatten(), [what, "colour"])      # more takes minutes
-        for who, f in zip((f"random {kind}", title), pair):
+        for who, f in zip((f"untrained {kind}", title), pair):
             probe(who, f, images.names)
             found["tune"][who] = []
             for k in common.progress(args.labels, f"tuning {who}"):
@@ -199,7 +199,7 @@ def draw(labels, seeds, chance, most):
             text(x(i, panel), top + high + 18, counts[i] if labels[i] else "all")
         text(left + panel * (wide + gap) + wide / 2, top + high + 36, "labelled images a class")
         for m, (_, kind, method, _) in enumerate(METHODS.values()):
-            for who, dash in (f"random {kind}", ' stroke-dasharray="5 4"'), (method, ""):
+            for who, dash in (f"untrained {kind}", ' stroke-dasharray="5 4"'), (method, ""):
                 mean = [np.mean([found[part][who][i] for found in seeds]) for i in order]
                 line = "L".join(f"{x(i, panel):.1f} {y(v):.1f}" for i, v in zip(order, mean))
                 parts.append(f'<path class="c{m}" stroke-width="2"{dash} d="M{line}"/>')
@@ -208,10 +208,10 @@ def draw(labels, seeds, chance, most):
                               f'cy="{y(v):.1f}"/>' for i, v in zip(order, mean)]
     at = left
     for m, (_, kind, method, _) in enumerate(METHODS.values()):
-        for words, dash in (method, ""), (f"random {kind}", ' stroke-dasharray="5 4"'):
+        for words, dash in (method, ""), (f"untrained {kind}", ' stroke-dasharray="5 4"'):
             parts.append(f'<path class="c{m}" stroke-width="2"{dash} d="M{at} 350h22"/>')
             text(at + 27, 354, words, "start")
-            at += 46 + 6.6 * len(words)
+            at += 38 + 6.6 * len(words)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

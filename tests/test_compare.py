@@ -30,7 +30,7 @@ def test_the_whole_comparison(tiny, tmp_path):
              "--out", tmp_path]
     done = run(*flags)
     assert done.returncode == 0, done.stderr
-    for row in "raw pixels", "random ResNet", "SimCLR", "autoencoder", "random ViT", "MAE", "supervised encoder":
+    for row in "raw pixels", "untrained ResNet", "SimCLR", "autoencoder", "untrained ViT", "MAE", "supervised encoder":
         assert f"\n{row} " in done.stdout, row
     seeds = [json.loads((tmp_path / f"compare-tiny-{seed}.json").read_text())["figures"] for seed in range(2)]
 
@@ -75,20 +75,20 @@ def test_the_whole_comparison(tiny, tmp_path):
 
 
 def test_tables_are_means_and_fit_80_columns():
-    seeds = [dict(linear={"random encoder": [10 + s] * 5, "SimCLR": [100.] * 5}, tune={"SimCLR": [s] * 5},
+    seeds = [dict(linear={"untrained encoder": [10 + s] * 5, "SimCLR": [100.] * 5}, tune={"SimCLR": [s] * 5},
                   knows={"raw pixels": {"shape": 1. + s}, "SimCLR": {"shape": 2., "colour": 100. - s}}) for s in (0, 2, 4)]
     args = compare.options(["--device", "cpu"])
     images = type("Images", (), dict(names={"shape": ["a"] * 10, "colour": ["b"] * 8}))
     linear, tuned, knows = compare.tables(args, images, seeds)
     assert linear[0] == ["shape, linear", "1 a class", "5 a class", "20 a class", "100 a class", "all labels"]
-    assert linear[2] == ["random encoder", *["12.0 ±2.0"] * 5] and linear[1] == ["chance", *["10.0"] * 5] and tuned[2][1] == "2.0 ±2.0"
+    assert linear[2] == ["untrained encoder", *["12.0 ±2.0"] * 5] and linear[1] == ["chance", *["10.0"] * 5] and tuned[2][1] == "2.0 ±2.0"
     assert knows == [["all labels", "shape", "colour"], ["chance", "10.0", "12.5"], ["raw pixels", "3.0 ±2.0", ""],
                      ["SimCLR", "2.0 ±0.0", "98.0 ±2.0"]]
     assert max(len(line) for rows in (linear, tuned, knows) for line in common.table(rows).splitlines()) <= 80
 
 
 def test_the_curves_are_where_the_figures_are():
-    rows = {name: [10., 50., 100.] for name in ("random ResNet", "SimCLR", "random encoder", "autoencoder", "random ViT", "MAE")}
+    rows = {name: [10., 50., 100.] for name in ("untrained ResNet", "SimCLR", "untrained encoder", "autoencoder", "untrained ViT", "MAE")}
     text = compare.draw([1, 10, 0], [dict(linear=rows, tune=rows)], 10., 100)
     picture = ElementTree.fromstring(text)
     curves = [node.get("d") for node in picture.iter() if node.get("stroke-width") == "2" and "L" in node.get("d", "")]
@@ -98,7 +98,7 @@ def test_the_curves_are_where_the_figures_are():
     rise = points[:, 0, 1] - points[:, :, 1].T
     assert np.allclose(rise[2] / rise[1], 90 / 40, atol=.02)    # y falls from 10 over 50 to 100 %
     words = [node.text for node in picture.iter() if node.text and node.tag.endswith("text")]
-    assert {"1", "10", "all", "SimCLR", "random ViT", "fine-tuned, accuracy in %"} <= set(words)
+    assert {"1", "10", "all", "SimCLR", "untrained ViT", "fine-tuned, accuracy in %"} <= set(words)
 
 
 @pytest.mark.parametrize("flags, words", [
