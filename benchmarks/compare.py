@@ -211,7 +211,7 @@ def draw(labels, seeds, chance, most):
         for words, dash in (method, ""), (f"untrained {kind}", ' stroke-dasharray="5 4"'):
             parts.append(f'<path class="c{m}" stroke-width="2"{dash} d="M{at} 350h22"/>')
             text(at + 27, 354, words, "start")
-            at += 38 + 6.6 * len(words)
+            at += 40 + 6.6 * len(words)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

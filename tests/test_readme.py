@@ -664,6 +664,22 @@ def test_command_runs(line, tmp_path):
     assert (tmp_path / "run/result.json").exists()
 
 
+def test_what_was_learned_can_be_used(tmp_path):
+    """The lines that read a checkpoint, on a run's own: the features are those that the script's probe reads."""
+    import torch
+    (lines,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "read_checkpoint" in block)
+    assert run(*QUICK["mae.py"].split(), "--out", tmp_path, script="mae.py", most=1000).returncode == 0
+    torch.manual_seed(0)
+    names = dict(x=torch.randn(3, 3, 32, 32))
+    exec(lines.replace("runs/mae", str(tmp_path)), names)
+    weights, encoder = names["state"]["model"], names["model"].encoder
+    assert all(torch.equal(value, weights[f"encoder.{name}"]) for name, value in encoder.state_dict().items())
+    tokens = encoder(names["mae"].patchify(names["x"], 4))
+    assert torch.allclose(names["h"], tokens[:, 1:].mean(1)) and names["h"].shape == (3, 16)
+    for script, features in ("simclr", "encoder"), ("autoencoder", "code"):
+        assert f"model.eval().{features}`" in README and f"probes(model.{features})" in (ROOT / f"{script}.py").read_text()
+
+
 def test_shell_lines_run():
     """What is not python and not make."""
     lines = [line for block in FENCES for line in block.splitlines() if line.startswith("diff")]
