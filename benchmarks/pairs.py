@@ -93,7 +93,7 @@ def bench(doc, cases, measure, *packages, plain=True):
         parser.add_argument("--plain", action="store_true", help="ours, too, on PyTorch's choice of kernels")
     args = parser.parse_args()
     versions = dict(torch=torch.__version__) | {name: importlib.metadata.version(name) for name in packages}
-    print(f"{common.machine()}, {torch.get_num_threads()} threads, {', '.join(f'{name} {version}' for name, version in versions.items())}")
+    print(f"{common.machine(DEVICE)}, {torch.get_num_threads()} threads, {', '.join(f'{name} {version}' for name, version in versions.items())}")
     rows, figures = [("case", "dtype", "ours", "theirs", "theirs / ours")], []
     for case in args.cases:
         for dtype in args.dtypes:
@@ -104,5 +104,5 @@ def bench(doc, cases, measure, *packages, plain=True):
     print(common.table(rows))
     if args.json:
         name = Path(sys.argv[0]).stem.replace("_", "-")
-        args.json.write_text(json.dumps(dict(command=f"make {name}" + " ARGS=--plain" * args.plain, machine=common.machine(),
+        args.json.write_text(json.dumps(dict(command=f"make {name}" + " ARGS=--plain" * args.plain, machine=common.machine(DEVICE),
                                              threads=torch.get_num_threads(), versions=versions, figures=figures), indent=1) + "\n")
