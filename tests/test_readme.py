@@ -427,6 +427,7 @@ def claims(_):
     bert = lambda who, k: number(next(f["accuracy"][who][f["labels"].index(k)] for f in [load("bert-long.json")[0]["figures"]]), 1)
     compare = lambda data, part, who, i: number([r["figures"][part][who][i] for r in load(f"compare-{data}-*.json")], 1)
     knows = lambda who, name: number([r["figures"]["knows"][who][name] for r in load("compare-shapes-*.json")], 1)
+    passages = lambda pattern, who: over(pattern, lambda f: statistics.mean(f["accuracy"][who][f["labels"].index(20)]))
     adapt = "python lora.py --context 256 --base-steps 4000 --k 1 2 4 8 16 64 256"
     rows = [
         ("Rebuilding teaches little of what an image is of: the code is more like a hash of it than a summary", "python autoencoder.py --steps 3000",
@@ -485,6 +486,10 @@ def claims(_):
          f"accuracy, 20 labels a class, %: {bert('BERT, tune all', 20)}, {bert('BERT, tune last', 20)}, {bert('BERT, frozen [CLS]', 20)} (frozen mean of words "
          f"{bert('BERT, frozen mean of words', 20)}); at 5: {bert('BERT, tune all', 5)}, {bert('BERT, tune last', 5)}, {bert('BERT, frozen [CLS]', 5)}; at 1: {bert('BERT, tune all', 1)}, {bert('BERT, tune last', 1)}, {bert('BERT, frozen [CLS]', 1)}",
          "at 5 and 20 labels, not at 1; one pre-training run"),
+        ("Hiding spans, or phrases that belong together, teaches more than hiding single words", "python bert.py --strategy span",
+         "accuracy, 20 labels a class, %, words, spans, phrases: all tuned {}, {}, {}; frozen [CLS] {}, {}, {}; frozen mean of words {}, {}, {}".format(
+             *(passages(f"bert-{name}-*.json", f"BERT, {how}") for how in ("tune all", "frozen [CLS]", "frozen mean of words") for name in ("pydocs", "span", "pmi"))),
+         "yes, spans the most (after 2,500 steps)"),
         ("A GPT is a masked autoencoder with a special mask", 'make test ARGS="-k masked_autoencoder"', "the same loss and gradient, token by token", "yes, exactly"),
         ("Keys and values of earlier tokens can be kept", "make bench-gpt", f"256 tokens {cached['ratio']:.1f} times as fast in float32, and equal", "yes"),
         ("A few memories more in each matrix (LoRA) do as well as tuning it", adapt,
