@@ -242,8 +242,8 @@ def start(main, Args, argv=None):
     except OSError as error:                            # a full disk, a folder that is gone
         sys.exit(f"{script()}: {error.strerror or error} ({error.filename or args.out})")
     except KeyboardInterrupt:
-        path = Path(args.out) / "checkpoint.pt"              # an older run's does not count
-        ours = path.exists() and (args.resume or path.stat().st_mtime > began)
+        path = Path(args.out) / "checkpoint.pt"              # an older run's does not count; the
+        ours = path.exists() and (args.resume or path.stat().st_mtime > began - 1)   # clocks differ
         saved = f": go on with python {script()} --resume --out {args.out}"
         sys.exit(f"\nStopped{saved if ours else ''}")
 
