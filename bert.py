@@ -16,7 +16,7 @@ Loss     L = -1 / |M| sum_{i in M} log p(x_i | x with M hidden)
 Flow     words (B, T), [CLS] in front, [SEP] at the end
          A. mask      group    words that are hidden together  -> (B, T) group of each word
                       mask     hide groups until 15 % are gone -> words (B, T), places (B, n), and
-                                                                  the words that stood there (B, n)
+                               (of a CPU's 30 words: 4)           the words that stood there (B, n)
          B. predict   bidirectional Transformer, then the head -> logits (B, n, V), at places only
          C. compare   cross-entropy on the hidden words
 
@@ -24,7 +24,8 @@ Run      python bert.py --fill "the <mask> statement is used to <mask>"
 Expect   18.9 ± 0.4 % of the hidden words of new text are right, at a perplexity of 109 ± 3 (7.1 %
          and 267 by frequency alone) (3 seeds; 94 s of training on 2 threads; AMD EPYC, 2
          cores, torch 2.13.0+cpu)
-Differs  Of the hidden words 80 % show as [MASK] and 20 % as others; none stays as it is (--keep).
+Differs  Of the hidden words 80 % show as [MASK] and 20 % as others; none stays as it is (--keep),
+         as in the lecture; the share is rounded to whole words.
          A token is a word, not a piece of one, and rare words are [UNK], which is never hidden; no
          next-sentence prediction (later work found it needless), so no loss reads what comes out at
          [CLS] before fine-tuning; other words are drawn from the real words, never [PAD] and its
@@ -62,13 +63,13 @@ class Args(common.Args):
     warmup: float = 0.1             # share of steps in which the rate rises (post-norm needs more)
     weight_decay: float = 0.01      # AdamW's decay, on matrices only (BERT, app. A.2)
     data: str = "pydocs"            # pydocs, pycode, shakespeare, a file or a folder of .txt files
-    vocab: int = 8192               # most words that get a token of their own
+    vocab: int = 8192               # tokens at most, special ones included
     context: int = 128              # tokens of a window, [CLS] and [SEP] included
     dim: int = 256                  # channels
     depth: int = 4                  # blocks
     heads: int = 4                  # attention heads (on a CPU 8: with few it learns later)
     dropout: float = 0.1            # share of the channels dropped (BERT, app. A.2)
-    mask_ratio: float = 0.15        # share of the words that are hidden (BERT, sec. 3.1)
+    mask_ratio: float = 0.15        # share of the words hidden, rounded to whole ones (sec. 3.1)
     keep: float = 0.0               # share of these that stay as they are (BERT, app. A.1: 0.1)
     strategy: Literal["token", "span", "pmi"] = "token"   # hide words, spans, or fixed phrases
     fill: str = ""                  # a sentence of your own with <mask> in it, to be filled in
@@ -176,7 +177,7 @@ class BERT(nn.Module):
         self.segment_embed = nn.Embedding(2, dim)
         self.norm = nn.LayerNorm(dim, eps=1e-12)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(depth))
-        self.pooler = nn.Linear(dim, dim)
+        self.pooler = nn.Linear(dim, dim)                # on [CLS]; random until fine-tuning
         self.head = nn.Linear(dim, dim)                  # before that matrix
         self.head_norm = nn.LayerNorm(dim, eps=1e-12)
         self.head_bias = nn.Parameter(torch.zeros(vocab))

@@ -86,7 +86,7 @@ class Args(common.Args):
     gate_lr: float = 10.            # the gates' learning rate, as a multiple of --lr
     resample: bool = True           # resample, or look at all visual tokens
     freeze: bool = True             # keep the LM as it is
-    lm: str = ""                    # a run of gpt.py or an lm/ here, with its sizes; else trained
+    lm: str = ""                    # folder of a run of gpt.py, or an lm; its sizes count then
     lm_steps: int = 10_000          # LM: training steps
     lm_batch: int = 64              # LM: documents a step
     lm_lr: float = 1e-3             # LM: peak learning rate
@@ -95,7 +95,7 @@ class Args(common.Args):
     dim: int = 256                  # LM: channels
     depth: int = 6                  # LM: blocks
     heads: int = 8                  # LM: attention heads, of the gated layers, too
-    eye: str = ""                   # a run of mae.py or an eye/ here, with its sizes; else trained
+    eye: str = ""                   # folder of a run of mae.py, or an eye; its sizes count then
     eye_steps: int = 5000           # eye: training steps
     eye_batch: int = 256            # eye: pictures with captions a step
     eye_lr: float = 1e-3            # eye: peak learning rate
@@ -1127,8 +1127,9 @@ def main(args):
     run = common.Run(args, model, optimizer(args, model))
     if run.step < args.steps:
         visual = views(args, model, pictures)                                      # (n, N, E)
-        first = round(args.short * args.steps)       # steps with short documents, most about new
-        short, long = ([t.to(args.device) for t in interleaved(              # words; then long ones
+        first = round(args.short * args.steps)
+        # first short documents, 70 % of them about new words; then long ones, 30 %
+        short, long = ([t.to(args.device) for t in interleaved(
             args, tokens, scenes, min(max(1, n * args.batch), 60_000), length, share)]
             for n, length, share in ((first, min(tokens.short, context), .7),
                                      (args.steps - first, context, .3)))

@@ -31,8 +31,8 @@ Differs  A token is a byte (257 with BOS), not one of 50,257 pieces of words (by
 Try      --steps 0 --resume --temperature 0, 0.5, 1, 2: where does it repeat itself, and where does
          it fall apart?
          --data shapes: which part of a figure can it complete, and what does it make up?
-         --context 32 --batch 128, or --context 128 --batch 32: how much of the loss needs what
-         is far away?
+         --context 32 --batch 64 (on a CPU as many tokens a step as usual): how much of the loss
+         needs what is far away?
 """
 import math
 import time

@@ -17,7 +17,8 @@ Loss     GPT's, L = -1 / T sum_t log p(x_t | BOS, newline, x_1 ... x_{t-1}), ove
          bias    all biases; first, middle, last: two blocks there; full: all of the GPT
          prompt  nothing: the k examples stand in the prompt ("in-context learning")
 
-Flow     k examples (k, 1 + T) of the new text: a newline, and the T bytes behind it
+Flow     before       a GPT learns the old text, as in gpt.py (once: it is kept in --out/base)
+         k examples (k, 1 + T) of the new text: a newline, and the T bytes behind it
          A. mask      shift: BOS in front, the last one off   -> (B, 1 + T); owed: x but the newline
          B. predict   the GPT, with what was added to it      -> logits (B, 1 + T, 257)
          C. compare   cross-entropy of the T bytes
@@ -31,7 +32,8 @@ Expect   64 examples of pycode bring its loss from 1.95 ± 0.02 to 1.78 ± 0.01 
          2.13.0+cpu)
 Differs  As in LoRA's paper: alpha / rank, one factor normal at first, the other zero (with the
          names swapped: there W0 + B A). Other than there: on every matrix of a block, not on
-         attention's alone, and alpha is the rank unless it is given. (IA)^3 without
+         attention's alone; query, key and value are one matrix, so that their updates share the
+         keys B; and alpha is the rank unless it is given. (IA)^3 without
          T-Few's two other losses and its pre-training of the vectors.
 
 Try      (each with --out runs/other --base runs/lora/base, which is kept)
@@ -116,6 +118,7 @@ class Args(common.Args):
 
 # ------------------------------------------------------------------------------------- the model
 # B batch, T tokens that are new, L tokens in all, C channels, H heads, D = C / H, V vocabulary.
+# As far as GPT it is gpt.py's model, word for word.
 
 
 class Cache:

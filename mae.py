@@ -364,8 +364,8 @@ def tell(args, run, images, error, rows, knows):
     what, names = next(iter(images.names.items()))
     print()
     common.say(f"Squared error on the hidden patches of {len(images.test):,} new images: "
-               f"{error:.3f} ({'without their own mean and variance; ' if args.norm_pix else ''}"
-               "always guessing the mean: 1.000).")
+               f"{error:.3f} (always guessing the mean: "
+               f"{'about 1, of what is normalised by --norm-pix' if args.norm_pix else '1.000'}).")
     lines = [[f"{what}, accuracy in %", *(f"{k} a class" for k in args.labels)],
              ["chance", *[f"{100 / len(names):.1f}"] * len(args.labels)]]
     lines += [[who, *map(common.spread, row)] for who, row in rows.items()]

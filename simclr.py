@@ -66,7 +66,7 @@ class Args(common.Args):
     margin: float = 0.5             # how much further away than the partner the others have to be
     min_scale: float = 0.5          # least share of the image in a crop (SimCLR, app. A: 0.08)
     strength: float = 1.0           # of jitter in brightness, contrast, saturation; times 0.8
-    hue: float = 0.5                # largest turn of the hue, 1 a circle (app. A: 0.2 strength)
+    hue: float = 0.5                # largest turn of the hue, 1 a circle (app. A: 0.2 x strength)
     blur: bool = False              # blur half of the views (SimCLR, app. A; not for CIFAR-10)
     image_size: int = 32            # side in pixels of drawn shapes, and of a folder's pictures
     depth: Literal[10, 18] = 18     # layers of the ResNet
@@ -240,8 +240,9 @@ def augment(x, min_scale=.08, strength=1., hue=.2, blurred=False):
 
     min_scale: least share of the image in a crop (before one that would be wider than the image is
     cut); strength: of the jitter in brightness, contrast and saturation; hue: largest turn of it,
-    in circles; blurred: half of the views, too. Half are mirrored. The defaults are the paper's for
-    ImageNet. A view of another kind is one more line here, with random numbers for each image.
+    in circles; blurred: half of the views, too. Half are mirrored. The defaults of crop and
+    jitter are the paper's for ImageNet. A view of another kind is one more line here, with random
+    numbers for each image.
     """
     B, u = len(x), torch.rand(12, len(x), device=x.device)
     between = lambda share, low, high: low + (high - low) * share

@@ -50,8 +50,10 @@ def options(argv=None):
                         "--out runs/compare-quick")
     parser.add_argument("--out", default="runs/compare", metavar="NAME",
                         help="what is there already is not done again [runs/compare]")
-    parser.add_argument("--data-dir", default="data", metavar="NAME", help="where downloads are kept [data]")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps [auto]")
+    parser.add_argument("--data-dir", default="data", metavar="NAME",
+                        help="where downloads are kept [data]")
+    parser.add_argument("--device", default="auto", metavar="NAME",
+                        help="auto, cpu, cuda or mps [auto]")
     args = parser.parse_args(argv)
     if args.quick:
         args = parser.parse_args(["--data", "shapes", "--seeds", "1", "--labels", "1", "20", "0",
