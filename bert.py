@@ -323,15 +323,16 @@ def wrap(x):
 def windows(args, words, text):
     """Text to train on, (n, 2, T - 2): from every start, words and the numbers of the phrases that
     they are part of; and to validate on, (m, T - 2)."""
-    T, (train, val) = args.context - 2, (stream(words, part) for part in (text.train, text.val))
-    common.require(len(val) >= T <= len(train), f"the last tenth of --data {args.data} has "
+    train, val = (stream(words, part) for part in (text.train, text.val))
+    size = args.context - 2
+    common.require(len(val) >= size <= len(train), f"the last tenth of --data {args.data} has "
                    f"{len(val)} words, the rest {len(train)}, and --context {args.context} needs "
                    "as many in either: take a longer text or a shorter context")
     common.require((val >= len(SPECIAL)).any(), f"the last tenth of --data {args.data} has no word "
                    "that the rest has twice: take a longer text")
     phrase = phrases(train) if args.strategy == "pmi" else torch.arange(len(train))
     train = torch.stack([train, phrase], 1).to(args.device)
-    return train.unfold(0, T, 1), val.to(args.device).unfold(0, T, T)
+    return train.unfold(0, size, 1), val.to(args.device).unfold(0, size, size)
 
 
 def grouped(args, rows):

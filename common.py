@@ -269,12 +269,17 @@ def has_bfloat16(device):
     return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
 
 
+def precision(args):
+    """The --dtype that is meant: auto is bfloat16 where it is native, else float32."""
+    able = args.dtype == "auto" and has_bfloat16(args.device.split(":")[0])
+    return "bfloat16" if able or args.dtype == "bfloat16" else "float32"
+
+
 @contextlib.contextmanager
 def autocast(args, dtype=None):
-    """bfloat16 where it is native, or as dtype or --dtype says; the weights stay float32. While it
-    lasts, two functions of torch.nn.functional have faster kernels on a CPU."""
-    kind, dtype = args.device.split(":")[0], dtype or args.dtype
-    on = has_bfloat16(kind) if dtype == "auto" else dtype == "bfloat16"
+    """bfloat16 where dtype, or else --dtype, says so; the weights stay float32. While it lasts, two
+    functions of torch.nn.functional have faster kernels on a CPU."""
+    kind, on = args.device.split(":")[0], (dtype or precision(args)) == "bfloat16"
     kernels = [torch.autocast(kind, torch.bfloat16, enabled=on)]
     if kind == "cpu" and not args.compile:
         kernels += [Float32Attention()] + [OneDNN()] * (OneDNN.pays() and not on)
@@ -1520,7 +1525,7 @@ def command(args):
 def report(run, summary, figures):
     """Writes result.json: what was run, on what, and what came out. `summary` is its line in the
     table of all runs."""
-    settings = dataclasses.asdict(run.args)
+    settings = dataclasses.asdict(run.args) | dict(dtype=precision(run.args))     # not "auto"
     for name in "out", "data_dir", "resume":            # where it was done, not what
         del settings[name]
     result = dict(command=command(run.args), summary=summary, figures=figures,

@@ -4,10 +4,11 @@ Paper    Radford et al. 2019, "Language Models are Unsupervised Multitask Learne
          as tokens: Chen et al. 2020, "Generative Pretraining from Pixels"
 
 Idea     A masked autoencoder with a special mask: what is hidden from token t is token t and all
-         that come after it. One pass owes ALL tokens, each from what stands before it, where BERT
-         owes 15 %; and a model that gives each token's probabilities from those before can write:
-         draw a token, put it behind the others, and go on. Earlier tokens never see later ones, so
-         their keys and values stay as they are: a KV cache holds them, and a step costs one token.
+         that come after it. One pass owes (has to predict) ALL tokens, each from what stands before
+         it, where BERT owes 15 %; and a model that gives each token's probabilities from those
+         before can write: draw a token, put it behind the others, and go on. Earlier tokens never
+         see later ones, so their keys and values stay as they are: a KV cache holds them, and a
+         step costs one token.
 
 Loss     L = -1 / T sum_t log p(x_t | BOS, x_1 ... x_{t-1}),   in nats a token, at chance ln 257.
          Bits a byte: the sum over all tokens, ends of documents included, divided by ln 2 and by

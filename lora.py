@@ -14,7 +14,8 @@ Idea     A GPT knows one text and is to learn another from k short examples. Two
 Loss     GPT's, L = -1 / T sum_t log p(x_t | BOS, newline, x_1 ... x_{t-1}), over what is trained:
          lora    A, B of y = W0 x + (alpha / rank) A B^T x        rank (d1 + d2) a matrix (d1, d2)
          ia3     three vectors l a block: l_k * (W_k x), l_v * (W_v x), W_2 (l_f * gelu(W_1 x))
-         bias    all biases; first, middle, last: two blocks there; full: all of the GPT
+         bias    all biases
+         first, middle, last: two blocks at that place in the GPT; full: all of it
          prompt  nothing: the k examples stand in the prompt ("in-context learning")
 
 Flow     before       a GPT learns the old text, as in gpt.py (once: it is kept in --out/base)
@@ -67,7 +68,7 @@ LR = dict(lora=1e-3, ia3=1e-2, bias=1e-3, first=1e-4, middle=1e-4, last=1e-4, fu
 class Args(common.Args):
     """Settings of lora.py: for a GPU, and under `cpu` smaller ones for two cores."""
     passes: int = 20                # times that each example is seen: passes x k / batch steps
-    steps: int = 1000               # most training steps of an adaptation
+    steps: int = 1000               # training steps of an adaptation, at most
     batch: int = 16                 # examples a step, at most k
     lr: float = 0.                  # peak learning rate; 0: the best of a search, for each method
     warmup: float = 0.1             # share of the steps in which the learning rate rises

@@ -581,6 +581,18 @@ def test_the_machine_is_the_one_that_computes(monkeypatch):
     assert common.machine("cuda:1") == "a GPU, cuda:1" and "cores" in common.machine("cpu")
 
 
+@pytest.mark.parametrize("able", [False, True])
+def test_auto_is_bfloat16_where_it_is_native_and_the_result_says_so(tmp_path, monkeypatch, able):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx512_bf16=able))
+    for dtype, meant in ("auto", ["float32", "bfloat16"][able]), ("float32", "float32"), ("bfloat16", "bfloat16"):
+        args = common.Args(out=str(tmp_path), device="cpu", dtype=dtype)
+        with common.autocast(args):
+            assert str(F.linear(torch.ones(1, 8), torch.ones(8, 8)).dtype) == f"torch.{meant}"
+        common.report(common.Run(args, nn.Linear(1, 1)), "", {})
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert result["settings"]["dtype"] == meant and ("--dtype" in result["command"]) == (dtype != "auto")
+
+
 # ---------------------------------------------------------------------------------- evaluation
 
 
