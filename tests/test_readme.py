@@ -68,6 +68,20 @@ def few_labels(patterns):
     return "\n".join(lines)
 
 
+def ratios(patterns):
+    """MAE by how much is hidden: a line for each pattern, over its seeds."""
+    groups = [load(pattern) for pattern in patterns.split(",")]
+    whats = [(who, i) for who in ("MAE, linear", "MAE, tune all") for i in (0, 1)]
+    head = [f"{who.removeprefix('MAE, ')}, {groups[0][0]['figures']['labels'][i]} a class, %" for who, i in whats]
+    lines = ["| hidden | squared error | " + " | ".join(head) + " |", "|---:|" + "---:|" * 5]
+    for runs in groups:
+        cells = [number([r["figures"]["error"] for r in runs], 3)]
+        cells += [over_seeds(runs, lambda f: f["accuracy"][who][i]) for who, i in whats]
+        lines.append(f"| {100 * runs[0]['settings']['mask_ratio']:.0f} % | " + " | ".join(cells) + " |")
+    assert len({len(runs) for runs in groups}) == 1
+    return "\n".join(lines) + "\n" + measured_on(runs, "seeds")
+
+
 def speed(pattern):
     """Our time beside the other package's."""
     (bench,) = load(pattern)
@@ -145,19 +159,19 @@ def while_training(pattern):
 
 
 def flags(patterns):
-    """One line for each measurement, by the command that made it."""
-    runs = [r for pattern in patterns.split(",") for r in load(pattern)]
-    priced = "error" in runs[0]["figures"]
-    lines = ["| `" + re.search(r"\w+\.py", runs[0]["command"])[0] + "` |" + " squared error |" * priced
+    """One line for each choice of flags, over its seeds."""
+    groups = [load(pattern) for pattern in patterns.split(",")]
+    priced, labels = "error" in groups[0][0]["figures"], groups[0][0]["figures"]["labels"]
+    ours = lambda f: f["accuracy"]["autoencoder" if priced else "SimCLR"]
+    lines = ["| `" + re.search(r"\w+\.py", groups[0][0]["command"])[0] + "` |" + " squared error |" * priced
              + " shape, 20 a class, % | shape, all labels, % | colour, all labels, % |", "|---|" + "---:|" * (3 + priced)]
-    for r in runs:
-        f = r["figures"]
-        ours = f["accuracy"]["autoencoder" if priced else "SimCLR"]
-        few, everything = (ours["shape"][f["labels"].index(k)] for k in (20, 0))
-        lines.append(f"| {' '.join(r['command'].split()[2:]) or 'as it is'} |"
-                     + (f" {f['error']:.3f} |" if priced else "") + f" {spread(few)} | {spread(everything)} | {spread(ours['colour'][0])} |")
-    return "\n".join(lines) + (f"\n\nOne run each; at 20 labels the mean ± standard deviation over 3 draws of the labels; "
-                              f"{r['machine']}, torch {r['versions']['torch']}.")
+    for runs in groups:
+        cells = [number([r["figures"]["error"] for r in runs], 3)] if priced else []
+        cells += [over_seeds(runs, lambda f: ours(f)["shape"][labels.index(k)]) for k in (20, 0)]
+        cells.append(over_seeds(runs, lambda f: ours(f)["colour"][0]))
+        lines.append(f"| {' '.join(plain(runs[0]).split()[2:]) or 'as it is'} | " + " | ".join(cells) + " |")
+    assert len({len(runs) for runs in groups}) == 1
+    return "\n".join(lines) + "\n" + measured_on(runs, "seeds")
 
 
 def plain(r):
@@ -338,18 +352,21 @@ PAPER = {"": 70.7, "--gate-start inf": 66.5, "--attend all": 63.5, "--no-freeze"
 
 
 def ablated(patterns):
-    """One line for each run of flamingo.py with one flag changed, beside the paper's ablation where it has one."""
+    """One line for each flag of flamingo.py that was changed, over seeds, beside the paper's ablation where it has one."""
     groups = [("caption, 1 figure", "flamingo"), ("caption, 1 figure", "told"), ("shape, unseen kind", "flamingo"), ("answers, 4", "flamingo"), ("new words, 4", "flamingo"),
               ("kept words, 4", "flamingo")]
     titles = "captions, 1 figure", "the LM told in words", "shape, unseen kinds", "not asked, 4 shots", "new word, 4 shots", "kept back, 4 shots"
     lines = [f"| flag | {' | '.join(titles)} | the paper's score |", "|---|" + "---:|" * (len(titles) + 1)]
-    runs = [r for pattern in patterns.split(",") for r in load(pattern)]
-    for r in sorted(runs, key=lambda r: (r["command"].count("--"), r["command"])):
-        flags = " ".join(flag.strip() for flag in re.findall(r"--(?:gate-start|attend|no-freeze|no-resample|every)\b[^-]*", r["command"]))
-        cells = [f"{r['figures']['right'][group][who]:.1f}" for group, who in groups]
+    runs, changed = [r for pattern in patterns.split(",") for r in load(pattern)], {}
+    for r in sorted(runs, key=lambda r: (plain(r).count("--"), plain(r))):
+        flags = " ".join(flag.strip() for flag in re.findall(r"--(?:gate-start|attend|no-freeze|no-resample|every)\b[^-]*", plain(r)))
+        changed.setdefault(flags, []).append(r)
+    for flags, same in changed.items():
+        cells = [number([r["figures"]["right"][group][who] for r in same], 1) for group, who in groups]
         lines.append(f"| {f'`{flags}`' if flags else 'none'} | {' | '.join(cells)} | {PAPER.get(flags, '')} |")
-    (steps,) = {r["settings"]["steps"] for r in runs}
-    return "\n".join(lines) + (f"\n\nRight to the word, %; one run each of the command in between ({steps} steps), the same LM and eye; {runs[0]['machine']}, "
+    (seeds,), (steps,) = {len(same) for same in changed.values()}, {r["settings"]["steps"] for r in runs}
+    how = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one run each"
+    return "\n".join(lines) + (f"\n\nRight to the word, %; {how} of the command in between ({steps} steps), with one LM and one eye a seed; {runs[0]['machine']}, "
                               f"torch {runs[0]['versions']['torch']}. The paper's: Flamingo-3B, overall score of its tables 3 and 10, for --no-resample with an MLP there; "
                               "where this looks once, before its first block, the paper's does in the middle.")
 
@@ -415,13 +432,11 @@ def claims(_):
     lora = lambda who, k: number(of_base(load("lora-curve-*.json"), who, k, "new"), 3)
     at = lambda k: lambda f: f["right"][f"new words, {k}"]["flamingo"]
     cached = next(f for f in load("bench-gpt.json")[0]["figures"] if f.get("beside") == "no cache" and f["dtype"] == "float32")
-    ablation = lambda name, group: one(f"flamingo-{name}.json", lambda f: f["right"][group]["flamingo"])
+    ablation = lambda name, who="flamingo": over(f"flamingo-{name}-*.json", lambda f: f["right"]["caption, 1 figure"][who])
     garment = lambda who: over(f"{'simclr' if who == 'SimCLR' else 'autoencoder'}-fashion-*.json", acc(who, "class", 2))
     forgot = lambda who: number(of_base(load("lora-curve-*.json"), who, 256, "old"), 3)
     long = "simclr-long-*.json", "autoencoder-long-*.json"
     shape = "shape, 20 labels a class, %"
-    middle = lambda who, group: one("flamingo-middle-0.json", lambda f: f["right"][group][who])
-    melted = lambda who, group: one("flamingo-ablation-no-freeze.json", lambda f: f["right"][group][who])
     asked = lambda k, who: over("flamingo-scenes-*.json", lambda f: f["right"][f"answers, {k}"][who])
     few = lambda who, i: over("mae-shapes-*.json", mae(who, i))
     bert = lambda who, k: number(next(f["accuracy"][who][f["labels"].index(k)] for f in [load("bert-long.json")[0]["figures"]]), 1)
@@ -444,24 +459,32 @@ def claims(_):
          "yes for the shape, which hardly gains in training; the colour gains"),
         ("It needs a bottleneck", "python autoencoder.py --bottleneck none",
          "shape, 20 labels a class, then all, %: {} and {} without; {} and {} with 64 numbers; {} and {} sparse".format(
-             *(one(f"autoencoder-{name}.json", acc("autoencoder", "shape", i)) for name in ("kind-none", "shapes-0", "kind-sparse") for i in (2, 3))),
-         "not seen, one run: with all labels the large codes, none and sparse, tell most"),
+             *(over(f"autoencoder-{name}-*.json", acc("autoencoder", "shape", i)) for name in ("kind-none", "shapes", "kind-sparse") for i in (2, 3))),
+         "not seen: with all labels the large codes, none and sparse, tell most"),
         ("Comparing views teaches what they share", "python simclr.py --steps 2000",
          f"{shape}: {over(long[0], acc('SimCLR', 'shape', 2))}, an autoencoder {over(long[1], acc('autoencoder', 'shape', 2))}", "yes"),
         ("The same, on real images", "python simclr.py --data fashion-mnist",
          f"class, 20 labels a class, %: {garment('SimCLR')}, an autoencoder {garment('autoencoder')}", "yes, by little: there, pixels are good features"),
         ("The choice of views decides what is learned", "python simclr.py --strength 0.5 --hue 0.1",
          "{}: {} with strong colour jitter, {} with weak".format(
-             shape, *(one(f"simclr-{name}.json", acc("SimCLR", "shape", 2)) for name in ("shapes-0", "kind-views"))), "yes, one run"),
+             shape, *(over(f"simclr-{name}-*.json", acc("SimCLR", "shape", 2)) for name in ("shapes", "kind-views"))), "yes"),
+        ("The more others to tell apart, the better: large batches", "python simclr.py --no-supervised --batch 256 --steps 200 --lr 0.008",
+         "{}, after as many images: {} with 16 a step, {} with 64, {} with 256".format(
+             shape, *(over(f"simclr-{name}-*.json", acc("SimCLR", "shape", 2)) for name in ("batch-16", "shapes", "batch-256"))),
+         "not seen: 16 and 64 are level, and 200 steps of 256 too few"),
         ("A softmax over all others (NT-Xent) teaches more than a margin in each triplet", "python simclr.py --loss triplet --margin 0.5",
          "{}: {}, triplets {}".format(
-             shape, *(one(f"simclr-{name}.json", acc("SimCLR", "shape", 2)) for name in ("shapes-0", "kind-triplet"))), "yes, one run; margin and learning rate were not tuned"),
+             shape, *(over(f"simclr-{name}-*.json", acc("SimCLR", "shape", 2)) for name in ("shapes", "kind-triplet"))), "yes; margin and learning rate were not tuned"),
         ("MAE's features pay with few labels", "python mae.py",
          f"shape, 100 labels a class, %: {few('MAE, tune all', 1)} tuned, {few('untrained ViT, tune all', 1)} from scratch", "yes, on the shapes from 20 labels a class on (`make compare`)"),
         ("They want fine-tuning more than a linear probe", "python mae.py",
          f"shape, %: at 100 labels a class linear {few('MAE, linear', 1)}, tuned {few('MAE, tune all', 1)}; at 20 {few('MAE, linear', 0)}, {few('MAE, tune all', 0)}. "
          f"Fashion-MNIST, at 100, a longer run: {over('mae-fashion-mnist.json', mae('MAE, linear', 3))}, {over('mae-fashion-mnist.json', mae('MAE, tune all', 3))}",
          "on the shapes at 100 labels; not at 20, not on Fashion-MNIST"),
+        ("Images want much to be hidden, about three quarters: one patch tells most of the next", "python mae.py --mask-ratio 0.5",
+         "shape, 100 labels a class, %, with a half, three quarters, nine tenths hidden: linear {}, {}, {}; tuned {}, {}, {}".format(
+             *(over(f"mae-{name}-*.json", mae(f"MAE, {how}", 1)) for how in ("linear", "tune all") for name in ("ratio-0.5", "shapes", "ratio-0.9"))),
+         "in part: a half is as good, within the spread; nine tenths are too much"),
         ("Tuning the last block is nearly as good as all", "python mae.py --tune last",
          f"shape, %: at 100 labels a class last {over('mae-last-*.json', mae('MAE, tune last', 1))}, all {few('MAE, tune all', 1)}; "
          f"at 20 {over('mae-last-*.json', mae('MAE, tune last', 0))}, {few('MAE, tune all', 0)}", "at 20 labels, where neither is better than linear; at 100 no, and no better than linear"),
@@ -490,6 +513,11 @@ def claims(_):
          "accuracy, 20 labels a class, %, words, spans, phrases: all tuned {}, {}, {}; frozen [CLS] {}, {}, {}; frozen mean of words {}, {}, {}".format(
              *(passages(f"bert-{name}-*.json", f"BERT, {how}") for how in ("tune all", "frozen [CLS]", "frozen mean of words") for name in ("pydocs", "span", "pmi"))),
          "yes, spans the most (after 2,500 steps)"),
+        ("Of the hidden words 80 % are [MASK] and 20 % others; the paper leaves half of the latter as they are", "python bert.py --keep 0.1",
+         "accuracy, 20 labels a class, %, 80/20, 80/10/10: all tuned {}, {}; frozen [CLS] {}, {}; frozen mean of words {}, {}; hidden words guessed {}, {}".format(
+             *(passages(f"bert-{name}-*.json", f"BERT, {how}") for how in ("tune all", "frozen [CLS]", "frozen mean of words") for name in ("pydocs", "keep")),
+             *(over(f"bert-{name}-*.json", lambda f: f["masked"]["accuracy"]) for name in ("pydocs", "keep"))),
+         "the paper's way is better here, with each seed (after 2,500 steps; in the paper's table 8 the two are level)"),
         ("A GPT is a masked autoencoder with a special mask", 'make test ARGS="-k masked_autoencoder"', "the same loss and gradient, token by token", "yes, exactly"),
         ("Keys and values of earlier tokens can be kept", "make bench-gpt", f"256 tokens {cached['ratio']:.1f} times as fast in float32, and equal", "yes"),
         ("A few memories more in each matrix (LoRA) do as well as tuning it", adapt,
@@ -508,19 +536,18 @@ def claims(_):
         ("Frozen parts can be joined, and learn new words from examples in context", load("flamingo-long.json")[0]["command"],
          f"a new word, one of two in sight (chance 50), after 2, 4, 8 pictures, %: {', '.join(one('flamingo-long.json', at(k)) for k in (2, 4, 8))}; one that no picture came with in "
          f"training, after 8: {one('flamingo-long.json', lambda f: f['right']['kept words, 8']['flamingo'])}",
-         "yes in this, the longest run (one seed), for words that came with pictures in training; hardly for others; the run in between with one seed of three, in part with another, the plain one with none"),
+         "yes in this, the longest run (one seed), for words that came with pictures in training; hardly for others; the run in between with one seed of three, the plain one with none"),
         ("They also find out from examples what is asked", "python flamingo.py",
          f"a question that is not asked, after 0 and 1 examples, %: {asked(0, 'flamingo')}, {asked(1, 'flamingo')} (the LM alone {asked(1, 'lm')})", "yes"),
-        ("Looking at the last picture alone works best", load("flamingo-ablation-all.json")[0]["command"],
-         f"captions of one figure, %: {ablation('middle-0', 'caption, 1 figure')}; trained with all earlier pictures in sight {ablation('ablation-all', 'caption, 1 figure')}",
-         "yes, one run, though the test shows only one picture"),
+        ("Looking at the last picture alone works best", load("flamingo-ablation-all-0.json")[0]["command"],
+         f"captions of one figure, %: {ablation('middle')}; trained with all earlier pictures in sight {ablation('ablation-all')}",
+         "yes, with each seed, though the test shows only one picture"),
         ("With gates that start at 0 it is at first the language model that it was", 'make test ARGS="-k gates_at_zero"', "the same logits, bit for bit", "yes, exactly"),
-        ("Gates that start closed help", load("flamingo-ablation-no-gate.json")[0]["command"],
-         f"captions of one figure, %: {ablation('middle-0', 'caption, 1 figure')}; without gates {ablation('ablation-no-gate', 'caption, 1 figure')}, half open at first "
-         f"{ablation('ablation-start-half', 'caption, 1 figure')}", "more than gates that start half open; not more than none; one run each"),
-        ("A language model that stays frozen keeps what it knew", load("flamingo-ablation-no-freeze.json")[0]["command"],
-         f"told in words in the place of pictures, captions of one figure, %: {middle('told', 'caption, 1 figure')}; {melted('told', 'caption, 1 figure')} if it is trained, too "
-         f"(with pictures {middle('flamingo', 'caption, 1 figure')}, {melted('flamingo', 'caption, 1 figure')})", "yes, one run; with pictures it does as well either way"),
+        ("Gates that start closed help", load("flamingo-ablation-no-gate-0.json")[0]["command"],
+         f"captions of one figure, %: {ablation('middle')}; without gates {ablation('ablation-no-gate')}, half open at first {ablation('ablation-start-half')}", "not seen: without gates it is as good, and with half open ones worse with one seed of three only"),
+        ("A language model that stays frozen keeps what it knew", load("flamingo-ablation-no-freeze-0.json")[0]["command"],
+         f"told in words in the place of pictures, captions of one figure, %: {ablation('middle', 'told')}; {ablation('ablation-no-freeze', 'told')} if it is trained, too "
+         f"(with pictures {ablation('middle')}, {ablation('ablation-no-freeze')})", "yes; but with pictures the trained one does as well, and binds new words better"),
     ]
     lines = ["| the lecture says | shown by | measured | so? |", "|---|---|---|---|"]
     return "\n".join(lines + [f"| {claim} | {'<br>'.join(f'`{c}`' for c in command.split('; '))} | {text} | {so} |" for claim, command, text, so in rows])
@@ -585,7 +612,7 @@ def expect(name):
     return textwrap.fill(whole, 91, subsequent_indent=" " * 9).replace("\a", " ")
 
 
-FIGURES = {f.__name__: f for f in (few_labels, speed, fastest, knows, while_training, flags,
+FIGURES = {f.__name__: f for f in (few_labels, ratios, speed, fastest, knows, while_training, flags,
                                      losses, sampled, blanks, hidden, fine_tuned, adapted, searched, directions, memory,
                                      answered, shots, described, gates, ablated, overview, compared, claims)}
 
