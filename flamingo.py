@@ -45,7 +45,7 @@ Try      (each with --out runs/other --lm runs/flamingo/lm --eye runs/flamingo/e
          --attend all (nothing tells which picture is which): which answers get worse?
          --every 4, with the CPU's 4 blocks: one look, before the first. What is lost, what is not?
          --lm-steps 900 --eye-steps 500 --steps 650, without --lm and --eye (a quarter of an hour):
-         now the LM may bind new words ("LM, told"). Flamingo, too? With --seed 1? With --lm-short 0?
+         the LM may bind new words ("LM, told"). Flamingo, too? With --seed 1? With --lm-short 0?
 """
 import dataclasses
 import math
