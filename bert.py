@@ -26,14 +26,14 @@ Expect   18.9 ± 0.4 % of the hidden words of new text are right, at a perplexit
          cores, torch 2.13.0+cpu)
 Differs  Of the hidden words 80 % show as [MASK] and 20 % as others; none stays as it is (--keep),
          as in the lecture; the share is rounded to whole words.
-         A token is a word, not a piece of one, and rare words are [UNK], which is never hidden; no
-         next-sentence prediction (later work found it needless), so no loss reads what comes out at
-         [CLS] before fine-tuning; other words are drawn from the real words, never [PAD] and its
-         like; AdamW's second beta is 0.95, not 0.999, the schedule a cosine; the first weights of
-         narrow models are larger; a BatchNorm before the new head in fine-tuning. span: without
-         SpanBERT's second loss, at the ends. pmi: n-grams of 2 to 5 words, seen 10 times or more,
-         with 2 nats or more (the paper ranks them). The tensors are BERT's: the published ones load
-         by renaming.
+         A token is a lower-case word or a mark (full stop, bracket), not a piece of a word; rare
+         ones are [UNK], never hidden; no next-sentence prediction (later work found it needless),
+         so no loss reads what comes out at [CLS] before fine-tuning; other words are drawn from the
+         real words, never [PAD] and its like; AdamW's second beta is 0.95, not 0.999, the schedule
+         a cosine; the first weights of narrow models are larger; a BatchNorm before the new head in
+         fine-tuning. span: without SpanBERT's second loss, at the ends. pmi: n-grams of 2 to 5
+         words, seen 10 times or more, with 2 nats or more (the paper ranks them). The tensors are
+         BERT's: the published ones load by renaming.
 
 Try      --strategy span, pmi: is a whole phrase harder to guess than as many single words? (The
          loss in log.jsonl tells; the score at the end is always for single words, 15 % of them.)
@@ -111,7 +111,8 @@ class Args(common.Args):
 class Attention(nn.Module):
     """Multi-head attention of n tokens y (B, n, C) to all tokens x (B, T, C): -> (B, n, C).
 
-    real (B, T) bool: where it is False (padding), nobody looks. Query, key and value are layers of
+    real (B, T) bool: where it is False (padding, which this script's texts have none of, but yours
+    may), nobody looks. Query, key and value are layers of
     their own, as in the published weights.
     """
 
@@ -172,13 +173,13 @@ class BERT(nn.Module):
     def __init__(self, vocab, context, dim, depth, heads, dropout=0.):
         super().__init__()
         self.dropout = dropout
-        self.token_embed = nn.Embedding(vocab, dim)      # the matrix to logits is the same
+        self.token_embed = nn.Embedding(vocab, dim)      # also the matrix to the logits
         self.pos_embed = nn.Embedding(context, dim)
         self.segment_embed = nn.Embedding(2, dim)
         self.norm = nn.LayerNorm(dim, eps=1e-12)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(depth))
         self.pooler = nn.Linear(dim, dim)                # on [CLS]; random until fine-tuning
-        self.head = nn.Linear(dim, dim)                  # before that matrix
+        self.head = nn.Linear(dim, dim)                  # before the matrix to the logits
         self.head_norm = nn.LayerNorm(dim, eps=1e-12)
         self.head_bias = nn.Parameter(torch.zeros(vocab))
         std = .02 * math.sqrt(768 / dim)           # BERT's .02 is for 768 channels; a narrow model
@@ -218,7 +219,7 @@ def spans(B, T, p=.2, longest=10, device=None):
     """Groups of neighbours for --strategy span: (B, T), the number of each token's group.
 
     Lengths are geometric, cut at the longest and renormalised: P(l) ~ p (1 - p)^(l - 1), mean 3.80
-    (SpanBERT, sec. 3.1).
+    (SpanBERT, sec. 3.1); as hidden they are shorter, where mask() cuts the last at its 15 %.
     """
     share = (1 - p) ** torch.arange(longest, device=device)
     length = 1 + share.multinomial(B * T, replacement=True).view(B, T)
@@ -274,16 +275,18 @@ def mask(x, group, vocab, ratio=.15, keep=0.):
     group (B, T): neighbours with the same number are hidden together (the last group is cut where
     the share is full). Special tokens, which come first in the vocabulary, are never hidden. Of the
     groups 80 % become [MASK], the share `keep` stays as it is, the rest become random words.
-    Returns (tokens (B, T), places (B, n)) and the words owed (to be predicted) there, (B, n); a
-    text with fewer words owes fewer, and has -100 in the others' place. x is not changed.
+    Returns (tokens (B, T), places (B, n)) and the words owed (to be predicted) there, (B, n). n
+    is the same for all, to be one tensor; a text may owe fewer, and has -100 in the others' place
+    (of a CPU's 32 tokens, 30 are words: n is 5, and 4 are owed). x is not changed.
     """
     (B, T), device = x.shape, x.device
     word = x >= len(SPECIAL)
-    unit = F.pad(group[:, 1:] != group[:, :-1], (1, 0)).cumsum(1)     # number of each token's group
+    unit = F.pad(group[:, 1:] != group[:, :-1], (1, 0)).cumsum(1)     # groups, from 0 in each text
     order, dice = torch.rand(2, B, T, device=device).gather(2, unit.expand(2, B, T))   # by group
     count = (word.sum(1, keepdim=True) * ratio).round().clamp(min=1)
     n = max(1, round(ratio * T))
-    places = order.masked_fill(~word, 2.).argsort(stable=True, dim=1)[:, :n]     # specials are last
+    order = order.masked_fill(~word, 2.)                                         # specials are last
+    places = order.argsort(stable=True, dim=1)[:, :n]                      # a group stays together
     owed = (torch.arange(n, device=device) < count) & word.gather(1, places)
     words, dice = x.gather(1, places), dice.gather(1, places)
     other = torch.randint(len(SPECIAL), vocab, (B, n), device=device)
@@ -347,8 +350,8 @@ def grouped(args, rows):
 @torch.no_grad()
 def evaluate(args, model, train, val, draws=4):
     """Guesses single hidden words, 15 %, none of which stays, of the texts to validate on
-    (m, T - 2): (accuracy in %, perplexity) of the model, and of always saying what the training
-    text (N,) says most."""
+    (m, T - 2): (accuracy in %, perplexity) of the model, and of a guess by how frequent each word
+    is in the training text (N,)."""
     vocab, device = len(model.head_bias), val.device
     count = 1. + train[train >= len(SPECIAL)].bincount(minlength=vocab)
     usual = (count / count.sum()).log()
@@ -434,7 +437,7 @@ class Passages:
                        "--classes, or a shorter --passage")
 
     def normalize(self, x):
-        """Tokens are what they are."""
+        """As Images has it; there is nothing to do for tokens."""
         return x
 
 
@@ -461,8 +464,7 @@ def tune(args, model, data, how, k, draw):
 
 
 def few_shot(args, model, untrained, data):
-    """Which part is a passage from? {who: for each label count accuracies in
-    %, one a draw}."""
+    """Which part is a passage from? {who: for each label count accuracies in %, one a draw}."""
     vocab, draws, rows = len(model.head_bias), range(args.draws), {}
     bag = lambda x: x.new_zeros(len(x), vocab).scatter_add_(1, x, torch.ones_like(x))
     cls = lambda m: lambda x: m.encode(x, torch.zeros_like(x[:, :1]))[:, 0]
@@ -530,8 +532,8 @@ def main(args):
     model.eval()
     asked += sentences(words, val.flatten().cpu(), 4, args.seed, args.context - 2)
     blanks = [fill(args, model, words, *sentence) for sentence in asked]
-    tell(args, run, blanks, evaluate(args, model, train[:, 0, 0], val), data,
-         few_shot(args, model, untrained, data))
+    scores = evaluate(args, model, train[:, 0, 0], val)          # the first word of each window
+    tell(args, run, blanks, scores, data, few_shot(args, model, untrained, data))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 Paper    Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2). Pixels
          as tokens: Chen et al. 2020, "Generative Pretraining from Pixels"
 
-Idea     A masked autoencoder with a special mask: what is hidden from token t is token t and all
-         that come after it. One pass owes (has to predict) ALL tokens, each from what stands before
-         it, where BERT owes 15 %; and a model that gives each token's probabilities from those
-         before can write: draw a token, put it behind the others, and go on. Earlier tokens never
-         see later ones, so their keys and values stay as they are: a KV cache holds them, and a
-         step costs one token.
+Idea     A masked autoencoder with a special mask: where token t is guessed, it and all that come
+         after it are hidden. One pass owes (has to predict) ALL tokens, each from what stands
+         before it, where BERT owes 15 %; and a model that gives each token's probabilities from
+         those before can write: draw a token, put it behind the others, and go on. Earlier tokens
+         never see later ones, so their keys and values stay as they are: a KV cache holds them, and
+         a step costs one token.
 
 Loss     L = -1 / T sum_t log p(x_t | BOS, x_1 ... x_{t-1}),   in nats a token, at chance ln 257.
          Bits a byte: the sum over all tokens, ends of documents included, divided by ln 2 and by
@@ -262,7 +262,7 @@ def sample(model, prompts, n, bos, temperature=1., top_k=0, top_p=1., seed=0, st
     rows stand at the same place, and nothing is padded. Row i draws with the random numbers of seed
     + i, so alone with that seed it gives the same. When the context is full, its last half is read
     again behind a new BOS, and the text goes on. Without `cached` each token comes from reading all
-    of it again: the same, but slower. Raises ValueError for a prompt longer than the context.
+    of it again: the same, but slower. Raises ValueError where a prompt and BOS exceed the context.
     """
     context, device = len(model.pos_embed.weight), model.pos_embed.weight.device
     lengths = [len(prompt) for prompt in prompts]

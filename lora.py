@@ -26,11 +26,11 @@ Flow     before       a GPT learns the old text, as in gpt.py (once: it is kept 
          after that   loss on the new text and on the OLD one (what was forgotten), bytes to store
 
 Run      python lora.py
-Expect   64 examples of pycode bring its loss from 1.95 ± 0.02 to 1.78 ± 0.01 nats a token with
-         LoRA, 2.9 % of the parameters, and to 1.78 ± 0.01 with all of them; that of pydocs
-         goes from 1.52 ± 0.00 to 1.57 ± 0.00 and 1.56 ± 0.01 (3 bases; 45 s for all
-         methods after 109 s for the base, on 2 threads; AMD EPYC, 2 cores, torch
-         2.13.0+cpu)
+Expect   64 examples of pycode, beginnings of lines, bring the loss on others from 1.95 ± 0.02 to
+         1.78 ± 0.01 nats a token with LoRA, 2.9 % of the parameters, and to 1.78 ± 0.01
+         with all of them; that on whole windows of pydocs goes from 1.52 ± 0.00 to
+         1.57 ± 0.00 and 1.56 ± 0.01 (3 bases; 45 s for all methods after 109 s for the
+         base, on 2 threads; AMD EPYC, 2 cores, torch 2.13.0+cpu)
 Differs  As in LoRA's paper: alpha / rank, one factor normal at first, the other zero (with the
          names swapped: there W0 + B A). Other than there: on every matrix of a block, not on
          attention's alone; query, key and value are one matrix, so that their updates share the
@@ -60,7 +60,8 @@ import common
 
 Method = Literal["all", "lora", "ia3", "bias", "first", "middle", "last", "full", "prompt"]
 FREE = "method", "k", "draws", "prompt", "length", "temperature"     # change no training
-# Best on average over k = 1 to 256, of three or four rates each: results/lora-search.json
+# Best on average over k = 1 to 256, of three or four rates each, on the texts that the results
+# are of; some are the lowest or the highest that was tried: results/lora-search.json
 LR = dict(lora=1e-3, ia3=1e-2, bias=1e-3, first=1e-4, middle=1e-4, last=1e-4, full=5e-5)
 
 
@@ -271,7 +272,8 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """Adds the update to the weight: from now on it costs what the plain layer costs."""
+        """Adds the update to the weight: from now on it costs what the plain layer costs. For use,
+        not for training."""
         if not self.merged:
             self.linear.weight += self.update()
         self.merged = True
@@ -358,7 +360,7 @@ def adapt(model, method, where=("qkv", "proj", "fc1", "fc2"), rank=3, alpha=3., 
     elif method == "bias":
         for name, p in model.named_parameters():
             p.requires_grad_(name.endswith("bias"))
-    elif method in ("first", "middle", "last"):
+    elif method in ("first", "middle", "last"):             # of less than 4 blocks they share some
         i = {"first": 0, "middle": (depth - 2) // 2, "last": depth - 2}[method]
         model.blocks[max(0, i):max(0, i) + 2].requires_grad_(True)
     elif method == "full":
@@ -567,7 +569,8 @@ def fits(args, context):
 
 
 def recipe(args, method, k, draw):
-    """The settings of one training: each of k examples is seen as often, whatever k is."""
+    """The settings of one training: whatever k is, each example is seen --passes times, or for the
+    most steps that there may be."""
     batch = min(args.batch, k)
     return dataclasses.replace(args, seed=args.seed + 1000 * draw, lr=args.lr or LR[method],
                                batch=batch, steps=min(args.steps, round(args.passes * k / batch)),
@@ -693,7 +696,8 @@ def tell(args, series, base, rows, start, shares, texts):
     print()
     common.say(f"The base is a {base.name}, of {total:,} parameters. It gets k examples of "
                f"{args.example} bytes of {args.data} to train on or (prompt) in front of the text. "
-               "Loss: nats a token of new text. Bytes: what has to be stored. ms: a training step. "
+               "Loss: nats a token, of other such examples and of whole windows of the old text. "
+               "Bytes: what has to be stored. ms: a training step. "
                + (f"Mean and standard deviation of {args.draws} draws" if args.draws > 1 else
                   "One draw") + " of examples and first weights:")
     print("\n" + common.table(lines(args, base, rows, start)) + "\n")
@@ -720,7 +724,8 @@ def main(args):
         few = choose(train, k, args.seed + 1000 * draw)                            # (k, 1 + T)
         if method == "prompt":                                             # nothing is trained
             loss = evaluate(args, base.model, val, given=1, before=few)
-            series.add(fit, new=loss, old=start[1], trained=0, bytes=few.numel(), seconds=0.)
+            series.add(fit, new=loss, old=start[1],                   # the base is as it was
+                       trained=0, bytes=few.numel(), seconds=0.)
             continue
         torch.manual_seed(args.seed + 1000 * draw)
         model = adapt(copy.deepcopy(base.model), method, args.where.split(","), args.rank,

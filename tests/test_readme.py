@@ -579,8 +579,8 @@ def expect(name):
         loss = lambda who, what: number(of_base(runs, who, k, what), 2)
         base = statistics.mean(r["figures"]["base_seconds"] for r in runs if r["threads"] == most)
         share = 100 * f["rows"]["lora"][str(k)]["trained"][0] / f["parameters"]
-        text = (f"{k} examples of pycode bring its loss from {loss('the base', 'new')} to {loss('lora', 'new')} nats a token with LoRA, "
-                f"{share:.1f} % of the parameters, and to {loss('full', 'new')} with all of them; that of pydocs goes from "
+        text = (f"{k} examples of pycode, beginnings of lines, bring the loss on others from {loss('the base', 'new')} to {loss('lora', 'new')} nats a token with LoRA, "
+                f"{share:.1f} % of the parameters, and to {loss('full', 'new')} with all of them; that on whole windows of pydocs goes from "
                 f"{loss('the base', 'old')} to {loss('lora', 'old')} and {loss('full', 'old')} ({len(runs)} bases; {seconds:.0f} s for "
                 f"all methods after {base:.0f} s for the base, on {most} thread{'s' * (most > 1)}; {r['machine']}, torch {r['versions']['torch']})")
     elif name == "flamingo":
