@@ -111,9 +111,8 @@ class Args(common.Args):
 class Attention(nn.Module):
     """Multi-head attention of n tokens y (B, n, C) to all tokens x (B, T, C): -> (B, n, C).
 
-    real (B, T) bool: where it is False (padding, which this script's texts have none of, but yours
-    may), nobody looks. Query, key and value are layers of
-    their own, as in the published weights.
+    real (B, T) bool: where it is False (padding; the texts here have none, yours may), nobody
+    looks. Query, key and value are layers of their own, as in the published weights.
     """
 
     def __init__(self, dim, heads, dropout=0.):
@@ -219,7 +218,7 @@ def spans(B, T, p=.2, longest=10, device=None):
     """Groups of neighbours for --strategy span: (B, T), the number of each token's group.
 
     Lengths are geometric, cut at the longest and renormalised: P(l) ~ p (1 - p)^(l - 1), mean 3.80
-    (SpanBERT, sec. 3.1); as hidden they are shorter, where mask() cuts the last at its 15 %.
+    (SpanBERT, sec. 3.1). mask() cuts the last one of a text where the share is full.
     """
     share = (1 - p) ** torch.arange(longest, device=device)
     length = 1 + share.multinomial(B * T, replacement=True).view(B, T)
@@ -275,9 +274,9 @@ def mask(x, group, vocab, ratio=.15, keep=0.):
     group (B, T): neighbours with the same number are hidden together (the last group is cut where
     the share is full). Special tokens, which come first in the vocabulary, are never hidden. Of the
     groups 80 % become [MASK], the share `keep` stays as it is, the rest become random words.
-    Returns (tokens (B, T), places (B, n)) and the words owed (to be predicted) there, (B, n). n
-    is the same for all, to be one tensor; a text may owe fewer, and has -100 in the others' place
-    (of a CPU's 32 tokens, 30 are words: n is 5, and 4 are owed). x is not changed.
+    Returns (tokens (B, T), places (B, n)) and the words owed (to be predicted) there, (B, n).
+    All texts have n places; one that owes fewer has -100 in the rest (of a CPU's 32 tokens 30 are
+    words: n is 5, and 4 are owed). x is not changed.
     """
     (B, T), device = x.shape, x.device
     word = x >= len(SPECIAL)

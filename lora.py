@@ -60,8 +60,8 @@ import common
 
 Method = Literal["all", "lora", "ia3", "bias", "first", "middle", "last", "full", "prompt"]
 FREE = "method", "k", "draws", "prompt", "length", "temperature"     # change no training
-# Best on average over k = 1 to 256, of three or four rates each, on the texts that the results
-# are of; some are the lowest or the highest that was tried: results/lora-search.json
+# Best on average over k = 1 to 256, of three or four rates each, chosen on the texts that are
+# reported; some are the lowest rate that was tried: results/lora-search.json
 LR = dict(lora=1e-3, ia3=1e-2, bias=1e-3, first=1e-4, middle=1e-4, last=1e-4, full=5e-5)
 
 
@@ -360,7 +360,7 @@ def adapt(model, method, where=("qkv", "proj", "fc1", "fc2"), rank=3, alpha=3., 
     elif method == "bias":
         for name, p in model.named_parameters():
             p.requires_grad_(name.endswith("bias"))
-    elif method in ("first", "middle", "last"):             # of less than 4 blocks they share some
+    elif method in ("first", "middle", "last"):             # below 4 blocks they overlap
         i = {"first": 0, "middle": (depth - 2) // 2, "last": depth - 2}[method]
         model.blocks[max(0, i):max(0, i) + 2].requires_grad_(True)
     elif method == "full":
@@ -569,8 +569,8 @@ def fits(args, context):
 
 
 def recipe(args, method, k, draw):
-    """The settings of one training: whatever k is, each example is seen --passes times, or for the
-    most steps that there may be."""
+    """The settings of one training: whatever k is, each example is seen --passes times, unless
+    --steps ends it sooner."""
     batch = min(args.batch, k)
     return dataclasses.replace(args, seed=args.seed + 1000 * draw, lr=args.lr or LR[method],
                                batch=batch, steps=min(args.steps, round(args.passes * k / batch)),

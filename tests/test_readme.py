@@ -471,7 +471,7 @@ def claims(_):
         ("The more others to tell apart, the better: large batches", "python simclr.py --no-supervised --batch 256 --steps 200 --lr 0.008",
          "{}, after as many images: {} with 16 a step, {} with 64, {} with 256".format(
              shape, *(over(f"simclr-{name}-*.json", acc("SimCLR", "shape", 2)) for name in ("batch-16", "shapes", "batch-256"))),
-         "not seen: 16 and 64 are level, and 200 steps of 256 too few"),
+         "not seen: 16 and 64 are level; 256 is worse, but takes only 200 steps"),
         ("A softmax over all others (NT-Xent) teaches more than a margin in each triplet", "python simclr.py --loss triplet --margin 0.5",
          "{}: {}, triplets {}".format(
              shape, *(over(f"simclr-{name}-*.json", acc("SimCLR", "shape", 2)) for name in ("shapes", "kind-triplet"))), "yes; margin and learning rate were not tuned"),
@@ -544,7 +544,7 @@ def claims(_):
          "yes, with each seed, though the test shows only one picture"),
         ("With gates that start at 0 it is at first the language model that it was", 'make test ARGS="-k gates_at_zero"', "the same logits, bit for bit", "yes, exactly"),
         ("Gates that start closed help", load("flamingo-ablation-no-gate-0.json")[0]["command"],
-         f"captions of one figure, %: {ablation('middle')}; without gates {ablation('ablation-no-gate')}, half open at first {ablation('ablation-start-half')}", "not seen: without gates it is as good, and with half open ones worse with one seed of three only"),
+         f"captions of one figure, %: {ablation('middle')}; without gates {ablation('ablation-no-gate')}, half open at first {ablation('ablation-start-half')}", "not seen: without gates it is as good, and half open ones are worse with one seed of three only"),
         ("A language model that stays frozen keeps what it knew", load("flamingo-ablation-no-freeze-0.json")[0]["command"],
          f"told in words in the place of pictures, captions of one figure, %: {ablation('middle', 'told')}; {ablation('ablation-no-freeze', 'told')} if it is trained, too "
          f"(with pictures {ablation('middle')}, {ablation('ablation-no-freeze')})", "yes; but with pictures the trained one does as well, and binds new words better"),
