@@ -11,6 +11,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import DATA, ROOT, run
 
@@ -658,6 +659,27 @@ def test_there_are_commands():
     assert len(COMMANDS) >= 5 and any("--mask-ratio 0.75" in c for c in COMMANDS)
 
 
+def own(path):
+    """What the README calls my-...: images as .npz, a text, a folder of texts; of pictures, where Pillow is."""
+    r = np.random.default_rng(0)
+    if path.suffix == ".npz":
+        x, y = r.integers(0, 256, (160, 16, 16, 3), np.uint8), np.arange(160) % 2
+        np.savez(path, x_train=x[:100], y_train=y[:100], x_test=x[100:], y_test=y[100:])
+    elif path.suffix == ".txt":
+        path.write_text(README)
+    elif path.name == "my-texts":
+        path.mkdir()
+        for script in ROOT.glob("*.py"):
+            (path / f"{script.stem}.txt").write_text(script.read_text())
+    else:
+        image = pytest.importorskip("PIL.Image")
+        for i in range(160):
+            folder = path / "ab"[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            image.fromarray(r.integers(0, 256, (70, 80, 3), np.uint8)).save(folder / f"{i}.png")
+    return path
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command_runs(line, tmp_path):
     script, *flags = shlex.split(line)[1:]
@@ -671,7 +693,9 @@ def test_command_runs(line, tmp_path):
     if "--data" in flags:
         name = flags[flags.index("--data") + 1]
         kept = DATA / {"shakespeare": "tinyshakespeare.txt"}.get(name, name)
-        if name not in ("shapes", "pydocs", "pycode") and (name.startswith("my-") or not kept.exists()):
+        if name.startswith("my-"):
+            flags[flags.index("--data") + 1] = own(tmp_path / name)
+        elif name not in ("shapes", "pydocs", "pycode") and not kept.exists():
             pytest.skip(f"{name} is not here")
         flags += ["--data-dir", DATA]
     quick = [*QUICK[script].split(), "--out", tmp_path / "run"]
