@@ -2,6 +2,7 @@
 PYTHON ?= python3
 ARGS   ?=
 SCRIPTS = simclr autoencoder bert mae gpt lora flamingo
+BENCHES = mae simclr bert gpt lora flamingo
 TESTS   = readme $(filter-out readme,$(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py)))
 ENV     = .venv/installed
 BENCH   = .venv-bench/installed
@@ -9,7 +10,7 @@ BENCH   = .venv-bench/installed
 help: ## list what can be made
 	@echo "make SCRIPT [ARGS=\"--flag value ...\"]"
 	@for s in $(SCRIPTS); do sed -n "1s/^\"\"\"\(.*\)/  $$s: \1/p" $$s.py; done
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1: \2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1: \2/p' Makefile
 
 $(SCRIPTS): $(ENV)
 	.venv/bin/python $@.py $(ARGS)
@@ -30,19 +31,22 @@ test-%: $(ENV)
 runs: $(ENV) ## show all finished runs as one table
 	.venv/bin/python common.py
 
-compare: $(ENV) ## what SimCLR, the autoencoder and MAE know, from few labels (ARGS=--quick)
-	.venv/bin/python benchmarks/compare.py $(ARGS)
+compare: $(ENV) ## SimCLR, autoencoder and MAE from few labels (ARGS=--quick)
+	.venv/bin/python experiments/compare.py $(ARGS)
 
-bench: $(BENCH) ## measure our speed beside other packages
-	.venv-bench/bin/python benchmarks/bench_mae.py
-	.venv-bench/bin/python benchmarks/bench_simclr.py
-	.venv-bench/bin/python benchmarks/bench_bert.py
-	.venv-bench/bin/python benchmarks/bench_gpt.py
-	.venv-bench/bin/python benchmarks/bench_lora.py
-	.venv-bench/bin/python benchmarks/bench_flamingo.py
+adapt: $(ENV) ## all ways to adapt a GPT, at several numbers of examples (ARGS=--quick)
+	.venv/bin/python experiments/adapt.py $(ARGS)
+
+few-shot: $(ENV) ## Flamingo's answers beside its language model's (ARGS=--quick)
+	.venv/bin/python experiments/few_shot.py $(ARGS)
+
+bench: $(BENCH) ## our speed beside other packages (ARGS=--quick; make bench-mae: one of them)
+	@for name in $(BENCHES); do \
+	  .venv-bench/bin/python experiments/bench_$$name.py $(ARGS) || failed=1; \
+	done; exit $${failed:-0}
 
 bench-%: $(BENCH)
-	.venv-bench/bin/python benchmarks/bench_$*.py $(ARGS)
+	.venv-bench/bin/python experiments/bench_$*.py $(ARGS)
 
 results: $(ENV) ## write the figures of results/ into the README and the docstrings
 	.venv/bin/python tests/test_readme.py
@@ -55,9 +59,9 @@ $(ENV): requirements.txt
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(BENCH): benchmarks/requirements.txt
+$(BENCH): experiments/requirements.txt
 	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r experiments/requirements.txt
 	@touch $@
 
-.PHONY: help test runs compare bench results clean $(SCRIPTS)
+.PHONY: help test runs compare adapt few-shot bench results clean $(SCRIPTS)

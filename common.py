@@ -1,19 +1,14 @@
-"""What the seven scripts share, or what would hide a method if it stood in one: settings, data, the
-training loop's surroundings, few-label evaluation, pictures. No model, loss, mask or augmentation
-lives here, but the linear heads that read features.
+"""What the seven scripts share: settings, data, what surrounds a training loop, linear probes and
+fine-tuning, pictures. No model, loss, mask, augmentation or sampler lives here.
 
-    settings     Args, start            a dataclass becomes the command line
-    the machine  device, autocast       which there is; bfloat16, and faster kernels on a CPU
+    settings     Args, setup, cli       a dataclass becomes the command line, or is used from Python
     data         load_images            uint8 images that live on the device, with their labels
-                 draw, shapes           the embedded world: ten figures, drawn in a second
-                 scene, paint, caption, question     several figures, in pictures and in words
-                 load_text              documents as bytes; the embedded one is Python's own manual
-                 Bytes, Words           tokenizers: a token a byte, or a token a word
-    training     Run                    optimizer, schedule, bar, log, checkpoint, exact resume
-                 stage, stage_done      a training before the training, kept for the next time
-                 Series                 several short trainings, their results kept one by one
-    evaluation   few, encode, probe, finetune     what do k labels a class buy?
-                 few_shot, supervised   the rows of a table: at few labels, and at all
+                 draw, shapes           the embedded images: ten shapes, drawn in a second
+                 scene, paint, caption  several figures, in pictures and in words
+                 load_text              documents as bytes; the embedded ones are Python's own
+                 Bytes, Words           tokenizers: a token per byte, or a token per word
+    training     adamw, Run, stage      schedule, autocast, log, checkpoints, exact resume
+    evaluation   k_shot, probe, finetune     what do k labels per class buy?
     output       save_png, table, report
 
 `python common.py` prints one table of all runs under runs/.
@@ -24,16 +19,20 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import functools
 import gzip
 import hashlib
 import http.client
 import inspect
+import itertools
 import json
 import math
 import os
 import platform
+import random
 import re
 import shlex
+import shutil
 import signal
 import struct
 import sys
@@ -42,6 +41,7 @@ import tarfile
 import textwrap
 import threading
 import time
+import traceback
 import typing
 import urllib.error
 import urllib.request
@@ -55,89 +55,115 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
-
-
-class UserError(Exception):
-    """A mistake that the user can mend. `start` prints it as one sentence, without a traceback."""
-
 
 # ---------------------------------------------------------------------------------- settings
 
 
+class UserError(ValueError):
+    """A mistake that the user can mend. On the command line it is one sentence, no traceback."""
+
+
+class UsageError(UserError):
+    """A setting that makes no sense: exit status 2."""
+
+
+def require(condition, sentence, error=UserError):
+    """Raises error(sentence) unless the condition holds."""
+    if not condition:
+        raise error(sentence)
+
+
 @dataclass
 class Args:
-    """Settings of every script. One line each: name, type, default, and its --help as a comment."""
-    steps: int = 4000            # training steps
-    batch: int = 256             # examples a step
+    """Settings of every script. One line each: name, type, default; the comment is its --help, and
+    its range, if that is not the usual one: an int is 1 or more, a float 0 or more and finite."""
+    steps: int = 4000            # training steps, 0 or more
+    batch: int = 256             # examples per step
     lr: float = 1e-3             # peak learning rate
-    warmup: float = 0.05         # share of the steps in which the learning rate rises
-    weight_decay: float = 0.05   # AdamW's decay, on matrices only
-    clip: float = 1.0            # longest gradient, longer ones are cut to it; 0: never cut
-    seed: int = 0                # seed of the weights and of every step's randomness
+    warmup: float = 0.05         # fraction of the steps in which the learning rate rises, in [0, 1]
+    weight_decay: float = 0.05   # AdamW's decay, of matrices only
+    clip: float = 1.0            # maximum gradient norm, in (0, inf]; inf: no clipping
+    seed: int = 0                # seed of the weights and of every step, in [0, 1e9]
     data: str = "shapes"         # shapes, cifar10, fashion-mnist, mnist, an .npz file or a folder
     data_dir: str = os.environ.get("DATA_DIR", "data")   # where downloads are kept ($DATA_DIR)
-    out: str = ""                # folder for what the run writes [runs/<script>]
-    device: str = "auto"         # cuda, mps or cpu; auto takes the first that is there
+    out: str = ""                # folder of the run [runs/<script>, runs/<script>-2, ...]
+    device: str = "auto"         # cuda, mps or cpu; auto takes the first that is available
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # auto: bfloat16 where it is native
-    compile: bool = False        # compile the model first (pays on a GPU, in longer runs)
-    resume: bool = False         # go on from the checkpoint in --out, with its settings
+    compile: bool = False        # compile the model first (for longer runs on a GPU)
+    resume: bool = False         # continue the run in --out, or else the newest one
     save_every: float = 30.0     # seconds between checkpoints
 
     cpu = {}                     # no annotation, so no setting: defaults that differ without a GPU
 
-    def check(self):
-        """Raises UserError where a value makes no sense. Scripts extend it."""
-        self.at_least(1, "batch")
-        self.at_least(0, "steps", "lr", "weight_decay", "clip", "save_every")
-        self.share("warmup")
-        require(0 <= self.seed < 2 ** 32, f"--seed must be from 0 to 2^32 - 1, not {self.seed}")
-
-    def at_least(self, least, *names):
-        """Raises UserError where one of these settings is less, infinite or not a number."""
-        for name in names:
-            value = getattr(self, name)
-            all_of = value if isinstance(value, tuple) else (value,)
-            require(all_of and all(least <= x < math.inf for x in all_of),
-                    f"{flag(name)} must be {least} or more, and finite, not {words(value)}"
-                    if math.inf in all_of else
-                    f"{flag(name)} must be {least} or more, not {words(value)}")
-
-    def share(self, *names):
-        """Raises UserError where one of these settings is not from 0 to 1."""
-        for name in names:
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"{flag(name)} must be from 0 to 1, not {value}")
-
-    def below_1(self, *names):
-        """Raises UserError where one of these settings is not from 0 to below 1."""
-        for name in names:
-            value = getattr(self, name)
-            require(0 <= value < 1, f"{flag(name)} must be from 0 to below 1, not {value}")
-
-    def multiple(self, dim, heads, of=1):
-        """Raises UserError unless dim is a multiple of heads, both 1 or more, and of `of`."""
-        self.at_least(1, dim, heads)
-        d, h = getattr(self, dim), getattr(self, heads)
-        also = f" and of {of}, for the sines and cosines of x and y" if of > 1 else ""
-        require(d % h == 0 == d % of, f"{flag(dim)} must be a multiple of {flag(heads)} {h}{also}, "
-                f"not {d}")
-
-
-def require(condition, sentence):
-    """Raises UserError(sentence) unless the condition holds."""
-    if not condition:
-        raise UserError(sentence)
-
-
-def script():
-    """The name of the script that runs, such as mae.py."""
-    return Path(sys.argv[0]).name
+    def __new__(cls, *args, **given):
+        self = super().__new__(cls)
+        self.given = set(given)          # these keep their values, whatever `cpu` and --resume say
+        return self
 
 
 def flag(name):
     """The flag of a setting: mask_ratio -> --mask-ratio."""
     return "--" + name.replace("_", "-")
+
+
+def typed(value):
+    """A setting as one would type it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def comments(Args):
+    """{setting: the comment on its line}, read from the source of the class and its parents."""
+    text = {}
+    for cls in reversed(Args.__mro__[:-1]):
+        with contextlib.suppress(OSError, TypeError):      # a class in a notebook has no source
+            text.update(re.findall(r"^    (\w+):.*?\S\s+# (.*)$", inspect.getsource(cls), re.M))
+    return text
+
+
+def kind_of(field):
+    """The type of a setting's values, and whether there are several: tuple[int, ...] -> int, True.
+    """
+    many = typing.get_origin(field.type) is tuple
+    return (typing.get_args(field.type)[0] if many else field.type), many
+
+
+TYPES = {bool: bool, int: (int, np.integer), float: (int, float, np.integer, np.floating),
+         str: (str, os.PathLike)}
+
+
+def wrong(x, kind, comment):
+    """What x, a value of a setting, would have to be by its type and comment; None if it is so."""
+    if choices := typing.get_args(kind):                          # a Literal
+        return None if x in choices else f"one of {', '.join(map(str, choices))}"
+    if not isinstance(x, TYPES[kind]):
+        return f"of type {kind.__name__}"
+    if kind in (bool, str):
+        return None
+    if found := re.search(r"in ([\[(])(\S+), (\S+)([\])])", comment):
+        low, high = float(found[2]), float(found[3])
+        ends = [low] * (found[1] == "[") + [high] * (found[4] == "]")
+        return None if low < x < high or x in ends else found[0]
+    found = re.search(r"(\d+) or more", comment)
+    low = int(found[1]) if found else int(kind is int)
+    return None if low <= x < math.inf else f"{low} or more"
+
+
+def check(args):
+    """Raises UsageError for a value that is not of its setting's type, or outside the range that
+    its comment names. From Python lists, paths and NumPy's numbers do as well: they are converted.
+    """
+    text = comments(type(args))
+    for f in dataclasses.fields(args):
+        (kind, many), value = kind_of(f), getattr(args, f.name)
+        values = list(value) if many and isinstance(value, (tuple, list)) else [value]
+        require(values, f"{flag(f.name)} needs a value", UsageError)
+        for x in values:
+            must = wrong(x, kind, text.get(f.name, ""))
+            require(not must, f"{flag(f.name)} must be {must}, not {x!r}", UsageError)
+        values = [kind(x) if kind in (int, float, str) else x for x in values]
+        setattr(args, f.name, tuple(values) if many else values[0])
 
 
 class Parser(argparse.ArgumentParser):
@@ -148,30 +174,23 @@ class Parser(argparse.ArgumentParser):
             word = message.split(": ")[1].split()[0]
             near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, 1)
             message = f"unknown flag {word}" + (f", did you mean {near[0]}?" if near else "")
+        elif found := re.match(r"argument (--[\w-]+)/.* ignored explicit argument", message):
+            message = f"{found[1]} takes no value: it is {found[1]} or --no-{found[1][2:]}"
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
-def help_of(Args):
-    """{setting: the comment on its line}, read from the source of the class and its parents."""
-    text = {}
-    for cls in reversed(Args.__mro__[:-1]):
-        text.update(re.findall(r"^    (\w+):.*?\S\s+# (.*)$", inspect.getsource(cls), re.M))
-    return text
 
 
 def parser_of(Args):
     """An argparse parser with a flag for each field; the help of one is the comment on its line."""
-    doc, text = sys.modules[Args.__module__].__doc__ or "", help_of(Args)
+    doc, text, name = sys.modules[Args.__module__].__doc__ or "", comments(Args), script(Args)
     parser = Parser(
-        allow_abbrev=False, argument_default=argparse.SUPPRESS, usage="%(prog)s [--flag value ...]",
-        description=doc.split("\n\n")[0], epilog=f"At the top of {script()}: how it works, what to "
-        "expect, what to try.",
+        prog=name, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        usage="%(prog)s [--flag value ...]", description=doc.split("\n\n")[0],
+        epilog=f"At the top of {name}: how it works, what to expect, what to try.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=80))
-    own = parser.add_argument_group(f"settings of {script()}")
+    own = parser.add_argument_group(f"settings of {name}")
     shared = parser.add_argument_group("settings of every script")
     for f in dataclasses.fields(Args):
-        kind, many = f.type, typing.get_origin(f.type) is tuple
-        kind = typing.get_args(kind)[0] if many else kind
+        kind, many = kind_of(f)
         how = dict(type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"))
         if kind is bool:
             how = dict(action=argparse.BooleanOptionalAction)
@@ -184,80 +203,144 @@ def parser_of(Args):
         if kind is bool:
             help += " [yes]" if f.default else " [no]"
         elif f.default not in ("", "auto"):
-            smaller = f"; on a CPU {words(Args.cpu[f.name])}" if f.name in Args.cpu else ""
-            help += f" [{words(f.default)}{smaller}]"
+            smaller = f"; on a CPU {typed(Args.cpu[f.name])}" if f.name in Args.cpu else ""
+            help += f" [{typed(f.default)}{smaller}]"
         group = shared if f.name in Args.__mro__[-2].__annotations__ else own
         group.add_argument(flag(f.name), help=help, **how)
     return parser
 
 
-def words(value):
-    """A setting as one would type it."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def script(args):
+    """The name of the script whose settings these are, such as mae.py."""
+    module = sys.modules[getattr(args, "__module__", type(args).__module__)]
+    file = Path(getattr(module, "__file__", None) or "")
+    return file.name if file.is_file() else "notebook"
 
 
-def cli(Args, argv=None):
-    """The command line as an Args. Later wins: default, setting for CPUs, --resume's, given flag.
-
-    Exits with status 2 and one sentence where a flag is unknown or its value makes no sense.
-    """
-    parser = parser_of(Args)
-    given = vars(parser.parse_args(argv))
-    args = Args(**given)
-    args.out = args.out or f"runs/{Path(script()).stem}"
-    try:
-        args.device = device(args.device)
-        saved = read_checkpoint(args.out, script())["args"] if args.resume else {}
-        smaller = Args.cpu if args.device == "cpu" and not saved else {}
-        mine = {f.name for f in dataclasses.fields(Args)} - {"resume", "out", "device", "data_dir"}
-        for name, value in {**smaller, **saved, **given}.items():
-            if name in mine:
-                setattr(args, name, tuple(value) if isinstance(value, list) else value)
-        args.check()
-    except UserError as error:
-        parser.error(str(error))
-    used = " ".join(f"{flag(k)} {words(v)}" for k, v in smaller.items() if k not in given)
+def resolve(args):
+    """A copy of the settings with nothing left open: device, folder, sizes. Later wins: default,
+    size for a CPU, what a resumed run had, a value that was given. Raises UserError."""
+    usual = {f.name: f.default for f in dataclasses.fields(args)}
+    given = {name: getattr(args, name) for name in usual
+             if name in args.given or getattr(args, name) != usual[name]}
+    device = find_device(args.device)
+    smaller = type(args).cpu if device.startswith("cpu") and not args.resume else {}
+    out, saved = saved_run(args) if args.resume else (args.out, {})
+    saved = {name: saved[name] for name in usual.keys() & saved.keys() - {"resume", "data_dir"}}
+    values = usual | smaller | saved | given | dict(out=out, device=device)
+    args = dataclasses.replace(args, **values)
+    check(args)
+    used = " ".join(f"{flag(k)} {typed(v)}" for k, v in smaller.items() if k not in given)
     if used:
-        say(f"No GPU here, so the settings for a CPU: {used} (flags you give win).")
+        say(f"Settings for a CPU: {used} (flags you give win).")
     return args
 
 
-def say(text, indent=""):
-    """Prints, wrapped to 80 columns; `indent` stands in front of all lines but the first."""
-    print("\n".join(textwrap.wrap(text, 80, subsequent_indent=indent, break_on_hyphens=False,
-                                  break_long_words=False)))
+def setup(main):
+    """Decorator of a script's main(args): resolves the settings, claims a folder for the run, and
+    seeds. So main can be called from a notebook, too; a mistake raises there. A run that ends
+    before anything was saved leaves no folder."""
+    @functools.wraps(main)
+    def run(args):
+        args = resolve(args)
+        new = None if args.resume else claim(args)
+        torch.set_float32_matmul_precision("high")          # TF32 on GPUs that have it
+        torch.manual_seed(args.seed)
+        try:
+            return main(args)
+        except KeyboardInterrupt:
+            kept = f": python {script(args)} --resume --out {args.out} continues it"
+            with contextlib.suppress(OSError):              # the terminal may be gone
+                print(f"\nStopped{kept if has_run(args.out) else ''}", file=sys.stderr)
+            raise
+        finally:
+            if new and not has_run(args.out):
+                shutil.rmtree(args.out, ignore_errors=True)
+            elif new is False and not has_run(args.out):    # the folder was there before
+                for name in "settings.json", "log.jsonl":
+                    Path(args.out, name).unlink(missing_ok=True)
+    return run
 
 
-def start(main, Args, argv=None):
-    """Reads the flags, seeds, runs main(args), and turns a user's mistake into one sentence."""
-    args, began = cli(Args, argv), time.time()
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")          # TF32 on GPUs that have it
+def cli(main, Args, argv=None):
+    """The command line of a script: main(args) with the flags as args."""
+    given = vars(parser_of(Args).parse_args(argv))
+    args = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    guarded(main, args, script(args))
+
+
+def guarded(main, args, name):
+    """main(args) of the program `name`: a user's mistake becomes one sentence and status 1, or 2
+    for a flag; a signal that asks to stop keeps its usual status."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a terminal without UTF-8 gets marks
+    on_signals(interrupt)
     try:
         main(args)
-    except UserError as error:
-        sys.exit(f"{script()}: {error}")
+    except ValueError as error:
+        if not ours(error):
+            raise
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
     except OSError as error:                            # a full disk, a folder that is gone
-        sys.exit(f"{script()}: {error.strerror or error} ({error.filename or args.out})")
-    except KeyboardInterrupt:
-        path = Path(args.out) / "checkpoint.pt"              # an older run's does not count; the
-        ours = path.exists() and (args.resume or path.stat().st_mtime > began - 1)   # clocks differ
-        saved = f": go on with python {script()} --resume --out {args.out}"
-        sys.exit(f"\nStopped{saved if ours else ''}")
+        where = error.filename or args.out or "runs"
+        sys.exit(f"{name}: {error.strerror or error} ({where})")
+    except KeyboardInterrupt as error:      # die by the signal: a shell's loop ends with it, too
+        number = error.args[0] if error.args else signal.SIGINT
+        sys.stderr.flush()
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+
+def ours(error):
+    """Whether a ValueError was raised on purpose, by code of this folder: others are bugs."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    here = Path(last.filename).resolve().parent == Path(__file__).resolve().parent
+    return isinstance(error, UserError) or here and last.line.startswith("raise ValueError(")
+
+
+def on_signals(handler):
+    """Sets the handler of what asks a run to stop: Ctrl-C, and the signals of batch systems and
+    closed terminals. Returns {signal: handler before}; one that is ignored (nohup) stays so."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+               if hasattr(signal, name)]
+    return {number: signal.signal(number, handler) for number in numbers
+            if signal.getsignal(number) not in (signal.SIG_IGN, None)}
+
+
+def interrupt(number, frame):
+    """A signal's handler: as Ctrl-C, but the signal's number is kept."""
+    raise KeyboardInterrupt(number)
+
+
+def say(text="", width=80):
+    """Prints, with lines over `width` columns wrapped. Where nobody reads any more (`| head`, a
+    closed terminal) the run continues in silence."""
+    wrap = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False).fill
+    lines = [line if len(line) <= width else wrap(line) for line in text.split("\n")]
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ------------------------------------------------------------------------------- the machine
 
 
-def device(name):
-    """'auto' or a name -> the name of a device that is there."""
-    there = ["cuda"] if torch.cuda.is_available() else []
-    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    name = there[0] if name == "auto" else name
-    require(name.split(":")[0] in there, f"there is no {name} here: --device takes auto or one of "
-            + ", ".join(there))
+def find_device(name):
+    """'auto' or a name -> the name of a device that is available."""
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    there += ["cpu"]
+    if name == "auto":
+        return there[0]
+    try:
+        known = torch.empty(0, device=name).device.type in there
+    except (RuntimeError, AssertionError):            # cuda:9, tpu; a PyTorch without CUDA
+        known = False
+    require(known, f"there is no {name} here: --device takes auto or one of {', '.join(there)}",
+            UsageError)
     return name
 
 
@@ -265,7 +348,8 @@ def has_bfloat16(device):
     """Whether a kind of device (cpu, cuda, mps) computes in bfloat16 by itself."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities() if device == "cpu" else {}
+    ask = getattr(torch.cpu, "get_capabilities", dict)            # since PyTorch 2.13
+    able = ask() if device == "cpu" else {}
     return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
 
 
@@ -277,108 +361,13 @@ def precision(args):
 
 @contextlib.contextmanager
 def autocast(args, dtype=None):
-    """bfloat16 where dtype, or else --dtype, says so; the weights stay float32. While it lasts, two
-    functions of torch.nn.functional have faster kernels on a CPU."""
+    """bfloat16 where dtype, or else --dtype, says so; the weights stay float32."""
     kind, on = args.device.split(":")[0], (dtype or precision(args)) == "bfloat16"
-    kernels = [torch.autocast(kind, torch.bfloat16, enabled=on)]
-    if kind == "cpu" and not args.compile:
-        kernels += [Float32Attention()] + [OneDNN()] * (OneDNN.pays() and not on)
     with contextlib.ExitStack() as stack:
-        for kernel in kernels:
-            stack.enter_context(kernel)
+        stack.enter_context(torch.autocast(kind, torch.bfloat16, enabled=on))
+        if on and kind == "cpu" and torch.is_grad_enabled():     # there training in bfloat16 is
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))    # faster without fused attention
         yield
-
-
-class Instead:
-    """Inside a `with`, puts `function` in the place of torch.nn.functional.<name>."""
-
-    def __enter__(self):
-        self.usual = getattr(F, self.name)
-        setattr(F, self.name, self.function)
-        return self
-
-    def __exit__(self, *error):
-        setattr(F, self.name, self.usual)
-
-
-class Float32Attention(Instead):
-    """Computes attention in float32 where autocast says bfloat16; the products around it stay. On a
-    CPU PyTorch 2.13 is faster so, forward and backward: 2.7 times at 65 tokens, 1.4 at 257."""
-    name = "scaled_dot_product_attention"
-
-    def function(self, q, k, v, *args, **kwargs):
-        wide = torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") \
-            else contextlib.nullcontext()
-        with wide:
-            return self.usual(q.float(), k.float(), v.float(), *args, **kwargs).to(q.dtype)
-
-
-class OneDNN(Instead):
-    """Sends nn.Linear to oneDNN instead of MKL, which leaves half of an AMD processor's AVX-512
-    idle. In float32 1.3 to 2 times as fast there, forward and backward, equal to rounding.
-
-    Without gradients (in bfloat16, too) it keeps a copy of each weight in another layout, as long
-    as the weight stays as it is. When text is sampled, a row or a few at a time, all the time goes
-    into reading weights, and so they are read 2 to 3 times as fast.
-    """
-    name = "linear"
-
-    def __init__(self):
-        self.kept = {}                              # id: weight, its version, its copy
-
-    @staticmethod
-    def pays():
-        able = torch.cpu.get_capabilities()
-        return "AMD" in able.get("cpu_name", "") and able.get("avx512_f", False)
-
-    def function(self, x, weight, bias=None):
-        grad, kind = torch.is_grad_enabled(), x.dtype
-        able = kind == torch.float32 or kind == torch.bfloat16 and not grad
-        if not able or kind != weight.dtype or torch.is_autocast_enabled("cpu") or x.ndim < 2 \
-                or x.numel() == 0:
-            return self.usual(x, weight, bias)
-        if grad:
-            return Linear.apply(x, weight, bias)
-        if not isinstance(weight, nn.Parameter):
-            return onednn(x, weight, bias)
-        parts, (N, K), rows = torch.get_num_threads(), weight.shape, x.numel() // x.shape[-1]
-        single = rows == 1 and kind == torch.float32 and K % parts == 0
-        _, version, copy = self.kept.get((id(weight), single), (None, None, None))
-        if version is None and not single:          # once, as for a prompt: a copy would not pay
-            self.kept[id(weight), single] = weight, -1, None
-            return onednn(x, weight, bias)
-        if version != weight._version:
-            if single:                     # transposed, and cut along K into a part for each thread
-                copy = weight.T.contiguous().view(parts, K // parts, N)
-            else:                          # as oneDNN likes it best, for 16 rows or so
-                copy = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-            self.kept[id(weight), single] = weight, weight._version, copy
-        if not single:
-            return onednn(x, copy, bias)
-        y = torch.bmm(x.reshape(parts, 1, K // parts), copy).sum(0)                     # (1, N)
-        return (y if bias is None else y + bias).view(*x.shape[:-1], N)
-
-
-class Linear(torch.autograd.Function):
-    """x (..., K), weight (N, K), bias (N) or None -> (..., N), as F.linear."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)    # frozen: no need
-        return onednn(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
-        return (onednn(grad, weight.T) if ctx.needs_input_grad[0] else None,
-                onednn(flat.T, x.flatten(0, -2).T) if ctx.needs_input_grad[1] else None,
-                flat.sum(0) if ctx.needs_input_grad[2] else None)
-
-
-def onednn(x, weight, bias=None):
-    """x weight^T + bias by oneDNN. (..., K), (N, K), (N) -> (..., N)."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 # -------------------------------------------------------------------------------------- data
@@ -407,6 +396,17 @@ class Images:
     def denormalize(self, x):
         """The way back, to [0, 1]."""
         return (x.float() * self.std + self.mean).clamp(0, 1)
+
+    def class_labels(self):
+        """The ids of the class, of the training and of the test images: (n,), (m,)."""
+        what = next(iter(self.names))
+        return self.train_labels[what], self.test_labels[what]
+
+    def about(self):
+        """What a model has to know of its images: size in pixels, mean and std of the channels in
+        [0, 1], names of the classes."""
+        return dict(image_size=self.size, mean=self.mean.flatten().tolist(),
+                    std=self.std.flatten().tolist(), classes=next(iter(self.names.values())))
 
 
 SHAPES = "circle ring half square bar triangle star cross heart moon".split()
@@ -459,7 +459,7 @@ def draw(canvas, shape, colour, radius, x, y, turn):
             cos, sin, r, px, py = (t[i, None, None] for t in (turn.cos(), turn.sin(), radius, x, y))
             u, v = (at - px) / r, (py - at[:, None]) / r
             d = distance_to(SHAPES[kind], cos * u + sin * v, cos * v - sin * u) * r
-            cover = (.5 - d).clamp(0, 1)[:, None]                    # share of the pixel inside
+            cover = (.5 - d).clamp(0, 1)[:, None]                    # fraction of the pixel inside
             canvas[i] = torch.lerp(canvas[i], colour[i, :, None, None], cover)
     return canvas
 
@@ -491,7 +491,7 @@ def shapes(n, seed=0, size=32, device="cpu"):
 
 FIGURES = [kind for kind in SHAPES if kind not in ("half", "bar")]      # those with a plain name
 KINDS = [(shape, colour) for shape in range(len(FIGURES)) for colour in range(len(COLOURS))]
-UNSEEN = [(i, (3 * i + 1) % len(COLOURS)) for i in range(len(FIGURES))]  # one of each, kept back
+UNSEEN = [(i, (3 * i + 1) % len(COLOURS)) for i in range(len(FIGURES))]  # one of each, held out
 SEEN = [kind for kind in KINDS if kind not in UNSEEN]
 NUMBERS = ["one", "two", "three"]
 ABOUT = ["colour", "shape", "number", "side"]
@@ -584,15 +584,120 @@ def question(rng, figures, about=None):
     return about, f"which side is {which} on ?", ("left", "right")[figure.column]
 
 
-def load_images(name, data_dir="data", size=32, device="cpu"):
-    """A data set by name -> Images.
+# Documents of this world are lists of chunks (scene, kind, text): what is said of the image of a
+# scene, and how words can stand in the place of that image (kind).
 
-    `shapes` is drawn at `size` pixels. `fashion-mnist`, `mnist` and `cifar10` are read from
-    data_dir, and fetched there first if they are missing. `x.npz` holds x_train, y_train, x_test,
-    y_test, with images (n, S, S) or (n, S, S, 3) uint8. A folder holds one folder of pictures per
-    class, or train/ and test/ of that form; without these, every fifth picture is for the test.
-    These two are shuffled. Raises UserError for what is missing, broken or of another form.
+HELD_OUT = 4    # the first of the new words, which come with no image in training
+IN_WORDS = "colour", "shape", "both"      # the words for a single figure
+
+
+class SceneTokens:
+    """Tokenizer of texts with <image>: a token per word of the shapes world; or, for an LM of
+    gpt.py, a token per byte, where <end> is BOS and <image> is byte 0, which is in no text."""
+    WORDS = [*("a is what colour shape it the one of how many figures are there which side "
+               "on left right above small large and two three ? , .").split(), *COLOURS,
+             *FIGURES, *NEW_WORDS]
+
+    def __init__(self, bytes=False):
+        self.bytes, self.words = bytes, [] if bytes else ["<end>", "<image>", *self.WORDS]
+        self.end, self.image, self.vocab = (256, 0, 257) if bytes else (0, 1, len(self.words))
+        self.short = 135 if bytes else 27                # tokens of a short document
+        self.ids = {word: i for i, word in enumerate(self.words)}
+
+    def encode(self, text):
+        """str -> a list of tokens. Raises UserError for a word that is not of this world."""
+        if self.bytes:
+            parts = text.replace("<image> ", "\0").replace("<image>", "\0").split("<end>")
+            raw = [part.strip(" ").encode(errors="surrogateescape") for part in parts]
+            return [t for i, part in enumerate(raw) for t in [256] * (i > 0) + list(part)]
+        words = re.findall(r"<\w+>|\w+|[^\w\s]", text)
+        for word in words:
+            require(word in self.ids, f"the LM has no word {word!r}; its words are "
+                           + " ".join(self.words))
+        return [self.ids[word] for word in words]
+
+    def decode(self, tokens):
+        """Tokens -> str."""
+        if self.bytes:
+            return Bytes().decode(tokens)
+        return " ".join(self.words[int(t)] for t in tokens)
+
+
+class Scenes:
+    """n scenes, two thirds of them (or all) with a single figure. single: indices of these; of:
+    {kind, a pair of shape and colour: indices of its single figures}."""
+
+    def __init__(self, seed, n, kinds, single=False):
+        rng = random.Random(seed)
+        self.all = [scene(rng, 1 if single or i % 2 else None, kinds) for i in range(n)]
+        self.single = [i for i, figures in enumerate(self.all) if len(figures) == 1]
+        self.of = {}
+        for i in self.single:
+            self.of.setdefault(self.all[i][0][:2], []).append(i)
+
+
+def new_words(rng, scenes, names, k, ways, kind="both"):
+    """An episode of few-shot learning: `ways` new words for as many kinds of figures, k examples
+    and one more. The words mean something else in each episode, so only the examples tell."""
+    kinds, names = rng.sample(sorted(scenes.of), ways), rng.sample(names, ways)
+    if kind != "both" and len({pair[("shape", "colour").index(kind)] for pair in kinds}) < ways:
+        kind = "both"                                # its colour alone does not tell them apart
+    order = [i % ways for i in range(k)]
+    rng.shuffle(order)
+    # the last is of a kind that was shown, but another image, while there are any
+    order.append(rng.choice(order or range(ways)))
+    unused = [rng.sample(scenes.of[pair], min(k + 1, len(scenes.of[pair]))) for pair in kinds]
+    at = [unused[i].pop() if unused[i] else rng.choice(scenes.of[kinds[i]]) for i in order]
+    return [(at[j], kind, names[i]) for j, i in enumerate(order)]
+
+
+def unasked(rng, scenes, about, k):
+    """An episode of answers to one question, which is not asked: k examples and one more."""
+    at = rng.sample(range(len(scenes.all)) if about == "number" else scenes.single, k + 1)
+    return [(i, "answer", question(rng, scenes.all[i], about)[2]) for i in at]
+
+
+def captions(rng, scenes, k):
+    """k captions, and questions with their answers, of any scenes."""
+    chunks = []
+    for _ in range(k):
+        i = rng.randrange(len(scenes.all))
+        if rng.random() < .65:                       # only a caption says the size
+            chunks.append((i, "caption", f"there is {caption(scenes.all[i])}"))
+        else:
+            chunks.append((i, "question", " ".join(question(rng, scenes.all[i])[1:])))
+    return chunks
+
+
+def document(rng, scenes, names, fraction, kind="both"):
+    """One of the three; `fraction` of the documents introduce new words."""
+    sort = rng.random()
+    if sort < fraction:
+        return new_words(rng, scenes, names, 8, rng.randint(2, 3), kind)
+    if sort < fraction + .1:
+        return unasked(rng, scenes, rng.choice(ABOUT[:3]), 8)
+    return captions(rng, scenes, 9)
+
+
+def in_words(figures, kind, text):
+    """A chunk with words in the place of the image: of its first figure for kinds of IN_WORDS, else
+    the caption of the scene."""
+    colour, shape = list(COLOURS)[figures[0].colour], FIGURES[figures[0].shape]
+    words = {"colour": colour, "shape": shape, "both": kind_name(figures[0])}
+    return f"{words[kind]} {text}" if kind in IN_WORDS else f"{caption(figures)} . {text}"
+
+
+def load_images(args):
+    """The data set args.data -> Images on args.device.
+
+    `shapes` is drawn at args.image_size pixels. `fashion-mnist`, `mnist` and `cifar10` are read
+    from args.data_dir, and fetched there first if they are missing. `x.npz` holds x_train, y_train,
+    x_test, y_test, with images (n, S, S) or (n, S, S, 3) uint8. A folder holds one folder of
+    pictures per class, or train/ and test/ of that form; without these, every fifth picture is for
+    the test. These two are shuffled. Raises UserError for what is missing, broken or of another
+    form.
     """
+    name, size, device = args.data, args.image_size, args.device
     if name == "shapes":
         train, test = shapes(20_000, 0, size, device), shapes(2_000, 1, size, device)
         rows, columns = ("top", "middle", "bottom"), ("left", "centre", "right")
@@ -602,7 +707,7 @@ def load_images(name, data_dir="data", size=32, device="cpu"):
         return Images(train[0], test[0], train[1], test[1], names)
     if name in IMAGE_SETS:
         read = read_cifar10 if name == "cifar10" else read_idx
-        *arrays, classes = read(name, Path(data_dir))
+        *arrays, classes = read(name, Path(args.data_dir))
     elif name.endswith(".npz"):
         *arrays, classes = read_npz(Path(name))
     elif Path(name).is_dir():
@@ -610,34 +715,39 @@ def load_images(name, data_dir="data", size=32, device="cpu"):
     else:
         raise UserError(f"there is no data set {name!r}: --data takes {', '.join(IMAGE_SETS)}, "
                         "shapes, an .npz file, or a folder with one folder of pictures per class")
+    check_arrays(name, *arrays, classes)
     x_train, y_train, x_test, y_test = arrays
+    if name not in IMAGE_SETS:
+        x_train, y_train, x_test, y_test = *shuffled(x_train, y_train), *shuffled(x_test, y_test)
+
+    def images(x):
+        x = torch.from_numpy(np.array(x)).to(device)
+        if x.ndim == 3:
+            return x[:, None].expand(-1, 3, -1, -1)       # grey is stored once and read three times
+        return x.permute(0, 3, 1, 2).contiguous()
+
+    labels = [{"class": torch.from_numpy(y.astype(np.int64)).to(device)} for y in (y_train, y_test)]
+    return Images(images(x_train), images(x_test), *labels, {"class": [str(c) for c in classes]})
+
+
+def check_arrays(name, x_train, y_train, x_test, y_test, classes):
+    """Raises UserError unless these are images and labels that can be used."""
     for split, x, y in ("train", x_train, y_train), ("test", x_test, y_test):
         x_name, y_name = f"{name}: x_{split} is {x.dtype} {x.shape}", f"y_{split}"
         require(x.dtype == np.uint8 and x.ndim in (3, 4) and x.shape[3:] in ((), (3,))
                 and x.shape[1] == x.shape[2],
                 f"{x_name}, not square uint8 images (n, S, S) or (n, S, S, 3)")
         require(len(x) > 0 and y.shape == (len(x),) and y.dtype.kind in "iu",
-                f"{x_name}, and {y_name} is {y.dtype} {y.shape}: one integer for each image is due")
-        require(0 <= y.min() and y.max() < len(classes), f"{name}: labels of {y_name} reach from "
+                f"{x_name}, and {y_name} is {y.dtype} {y.shape}, not one integer for each image")
+        require(0 <= y.min() and y.max() < len(classes), f"{name}: labels of {y_name} range from "
                 f"{y.min()} to {y.max()}, but there are {len(classes)} classes")
     require(x_train.shape[1] == x_test.shape[1], f"{name}: train and test differ in size")
     require(len(set(y_train.tolist())) > 1, f"{name}: all training images are of one class")
 
-    def images(x):
-        x = torch.from_numpy(np.array(x)).to(device)
-        if x.ndim == 3:
-            return x[:, None].expand(-1, 3, -1, -1)       # grey is stored once and seen three times
-        return x.permute(0, 3, 1, 2).contiguous()
 
-    if name not in IMAGE_SETS:
-        x_train, y_train, x_test, y_test = *mixed(x_train, y_train), *mixed(x_test, y_test)
-    labels = [{"class": torch.from_numpy(y.astype(np.int64)).to(device)} for y in (y_train, y_test)]
-    return Images(images(x_train), images(x_test), *labels, {"class": [str(c) for c in classes]})
-
-
-def mixed(x, y):
+def shuffled(x, y):
     """Images and labels in another order, always the same: often they are sorted by class, and the
-    first few thousand are to be like all."""
+    first few thousand should be like all."""
     order = np.random.default_rng(0).permutation(len(x))
     return x[order], y[order]
 
@@ -702,7 +812,7 @@ def fetch(name, file, data_dir, kept=None):
             if SHA256[name][file] in digests(part):
                 os.replace(part, path)
                 return path
-            wrong.append(f"{mirror}: not the SHA-256 that is due, so it was thrown away")
+            wrong.append(f"{mirror}: not the expected SHA-256, so it was deleted")
     except OSError as error:
         why = f"cannot write {path} ({error.strerror}): choose another --data-dir"
         raise UserError(why) from None
@@ -743,6 +853,8 @@ def read_idx(name, data_dir):
                     f"{path} is not an IDX file of {dims} dimensions: delete it to fetch it anew")
             shape = np.frombuffer(raw, ">u4", dims, 4)            # after the magic number
             arrays.append(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape))
+        except UserError:
+            raise
         except (OSError, EOFError, ValueError, zlib.error):
             raise UserError(f"{path} is truncated or broken: delete it to fetch it anew") from None
     return *arrays, FASHION if name == "fashion-mnist" else MNIST
@@ -766,37 +878,36 @@ def read_cifar10(name, data_dir):
     return *split(train), *split(test), CIFAR10
 
 
-def read_npz(path):
-    """x_train, y_train, x_test, y_test and, if there, classes. Nothing is ever unpickled."""
-    due = "x_train", "y_train", "x_test", "y_test"
+def read_arrays(path, *names):
+    """{name: array} of an .npz with these and perhaps `classes`. Nothing is ever unpickled. Raises
+    UserError for what is missing or broken."""
+    require(path.exists(), f"there is no file {path}")
     try:
         with np.load(path, allow_pickle=False) as file:
-            require(set(due) <= set(file.files),
-                    f"{path} holds {', '.join(file.files)}; due are {', '.join(due)}")
-            arrays = [file[key] for key in due]
-            classes = file["classes"] if "classes" in file else np.arange(arrays[1].max() + 1)
-            return *arrays, classes.tolist()
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        why = "it holds pickled objects" if "pickle" in str(error) else "it is truncated or no .npz"
+            found = {key: file[key] for key in file.files if key in (*names, "classes")}
+            held = ", ".join(file.files)
+    except Exception as error:                          # NumPy raises many kinds for a broken file
+        pickled = "Object arrays" in str(error)
+        why = "it holds pickled objects" if pickled else "it is truncated or no .npz"
         raise UserError(f"cannot read {path}: {why}; write plain arrays with np.savez") from None
+    require(set(names) <= set(found), f"{path} holds {held}, not {', '.join(names)}")
+    return found
+
+
+def read_npz(path):
+    """x_train, y_train, x_test, y_test and the names of the classes, of an .npz."""
+    names = "x_train", "y_train", "x_test", "y_test"
+    found = read_arrays(path, *names)
+    classes = found["classes"] if "classes" in found else np.unique(found["y_train"])
+    return *(found[name] for name in names), classes.tolist()
 
 
 def read_pictures(path, size, device="cpu"):
     """`images` (n, size, size, 3) uint8 of an .npz -> (n, 3, size, size). Raises UserError for what
     is missing, broken or of another form."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            require("images" in file, f"{path} holds {', '.join(file.files)}; due is images")
-            x = file["images"]
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error):
-        why = "it is truncated, or no .npz of plain arrays"
-        raise UserError(f"cannot read {path}: {why}") from None
+    x = read_arrays(Path(path), "images")["images"]
     require(x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] == (size, size, 3) and len(x) > 0,
-            f"{path}: images is {x.dtype} {x.shape}, and (n, {size}, {size}, 3) uint8 is due: "
+            f"{path}: images is {x.dtype} {x.shape}, not (n, {size}, {size}, 3) uint8: "
             "scale them, or take another --image-size")
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().to(device)
 
@@ -917,13 +1028,13 @@ def manual():
 
 
 def printable(text):
-    """The text, with a mark in the place of what would upset a terminal."""
+    """The text; what would upset a terminal becomes a replacement character."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
                    for c in text.replace("\r\n", "\n"))
 
 
 class Bytes:
-    """Tokenizer: a token for each byte, 0 to 255, and BOS, which stands where a text begins."""
+    """Tokenizer: a token for each byte, 0 to 255, and BOS, which stands before a text."""
     BOS, vocab = 256, 257
 
     def encode(self, text):
@@ -936,7 +1047,7 @@ class Bytes:
         return printable(bytes(t for t in map(int, tokens) if t < 256).decode(errors="replace"))
 
     def stream(self, documents):
-        """All documents behind each other, BOS in front of each: (n,) int64."""
+        """All documents one after another, BOS before each: (n,) int64."""
         bos = torch.tensor([self.BOS])
         return torch.cat([part for raw in documents for part in (bos, self.encode(raw))])
 
@@ -969,6 +1080,11 @@ class Words:
         """str -> (n,) int64; of the special tokens a text can yield [UNK] alone."""
         return torch.tensor([self.ids.get(word, 1) for word in self.split(text)], dtype=torch.int64)
 
+    def stream(self, documents):
+        """All documents (bytes, UTF-8) one after another, [SEP] before each: (n,) int64."""
+        sep = torch.tensor([self.ids["[SEP]"]])
+        return torch.cat([part for raw in documents for part in (sep, self.encode(raw.decode()))])
+
     def decode(self, tokens):
         """(n,) -> str."""
         return self.join([self.words[int(t)] for t in tokens])
@@ -986,7 +1102,7 @@ class Words:
 
 
 def schedule(step, steps, warmup):
-    """Share of the peak learning rate at a step: a line up, then half a cosine down to 0."""
+    """Fraction of the peak learning rate at a step: linear warm-up, then half a cosine to 0."""
     rise = max(1, round(steps * warmup))
     if step < rise:
         return (step + 1) / rise
@@ -1002,324 +1118,307 @@ def adamw(parameters, lr, weight_decay, betas=(.9, .95)):
 
 
 class Run:
-    """What surrounds a training loop, so that the loop itself stays in view:
+    """What surrounds a training step, so that the step itself stays in view:
 
-        run = Run(args, model)                  # optimizer, schedule, bar, log, checkpoint
-        for step in run:                        # under autocast; goes on where it stopped
-            x = run.batch(images.train)
-            run.update(distance(model(x), x))   # backward, clip, step
+        run = Run(args, model, optimizer)
+        for step in run:                      # sets seed and learning rate; continues a resumed run
+            x = run.batch(data)
+            with run.autocast():
+                loss = distance(model(x), x)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log(loss)                     # for the bar, log.jsonl and the checkpoint
 
     Each step's randomness depends on (seed, step) alone: a run that was killed and resumed ends
-    with the same weights, bit for bit, as one that was not, and draws the same after its last step
-    (on a CPU, with as many threads; on a GPU after torch.use_deterministic_algorithms(True), and
-    the weights alone). Flags that are given with --resume count from there on. Ctrl-C saves after
-    the step it falls in. A loss that is not finite stops the run and leaves the last good
-    checkpoint.
+    with the same weights, bit for bit, as one that was not (on a CPU with as many threads; on a
+    GPU after torch.use_deterministic_algorithms(True)). Ctrl-C and signals that ask to stop save
+    after the step. A loss that is not finite stops the run and leaves the last good checkpoint.
+    uniform: the loss of a uniform guess, to be shown beside the loss. about: what the model has to
+    know about its data, such as Images.about() or a vocabulary; it is kept in the checkpoint. Its
+    `fingerprint`, if it has one (of frozen weights), must be the same when the run is resumed.
     """
 
-    def __init__(self, args, model, optimizer=None, chance=None, vocabulary=None, part=""):
-        self.args, self.model, self.chance = args, model, chance    # chance: the loss of guessing
-        self.vocabulary = vocabulary       # of a tokenizer: goes into the checkpoint with the model
-        self.part, self.keep = part, not part      # which of many short ones: no bar, log or files
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = optimizer or adamw(self.parameters, args.lr, args.weight_decay)
-        self.step, self.wrote, self.seconds = 0, None, 0.     # wrote: step of the newest checkpoint
-        self.order, self.pending, self.stop = (None, None), None, False
-        self.out = folder(args.out) if self.keep else Path(args.out)
-        if args.resume and self.keep:
+    def __init__(self, args, model, optimizer, uniform=None, about=None):
+        self.args, self.model, self.optimizer = args, model, optimizer
+        self.uniform, self.about, self.out = uniform, about or {}, Path(args.out)
+        self.step, self.seconds = 0, 0.          # done so far
+        self.saved = None                        # the step of the checkpoint
+        self.pending, self.loss = None, None     # the newest loss on the device, and as a number
+        self.epoch, self.order = None, None      # what batch() takes its rows from
+        self.stop = None                         # the signal that asked the run to stop
+        self.out.mkdir(parents=True, exist_ok=True)
+        if args.resume and (self.out / "checkpoint.pt").exists():
             self.load()
         if args.compile:
             model.compile()
 
     def __iter__(self):
-        args, began = self.args, self.seconds
-        self.began, saved = time.time() - began, time.time()
-        ctrl_c = threading.current_thread() is threading.main_thread()
-        if ctrl_c:
-            usual = signal.signal(signal.SIGINT, self.interrupt)
+        args, every, last_save = self.args, math.ceil(self.args.steps / 200), time.monotonic()
+        began, usual = last_save - self.seconds, on_signals(self.interrupt)
         line = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        self.bar = tqdm(total=args.steps, initial=self.step, ncols=80, leave=False,
-                        bar_format=line, disable=None if self.keep else True)
-        self.log = self.open_log()
+        bar = tqdm(total=args.steps, initial=self.step, ncols=80, leave=False, bar_format=line,
+                   disable=not (sys.stderr and sys.stderr.isatty()))
+        log = self.open_log()
         try:
             while self.step < args.steps:
                 torch.manual_seed(args.seed * 1_000_003 + self.step)
-                with autocast(args):
-                    yield self.step
+                rate = args.lr * schedule(self.step, args.steps, args.warmup)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate * group.get("times", 1.)      # a group's own learning rate
+                yield self.step
                 self.step += 1
-                self.seconds = time.time() - self.began
-                self.bar.update()
-                last = self.step == args.steps
-                if last or self.stop or time.time() - saved > args.save_every:
-                    self.check()
-                    if self.keep:
-                        self.save()
-                    saved = time.time()
-                if last or self.step % -(-args.steps // 200) == 0:
-                    self.check()
-                    if self.keep:
-                        self.show()
+                self.seconds, last = time.monotonic() - began, self.step == args.steps
+                bar.update()
+                if last or self.step % every == 0:
+                    self.show(log, bar)
+                if last or self.stop or time.monotonic() - last_save > args.save_every:
+                    self.save()
+                    last_save = time.monotonic()
                 if self.stop:
-                    raise KeyboardInterrupt
+                    break
         finally:
-            self.bar.close()
-            self.log.close()
-            if ctrl_c:
-                signal.signal(signal.SIGINT, usual)
-        if self.seconds > began and self.keep:
-            print(f"{self.step} steps in {self.seconds:.0f} s, {self.words()} in the last.")
+            bar.close()
+            log.close()
+            for number, handler in usual.items():
+                signal.signal(number, handler)
+            torch.manual_seed(args.seed)               # what follows does not depend on the steps
+        if self.stop:
+            signal.raise_signal(self.stop)
+        if self.loss is not None:
+            say(f"{self.step} steps in {self.seconds:.0f} s, {self.status()} in the last.")
 
     def batch(self, data):
-        """The next args.batch rows of data, (B, ...): each row once an epoch, in a new order."""
+        """The next args.batch rows of data, (B, ...): each row once per epoch, in a new order."""
         n, size = len(data), self.args.batch
         require(size <= n, f"--batch {size} is more than the {n} training examples")
         epoch, i = divmod(self.step, n // size)
-        if self.order[0] != (epoch, n):
+        if self.epoch != (epoch, n):
             g = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
-            self.order = (epoch, n), torch.randperm(n, generator=g).to(data.device)
-        return data[self.order[1][i * size:(i + 1) * size]]
+            self.epoch, self.order = (epoch, n), torch.randperm(n, generator=g).to(data.device)
+        return data[self.order[i * size:(i + 1) * size]]
 
-    def update(self, loss):
-        """Backward, clip, one step of the optimizer at this step's learning rate."""
-        args = self.args
-        with torch.autocast(loss.device.type, enabled=False):
-            loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, args.clip or math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = args.lr * schedule(self.step, args.steps, args.warmup)
-            group["lr"] *= group.get("times", 1.)           # of a group's own learning rate
-        self.check()                            # the step before: its loss is there without waiting
-        self.pending = self.step, loss.detach(), norm
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        torch.clear_autocast_cache()            # it holds bfloat16 copies of the old weights
+    def autocast(self):
+        """The precision of --dtype, for what is computed inside a `with`."""
+        return autocast(self.args)
+
+    def log(self, loss):
+        """Takes the loss of this step. It is read in the next one: no waiting for a GPU."""
+        self.check()
+        self.pending = loss.detach()
 
     def check(self):
-        """Stops the run if the last update's loss or gradient was not finite."""
-        if self.pending:
-            step, loss, norm = self.pending
-            self.pending, self.loss, self.norm = None, loss.item(), norm.item()
-            if not math.isfinite(self.loss + self.norm):
-                kept = f"{self.part}: other results are kept" if self.part else \
-                    "no checkpoint was written yet"
-                if self.wrote is not None:
-                    kept = f"the checkpoint of step {self.wrote} is kept"
-                raise UserError(f"at step {step} the loss was {self.loss:.4g} and its gradient "
-                                f"{self.norm:.4g}; {kept}. Try a smaller --lr")
+        """Reads the loss of the last step. Raises UserError if it was not finite."""
+        if self.pending is not None:
+            self.loss, self.pending = self.pending.item(), None
+            self.finite(math.isfinite(self.loss), f"the loss was {self.loss}")
+
+    def finite(self, condition, what):
+        kept = "no checkpoint was written yet" if self.saved is None else \
+            f"the checkpoint of step {self.saved} is kept"
+        require(condition, f"at step {self.step - 1} {what}; {kept}. Try a smaller --lr")
 
     def save(self):
-        """Writes checkpoint.pt in one motion: whoever looks sees the old one or the new one, whole.
-        One that was there before a new run, without --resume, is kept as previous.pt."""
-        state = dict(script=script(), args=dataclasses.asdict(self.args), step=self.step,
-                     seconds=self.seconds, model=self.model.state_dict(),
-                     optimizer=self.optimizer.state_dict(), vocabulary=self.vocabulary,
-                     random=torch.get_rng_state())     # for what comes after the last step
-        kept = "" if self.wrote is None else f"; the one of step {self.wrote} is kept"
-        write_checkpoint(state, self.out / "checkpoint.pt", self.wrote is None,
-                         f" at step {self.step}", kept)
-        self.wrote = self.step
+        """Writes checkpoint.pt, unless the weights are not finite."""
+        self.check()
+        weights = self.model.state_dict()
+        self.finite(all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad),
+                    "the weights were not finite, though the loss was")
+        state = dict(format=FORMAT, script=script(self.args), args=dataclasses.asdict(self.args),
+                     step=self.step, seconds=self.seconds, about=self.about, model=weights,
+                     kind=type(self.optimizer).__name__, optimizer=self.optimizer.state_dict())
+        kept = "" if self.saved is None else f"; the one of step {self.saved} is kept"
+        with replacing(self.out / "checkpoint.pt", f" at step {self.step}{kept}") as f:
+            torch.save(state, f)
+        self.saved = self.step
 
     def load(self):
-        """Takes up the checkpoint in --out; raises UserError where it is of another model."""
-        state, path = read_checkpoint(self.args.out, script()), self.out / "checkpoint.pt"
+        """Continues from the checkpoint; raises UserError where it is of another model."""
+        path, state = self.out / "checkpoint.pt", read_checkpoint(self.out, script(self.args))
         here, there = ({k: tuple(v.shape) for k, v in weights.items()}
                        for weights in (self.model.state_dict(), state["model"]))
         for name in {**here, **there}:
             a, b = there.get(name, "missing"), here.get(name, "missing")
             require(a == b, f"{path} does not fit this model: {name} is {a} there and {b} here; "
-                    "leave out the flags that change the model, or choose another --out")
-        self.model.load_state_dict(state["model"])
+                    "leave out the flags that change the model, or start a new run")
+        require(state["about"].get("fingerprint") == self.about.get("fingerprint"),
+                f"{path} is of another base: continue with its own, or start a new run")
         groups = [{k: v for k, v in group.items() if k != "params"}
                   for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            fits = state["kind"] == type(self.optimizer).__name__
+        except (ValueError, KeyError, TypeError):
+            fits = False
+        require(fits, f"{path} is of another optimizer: start a new run")
+        self.model.load_state_dict(state["model"])
         for group, options in zip(self.optimizer.param_groups, groups):
             group.update(options)                               # of the flags that are given now
-        if "random" in state:
-            torch.set_rng_state(state["random"])
-        self.step, self.seconds, self.wrote = state["step"], state["seconds"], state["step"]
-        self.args.steps = max(self.args.steps, self.step)       # --steps 0: look, do not train
-        print(f"Going on from step {self.step} of {path}.")
+        self.step, self.seconds, self.saved = state["step"], state["seconds"], state["step"]
+        self.args.steps = max(self.args.steps, self.step)       # --steps 0: evaluate, do not train
+        say(f"Continuing from step {self.step} of {path}.")
 
-    @contextlib.contextmanager
-    def aside(self):
-        """After update: a look at the model in evaluation mode, whose time does not
-        count as training. It leaves no trace in the steps to come."""
-        start, kind = time.time(), self.args.device.split(":")[0]
-        self.model.eval()
-        with torch.autocast(kind, enabled=False):
-            yield
-        self.model.train()
-        self.began += time.time() - start
-
-    def note(self, **figures):
-        """Keeps figures of the step that is being done in log.jsonl, for `notes`."""
-        self.log.write(json.dumps(dict(step=self.step + 1, note=figures)) + "\n")
-
-    def notes(self):
-        """{step: figures} of all that `note` kept, before a resume, too."""
-        lines = map(json.loads, (self.out / "log.jsonl").read_text().splitlines())
-        return {line["step"]: line["note"] for line in lines if "note" in line}
-
-    def interrupt(self, *_):
-        self.stop = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)     # a second Ctrl-C stops at once
+    def interrupt(self, number, _):
+        self.stop = number
+        signal.signal(number, interrupt)                       # a second one stops at once
 
     def open_log(self):
         """log.jsonl, a line every half per cent; what is later than the checkpoint is dropped."""
-        path = self.out / "log.jsonl"
-        if not self.keep:
-            return open(os.devnull, "w")
-        lines = path.read_text().split("\n") if self.step and path.exists() else []
-        step = lambda line: int(re.match(r'\{"step": (\d+),.*\}$|', line)[1] or self.step + 1)
-        path.write_text("".join(line + "\n" for line in lines if step(line) <= self.step))
+        path, kept = self.out / "log.jsonl", ""
+        with contextlib.suppress(ValueError):                  # the last line may be cut off
+            for line in path.read_text().splitlines() if self.step and path.exists() else ():
+                kept += line + "\n" if json.loads(line)["step"] <= self.step else ""
+        with replacing(path) as f:
+            f.write(kept.encode())
         return open(path, "a", buffering=1)
 
-    def show(self):
-        """The newest loss and the speed: into the log, and behind the bar or as a line of text."""
-        args, lr = self.args, self.optimizer.param_groups[0]["lr"]
-        rate = self.step * args.batch / max(self.seconds, 1e-9)
-        self.log.write(json.dumps(dict(step=self.step, loss=self.loss, gradient=self.norm, lr=lr,
+    def show(self, log, bar):
+        """The newest loss and the speed: into the log, and beside the bar or as a line of text."""
+        self.check()
+        lr, steps = self.optimizer.param_groups[0]["lr"], self.args.steps
+        rate = self.step * self.args.batch / max(self.seconds, 1e-9)
+        log.write(json.dumps(dict(step=self.step, loss=self.loss, lr=lr,
                                   seconds=round(self.seconds, 2))) + "\n")
-        self.bar.set_postfix_str(f"{self.words()}, {rate:,.0f}/s", refresh=False)
-        if self.bar.disable and self.step % -(-args.steps // 10) < -(-args.steps // 200):
-            print(f"step {self.step}/{args.steps}  {self.words()}  {rate:,.0f}/s", flush=True)
+        bar.set_postfix_str(f"{self.status()}, {rate:,.0f}/s", refresh=False)
+        if bar.disable and self.step % math.ceil(steps / 10) < math.ceil(steps / 200):
+            say(f"step {self.step}/{steps}  {self.status()}  {rate:,.0f}/s")
 
-    def words(self):
-        """The newest loss and, where it is known, what guessing would cost."""
-        chance = "" if self.chance is None else f" (chance {self.chance:.3f})"
-        return f"loss {self.loss:.4f}{chance}"
-
-
-class Series:
-    """What surrounds several short trainings: the figures of each, kept as soon as it is done.
-
-        series = Series(args, about, free=("k",))     # settings that say which, not how
-        for fit in series.rest(fits):                 # those that are not done yet, under a bar
-            series.add(fit, loss=...)
-        series.done                                   # {fit: figures}
-
-    With --resume nothing is done twice, unless a setting that is not free has changed, or `about`,
-    the name of what they have in common.
-    """
-
-    def __init__(self, args, about="", free=()):
-        self.args, self.about, self.out = args, about, folder(args.out)
-        self.path, self.done, self.seconds, self.fresh = self.out / "checkpoint.pt", {}, 0., True
-        if args.resume:
-            state = read_checkpoint(args.out, script())
-            require("done" in state, f"{self.path} is one training, not a series: choose another "
-                    "--out")
-            free = {*free, "out", "device", "data_dir", "resume", "save_every"}
-            same = lambda settings: {k: v for k, v in settings.items() if k not in free}
-            if state["about"] == about and same(state["args"]) == same(dataclasses.asdict(args)):
-                self.done, self.seconds, self.fresh = state["done"], state["seconds"], False
-            else:
-                say(f"Other settings than those in {self.path}, so all is done anew.")
-
-    def rest(self, fits):
-        """The fits (tuples) that are still to be done. Ctrl-C stops a training after its step, and
-        else after the fit."""
-        bar = progress([fit for fit in fits if fit not in self.done], "fits")
-        ctrl_c, self.stop = threading.current_thread() is threading.main_thread(), False
-        if ctrl_c:
-            usual = signal.signal(signal.SIGINT, self.interrupt)
-        try:
-            for fit in bar:
-                bar.set_postfix_str(" ".join(map(str, fit)))
-                self.began = time.time()
-                yield fit
-                if self.stop:
-                    raise KeyboardInterrupt
-        finally:
-            if ctrl_c:
-                signal.signal(signal.SIGINT, usual)
-
-    def interrupt(self, *_):
-        self.stop = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)     # a second Ctrl-C stops at once
-
-    def add(self, fit, **figures):
-        """Keeps the figures of the fit that `rest` gave last, in checkpoint.pt; one of another
-        series that was there is kept as previous.pt."""
-        self.done[fit] = figures
-        self.seconds += time.time() - self.began
-        state = dict(script=script(), args=dataclasses.asdict(self.args), about=self.about,
-                     done=self.done, seconds=self.seconds)
-        write_checkpoint(state, self.path, self.fresh)
-        self.fresh = False
+    def status(self):
+        """The newest loss and, where it is known, that of a uniform guess."""
+        uniform = "" if self.uniform is None else f" (uniform guess {self.uniform:.3f})"
+        return f"loss {self.loss:.4f}{uniform}"
 
 
-def folder(out):
-    """The folder as a Path, made if it is not there. Raises UserError if one cannot write to it."""
-    out = Path(out)
+FORMAT = 2      # of checkpoints; another is refused
+
+
+def read_checkpoint(folder, *scripts, flag="--out"):
+    """The checkpoint in a folder, on the CPU: its script, args, step, seconds, about, model and
+    optimizer. Raises UserError if there is none, or none that a script of these (or any) wrote."""
+    path = Path(folder) / "checkpoint.pt"
+    require(path.exists(), f"there is no {path}: choose another {flag}, or start a new run")
+    return read_saved(path, *scripts, flag=flag)
+
+
+def read_saved(path, *scripts, flag="--out"):
+    """What one of the scripts (none: any) saved in a file, on the CPU. Raises UserError."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".try").write_text("")
-        (out / ".try").unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
-    return out
-
-
-def write_checkpoint(state, path, fresh=False, when="", kept="", what="a checkpoint"):
-    """Writes a file in one motion: whoever looks sees the old one or the new one, whole. With
-    `fresh`, one that is there is of another run, and is kept as previous.pt. Raises UserError."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with open(part, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        if path.exists() and fresh:
-            os.replace(path, path.with_name("previous.pt"))
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:           # torch.save wraps a full disk in either
-        part.unlink(missing_ok=True)
-        why = getattr(error, "strerror", None) or "is the disk full?"
-        raise UserError(f"cannot write {what} to {path.parent}{when} ({why}){kept}") from None
-
-
-def stage_done(how, settings):
-    """Sets how.resume where the run in how.out has the same of these settings (names), as they were
-    typed, so that a Run goes on from there; and tells whether that run has done all its steps."""
-    if not (Path(how.out) / "checkpoint.pt").exists():
-        return False
-    state = read_checkpoint(how.out, script())
-    how.resume = all(state["args"].get(name) == getattr(how, name) for name in settings)
-    return how.resume and state["step"] == how.steps
-
-
-@contextlib.contextmanager
-def stage(what, run):
-    """Says how to go on when the training of a part (what) is interrupted."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise UserError(f"stopped at step {run.step} of {what}: the same command goes on from "
-                        "there") from None
-
-
-def read_checkpoint(out, *due, otherwise="leave out --resume to start anew", flag="--out"):
-    """The newest checkpoint of a run, on the CPU. Raises UserError if there is none, if it is
-    broken, or if a script other than those that are due wrote it."""
-    path = Path(out) / "checkpoint.pt"
-    require(path.exists(), f"there is no {path} to go on from: {otherwise}")
-    return read_saved(path, *due, flag=flag)
-
-
-def read_saved(path, *due, flag="--out"):
-    """What a script, one of those that are due (none: any), saved in a file, on the CPU. Raises
-    UserError as read_checkpoint."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        by = state["script"]
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        by, version = state["script"], state.get("format")
     except Exception as error:                          # torch raises many kinds for a broken file
         raise UserError(f"{path} is not a checkpoint that can be read ({type(error).__name__}): "
                         f"delete it, or choose another {flag}") from None
-    require(by in due or not due, f"{path} was written by {by}, not by {' or '.join(due)}: choose "
-            f"another {flag}")
+    require(by in scripts or not scripts, f"{path} was written by {by}, not by "
+            f"{' or '.join(scripts)}: choose another {flag}")
+    require(version == FORMAT, f"{path} was written by another version of {by} (format {version}, "
+            f"this is {FORMAT}): use that version, or start a new run")
+    lacks = {"args", "model", "step", "seconds", "about", "kind", "optimizer"} - set(state)
+    require(not lacks or "adapter" in state, f"{path} lacks {', '.join(sorted(lacks))}: it is "
+            f"broken, or no checkpoint of a run; choose another {flag}")
     return state
+
+
+def runs_of(args):
+    """The folders runs/mae, runs/mae-2, ... of this script that hold a run: {number: path}."""
+    runs, pattern = {}, rf"{Path(script(args)).stem}(?:-(\d+))?"
+    for path in Path("runs").glob("*"):
+        match = re.fullmatch(pattern, path.name)
+        if match and (has_run(path) or (path / "settings.json").exists()):
+            runs[int(match[1] or 1)] = path
+    return runs
+
+
+def has_run(out):
+    """Whether a run saved anything in a folder, or a training that comes before it."""
+    names = "checkpoint.pt", "result.json", "*/checkpoint.pt"
+    return any(any(Path(out).glob(name)) for name in names)
+
+
+def claim(args):
+    """Makes the folder of a new run, --out or the next of runs/mae, runs/mae-2, ..., writes its
+    settings.json and sets args.out. Returns whether the folder is new. Two runs at once never share
+    one: to make a folder, or a file with mode "x", succeeds only once. Raises UserError."""
+    stem, first, new = Path(script(args)).stem, max(runs_of(args), default=0) + 1, False
+    names = [args.out] if args.out else (
+        f"runs/{stem}-{n}" if n > 1 else f"runs/{stem}" for n in itertools.count(first))
+    try:
+        for out in map(Path, names):
+            with contextlib.suppress(FileExistsError):
+                out.mkdir(parents=True)
+                new = True
+                break
+        args.out = str(out)
+        if not new and has_run(out):
+            raise FileExistsError
+        with open(out / "settings.json", "x") as f:
+            json.dump(dict(script=script(args), args=dataclasses.asdict(args)), f, indent=1)
+        return new
+    except FileExistsError:
+        raise UserError(f"{out} holds a run: --resume --out {out} continues it; or choose another "
+                        "--out") from None
+    except OSError as error:
+        if new:
+            shutil.rmtree(out, ignore_errors=True)
+        raise UserError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
+
+
+def saved_run(args):
+    """(folder, settings) of the run that --resume continues: --out, or the newest in runs/."""
+    runs = runs_of(args)
+    out = Path(args.out or (runs[max(runs)] if runs else "runs"))
+    if (out / "checkpoint.pt").exists():
+        return str(out), read_checkpoint(out, script(args))["args"]
+    path = out / "settings.json"                         # it was killed before its first checkpoint
+    require(path.exists(), f"there is no run of {script(args)} to resume in {out}: leave out "
+            "--resume to start one")
+    try:
+        state = json.loads(path.read_text())
+        by, settings = state["script"], dict(state["args"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} cannot be read: delete {out} and start a new run") from None
+    require(by == script(args), f"{path} was written by {by}: choose another --out")
+    return str(out), settings
+
+
+def stage(args, name, same, **settings):
+    """A training that comes before the main one and is kept in <out>/<name>: its Args, and whether
+    it is done already, there or in a folder beside args.out. `settings`: those of its own; `same`:
+    names of those that make it another one. Raises UserError."""
+    own = Path(args.out, name)
+    how = dataclasses.replace(args, out=str(own), resume=False, compile=False, **settings)
+    for path in [own, *sorted(Path(args.out).parent.glob(f"*/{name}"))]:
+        try:
+            state = read_checkpoint(path, script(args))
+        except (UserError, OSError):
+            continue
+        differ = [flag(key) for key in same if state["args"].get(key) != getattr(how, key)]
+        if not differ and state["step"] == how.steps:
+            return dataclasses.replace(how, out=str(path)), True
+        if path == own:
+            require(not differ, f"{path} was trained with another {', '.join(differ)}: start a new "
+                    "run")
+            how.resume = True
+    return how, False
+
+
+@contextlib.contextmanager
+def replacing(path, when=""):
+    """An open file that takes the place of `path` in one motion, at the end: whoever looks sees the
+    old file or the new one, whole. Raises UserError where it cannot be written."""
+    part = Path(path).with_name(f"{Path(path).name}.part")
+    try:
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:           # torch.save wraps a full disk in either
+        why = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"cannot write {path}{when} ({why})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def fingerprint(weights):
@@ -1330,7 +1429,7 @@ def fingerprint(weights):
 # -------------------------------------------------------------------------------- evaluation
 
 
-def few(labels, k, seed=0):
+def k_shot(labels, k, seed=0):
     """Indices of k random examples of each class (all if k is 0): (k * classes,) on labels' device.
     Raises UserError where a class has fewer."""
     least = labels.unique(return_counts=True)[1].min()
@@ -1341,9 +1440,10 @@ def few(labels, k, seed=0):
 
 
 @torch.no_grad()
-def encode(f, images, x, batch=500):
+def encode(args, f, images, x, batch=500):
     """f of every image of x (n, 3, S, S) uint8, normalised, without gradients: (n, C) float."""
-    return torch.cat([f(images.normalize(part)).float() for part in x.split(batch)])
+    with autocast(args):
+        return torch.cat([f(images.normalize(part)).float() for part in x.split(batch)])
 
 
 def probe(train, labels, test, test_labels, k=0, seed=0, decay=1e-2):
@@ -1351,10 +1451,10 @@ def probe(train, labels, test, test_labels, k=0, seed=0, decay=1e-2):
     each class (0: all), fitted to its optimum with L-BFGS.
 
     train (n, C), labels (n,), test (m, C), test_labels (m,). Features are standardised over all of
-    train, labelled or not; a square of a weight costs decay / 2.
+    train, labelled or not; decay / 2 is the weight of the squared weights.
     """
     mean, std = train.mean(0), train.std(0) + 1e-6
-    i = few(labels, k, seed)
+    i = k_shot(labels, k, seed)
     x, y, test = (train[i] - mean) / std, labels[i], (test - mean) / std
     head = nn.Linear(x.shape[1], int(labels.max()) + 1, device=x.device)
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
@@ -1366,26 +1466,47 @@ def probe(train, labels, test, test_labels, k=0, seed=0, decay=1e-2):
         loss.backward()
         return loss
 
-    pays = x.device.type == "cpu" and OneDNN.pays()
-    with OneDNN() if pays else contextlib.nullcontext():
-        optimizer.step(closure)
+    optimizer.step(closure)
     return 100 * (head(test).argmax(1) == test_labels).float().mean().item()
 
 
-def finetune(f, images, x, labels, test_labels, args, steps, lr, batch=64, seed=0):
+def linear_probe(args, f, images):
+    """Accuracies in % of linear probes on the features of a frozen encoder: for the class at each
+    of args.labels, and then for the colour from all labels, if the images have one.
+
+    f maps normalised images (B, 3, S, S) to features (B, C).
+    """
+    train, test = (encode(args, f, images, x) for x in (images.train, images.test))
+    fit = lambda name, k: probe(train, images.train_labels[name], test, images.test_labels[name], k)
+    row = [fit(next(iter(images.names)), k) for k in args.labels]
+    return row + [fit("colour", 0)] if "colour" in images.names else row
+
+
+def label_table(args, images, rows):
+    """The table of {encoder: accuracies in %}, and of chance, at each of args.labels and, if all
+    rows have one more, of the colour from all labels."""
+    what, wide = next(iter(images.names)), min(map(len, rows.values()))
+    head = [str(k or "all") for k in args.labels] + ["colour, all"]
+    names = [what] * len(args.labels) + ["colour"] * ("colour" in images.names)
+    rows = {"chance": [100 / len(images.names[name]) for name in names], **rows}
+    return table([[f"{what}, accuracy in % by labels per class", *head[:wide]],
+                  *([name, *(f"{x:.1f}" for x in row[:wide])] for name, row in rows.items())])
+
+
+def finetune(args, f, images, x, labels, test_labels, steps, lr, batch=64, seed=0):
     """Accuracy in % on images.test after training a new linear head and what of f takes gradients.
 
     f maps normalised images (B, 3, S, S) to features (B, C) and is changed in place; x (n, 3, S, S)
     uint8 with labels (n,) are the few labelled images; test_labels (m,).
     """
     torch.manual_seed(seed)
-    dim = encode(f.eval(), images, x[:1]).shape[1]
+    dim = encode(args, f.eval(), images, x[:1]).shape[1]
     head = nn.Linear(dim, int(labels.max()) + 1)
     nn.init.zeros_(head.weight)                  # at first all classes are equally likely
     norm = nn.BatchNorm1d(dim, affine=False)     # as in MAE, A.1, for probes: scales differ widely
     model = nn.Sequential(f, norm, head).to(x.device).train()
     optimizer = adamw(model.parameters(), lr, weight_decay=.05)
-    for step in range(steps):
+    for step in progress(range(steps), "fine-tuning"):
         for group in optimizer.param_groups:
             group["lr"] = lr * schedule(step, steps, .1)
         i = torch.randint(len(x), (min(batch, len(x)),), device=x.device)
@@ -1394,43 +1515,8 @@ def finetune(f, images, x, labels, test_labels, args, steps, lr, batch=64, seed=
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    with autocast(args):
-        scores = encode(model.eval(), images, images.test)
+    scores = encode(args, model.eval(), images, images.test)
     return 100 * (scores.argmax(1) == test_labels).float().mean().item()
-
-
-def few_shot(args, f, images, labels, others=()):
-    """Freezes f, and fits a linear head on k labels a class (0: all), for each k of labels, and for
-    each of args.draws choices of them.
-
-    f maps normalised images (B, 3, S, S) to features (B, C). Returns {attribute: for each k
-    accuracies in % on the test images, one a draw}; `others` are read with all labels only.
-    """
-    with autocast(args):                  # encode is under no_grad: the encoder is frozen
-        train, test = (encode(f, images, x) for x in (images.train, images.test))
-
-    def fit(name, k, draw):
-        y, test_y = images.train_labels[name], images.test_labels[name]
-        return probe(train, y, test, test_y, k, draw)
-
-    what = next(iter(images.names))
-    draws = {k: range(args.draws if k else 1) for k in labels}        # all labels: one way to draw
-    knows = {what: [[fit(what, k, draw) for draw in draws[k]] for k in labels]}
-    others = [name for name in others if name in images.names and name != what]
-    return knows | {name: [[fit(name, 0, 0)]] for name in others}
-
-
-def supervised(args, f, images, steps):
-    """Trains an encoder on the class of ALL training images, without augmentation, to be probed
-    like the others: what do features know that were made to answer this very question?
-
-    f maps normalised images (B, 3, S, S) to features (B, C); it is changed in place, and returned.
-    """
-    print("Now the same encoder, supervised, for as many steps ...", flush=True)
-    what = next(iter(images.names))
-    finetune(f, images, images.train, images.train_labels[what], images.test_labels[what], args,
-             steps, args.lr, args.batch, args.seed)
-    return f
 
 
 # ------------------------------------------------------------------------------------ output
@@ -1438,7 +1524,7 @@ def supervised(args, f, images, steps):
 
 def save_png(path, pictures, columns, group=0, zoom=3):
     """Writes pictures (n, 3, S, S) in [0, 1] as one PNG, row by row, each pixel zoom times as
-    large. A wider gap parts every `group` pictures."""
+    large. A wider gap separates every `group` pictures."""
     n, _, S, _ = pictures.shape
     rows, side = -(-n // columns), S * zoom
     left = [c * (side + 4) + (c // group * 12 if group else 0) for c in range(columns)]
@@ -1451,8 +1537,9 @@ def save_png(path, pictures, columns, group=0, zoom=3):
     chunk = lambda kind, data: (struct.pack(">I", len(data)) + kind + data
                                 + struct.pack(">I", zlib.crc32(kind + data)))
     head = struct.pack(">IIBBBBB", sheet.shape[1], sheet.shape[0], 8, 2, 0, 0, 0)     # 8-bit RGB
-    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
-                           + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
+    with replacing(path) as f:
+        f.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines))
+                + chunk(b"IEND", b""))
 
 
 def table(rows):
@@ -1462,36 +1549,16 @@ def table(rows):
                      for row in rows)
 
 
-def spread(values, digits=1):
+def mean_std(values, digits=1):
     """'61.2', or '61.2 +- 0.8' (mean and sample standard deviation) of several values."""
     text = f"{np.mean(values):.{digits}f}"
     return text + f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
 
 
-def comparison(images, labels, rows):
-    """The table of who knows what. rows {who: {attribute: [accuracies of the draws, per column]}}:
-    the class of the images at each of labels (0: all), then other attributes with all labels."""
-    what, *others = images.names
-    others = [name for name in others if all(name in knows for knows in rows.values())]
-    count = lambda k: f"{k} a class" if k else "all labels"
-    lines = [[f"{what}, accuracy in %", *map(count, labels), *(f"{name}, all" for name in others)]]
-    guess = [f"{100 / len(images.names[name]):.1f}" for name in [what] * len(labels) + others]
-    lines += [["chance", *guess]]
-    lines += [[who, *map(spread, knows[what]), *(spread(knows[name][0]) for name in others)]
-              for who, knows in rows.items()]
-    return table(lines)
-
-
-def known(images, knows):
-    """One row of `comparison` in words, with all labels: 'shape 45 % (chance 10), colour ...'."""
-    chance = {name: 100 / len(images.names[name]) for name in knows}
-    return ", ".join(f"{name} {np.mean(scores[-1]):.0f} % (chance {chance[name]:.0f})"
-                     for name, scores in knows.items())
-
-
 def progress(things, what):
     """The things, one by one, under a bar that vanishes at the end (none without a terminal)."""
-    return tqdm(things, what, ncols=80, leave=False, disable=None)
+    hidden = not (sys.stderr and sys.stderr.isatty())
+    return tqdm(things, what, ncols=80, leave=False, disable=hidden)
 
 
 def machine(device="cpu"):
@@ -1507,32 +1574,34 @@ def machine(device="cpu"):
 def command(args):
     """The command line that gives these settings on the same kind of device."""
     usual = {f.name: f.default for f in dataclasses.fields(args)}
-    usual |= type(args).cpu if args.device == "cpu" else {}
-    line = ["python", script()]
+    usual |= type(args).cpu if args.device.startswith("cpu") else {}
+    line = ["python", script(args)]
     for name, value in dataclasses.asdict(args).items():
         skip = name in ("out", "data_dir", "device", "resume", "save_every")
-        if value != usual[name] and not skip:
-            if isinstance(value, bool):
-                line.append(flag(name if value else f"no_{name}"))
-            else:
-                if type(value) is str and value.startswith("-"):
-                    line.append(f"{flag(name)}={shlex.quote(value)}")
-                else:
-                    line += [flag(name), shlex.quote(value) if type(value) is str else words(value)]
+        if value == usual[name] or skip:
+            continue
+        if isinstance(value, bool):
+            line.append(flag(name if value else f"no_{name}"))
+        elif isinstance(value, str) and value.startswith("-"):
+            line.append(f"{flag(name)}={shlex.quote(value)}")
+        else:
+            line += [flag(name), shlex.quote(value) if isinstance(value, str) else typed(value)]
     return " ".join(line)
 
 
 def report(run, summary, figures):
     """Writes result.json: what was run, on what, and what came out. `summary` is its line in the
     table of all runs."""
-    settings = dataclasses.asdict(run.args) | dict(dtype=precision(run.args))     # not "auto"
+    args = run.args
+    settings = dataclasses.asdict(args) | dict(dtype=precision(args))                # not "auto"
     for name in "out", "data_dir", "resume":            # where it was done, not what
         del settings[name]
-    result = dict(command=command(run.args), summary=summary, figures=figures,
-                  machine=machine(run.args.device), threads=torch.get_num_threads(),
+    result = dict(command=command(args), summary=summary, figures=figures,
+                  machine=machine(args.device), threads=torch.get_num_threads(),
                   seconds=round(run.seconds, 1), settings=settings, versions=dict(
                       python=platform.python_version(), torch=torch.__version__))
-    (run.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    with replacing(Path(args.out) / "result.json") as f:
+        f.write((json.dumps(result, indent=1) + "\n").encode())
 
 
 def main():
@@ -1542,12 +1611,16 @@ def main():
     root = Path(parser.parse_args().folder)
     rows = [("run", "data", "steps", "minutes", "what came out")]
     for path in sorted(root.glob("**/result.json")):
-        r = json.loads(path.read_text())
-        rows.append((str(path.parent.relative_to(root)), Path(r["settings"]["data"]).name,
-                     str(r["settings"]["steps"]), f"{r['seconds'] / 60:.1f}", r["summary"]))
+        name = str(path.parent.relative_to(root))
+        try:
+            r = json.loads(path.read_text())
+            rows.append((name, Path(r["settings"]["data"]).name, str(r["settings"]["steps"]),
+                         f"{r['seconds'] / 60:.1f}", str(r["summary"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            rows.append((name, "?", "?", "?", "result.json cannot be read"))
     if len(rows) == 1:
         sys.exit(f"There is no finished run under {root}/ yet: python mae.py makes one.")
-    print(table(rows))
+    say(table(rows), math.inf)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,44 @@
-"""SimCLR: two views of an image belong together, and apart from the views of all other images.
+"""SimCLR: learn features in which two views of an image agree, and views of other images differ.
 
 Paper    Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations",
          arXiv 2002.05709. triplet: Schroff et al. 2015 (FaceNet), arXiv 1503.03832
 
-Idea     Nothing is rebuilt, so features need only what tells images apart. What should NOT help is
-         said by the views: crops, mirrors and colours differ at random between two views of one
-         image, so features that find the partner among 2 N - 1 candidates have to be about
-         something else: what the image is of. The choice of views is the only supervision there is,
-         and a shortcut that survives it is taken.
+Idea     Make two random views of each image: crop, mirror, change the colours. Then ask for each
+         view which of the 2 N - 1 other views in the batch is of the same image. Crop and colours
+         differ at random, so they do not help; what the image is of does. Nothing is reconstructed.
+         The choice of views is the only supervision, and any shortcut that it leaves is learned.
 
-Loss     L = mean over all 2 N views i of
-             -log ( exp(cos(z_i, z_j) / t) / sum_{k != i} exp(cos(z_i, z_k) / t) ),
-         j the partner of i, k any view but i: a cross-entropy with 2 N - 1 classes, at chance
-         ln(2 N - 1).
-         --loss triplet, which came first: mean of max(0, |z_i - z_j|^2 - |z_i - z_k|^2 + margin),
-         k any view of another image, z on the unit sphere.
+Loss     NT-Xent: L = mean over all 2 N views i of
+             -log ( exp(cos(z_i, z_j) / τ) / sum_{k != i} exp(cos(z_i, z_k) / τ) ),
+         j the other view of i's image (the positive), k any view but i, τ the temperature: a
+         cross-entropy with 2 N - 1 classes; a uniform guess costs ln(2 N - 1).
+         --loss triplet, which is older: mean of max(0, |z_i - z_j|^2 - |z_i - z_k|^2 + margin),
+         k any view of another image (a negative), z on the unit sphere.
 
 Flow     images (N, 3, S, S) in [0, 1], each twice
-         t(x)  augment  crop and mirror, jitter colours, drop colours -> views (2 N, 3, S, S),
-                        which are then brought to mean 0 and variance 1
-         f(x)  encode   ResNet                                        -> h (2 N, C), what is kept
-         g(h)  project  two layers, thrown away after training        -> z (2 N, dim)
-         L(z)  compare  every view with every other                   -> loss ()
+         t(x)  augment  crop, mirror, jitter, drop colours   -> views (2 N, 3, S, S)
+         f(x)  encode   ResNet                               -> h (2 N, C), the features
+         g(h)  project  two layers, discarded after training -> z1, z2 (N, dim) each
+         L(z)  compare  each view with all others            -> loss ()
+
+Data     drawn images of 32 x 32 pixels: one of ten shapes, in one of eight colours, anywhere. The
+         views change the colour, so it should be less readable than in raw pixels. (A linear probe
+         is a linear classifier on frozen features.)
 
 Run      python simclr.py --temperature 0.2
-Expect   a linear probe on h reads the shape, from 20 labels a class, at 64.8 ± 2.7 % (raw pixels
-         11.7 ± 0.0 %, chance 10 %), and the colour, from all labels, at 37.6 ± 4.3 % (raw
-         pixels 99.7 ± 0.0 %, chance 12.5 %) (3 seeds; 63 s of training on 2 threads; AMD
-         EPYC, 2 cores, torch 2.13.0+cpu)
+Expect   a linear probe of h finds the shape, from 20 labels per class, in 64.8 ± 2.7 % (raw pixels
+         11.7 ± 0.0 %, chance 10 %), and the colour, from all labels, in 37.6 ± 4.3 % (raw pixels
+         99.7 ± 0.0 %, chance 12.5 %) (3 seeds; 63 s of training on 2 threads; AMD EPYC, 2 cores,
+         Python 3.11.7, torch 2.13.0+cpu)
 Differs  A ResNet-18, on a CPU -10, instead of -50; AdamW instead of LARS; BatchNorm after the first
-         layer of g alone; a crop that would be wider than the image is cut, not drawn again; the
-         triplet loss averages all triplets, where FaceNet picks hard ones. Views and temperature
-         suit the shapes; the paper's for CIFAR-10 are --min-scale 0.08 --strength 0.5 --hue 0.1
-         --temperature 0.5.
+         layer of g alone; a crop that would be wider than the image is cut, not sampled again; the
+         triplet loss averages all triplets, where FaceNet picks semi-hard ones. Views and
+         temperature are chosen for shapes, against colours; the paper's for CIFAR-10 are
+         --crop-scale 0.08 --jitter 0.5 --hue 0.1 --temperature 0.5.
 
-Try      --strength 0 --hue 0: what does it know now, and what does it no longer know? (A fifth of
-         the views still lose their colours.)
-         --temperature 0.05, 0.2, 1: which loss is nearest to chance, and which features are best?
+Try      --jitter 0 --hue 0: which probe gains, and which loses? (A fifth of the views stay grey.)
+         --temperature 0.05, 0.2, 1: which loss is nearest to a uniform guess, and which features
+         are best?
          --loss triplet --margin 0.1, 1: when all margins are kept, what gradient is left?
 """
 import math
@@ -54,49 +56,83 @@ import common
 
 @dataclass
 class Args(common.Args):
-    """Settings of simclr.py: for a GPU, and under `cpu` smaller ones for two cores."""
-    steps: int = 2000               # training steps
-    batch: int = 512                # images a step, two views of each
-    lr: float = 4e-3                # peak learning rate of AdamW
-    warmup: float = 0.25            # share of steps in which the rate rises (some seeds need this)
-    weight_decay: float = 0.05      # AdamW's decay, on matrices only
-    clip: float = 0.0               # longest gradient; 0: never cut (at 1 it learned less)
-    loss: Literal["ntxent", "triplet"] = "ntxent"   # pick the partner among all, or triplets
-    temperature: float = 0.2        # divides the cosines (SimCLR's code: 0.5 for CIFAR-10)
-    margin: float = 0.5             # how much further away than the partner the others have to be
-    min_scale: float = 0.5          # least share of the image in a crop (SimCLR, app. A: 0.08)
-    strength: float = 1.0           # of jitter in brightness, contrast, saturation; times 0.8
-    hue: float = 0.5                # largest turn of the hue, 1 a circle (app. A: 0.2 x strength)
+    """Settings of simclr.py: for a GPU, and in `cpu` smaller ones for two cores."""
+    steps: int = 2000               # training steps, 0 or more
+    batch: int = 512                # images per step, two views of each, 2 or more
+    lr: float = 4e-3                # peak learning rate
+    warmup: float = 0.25            # fraction of the steps in which the rate rises, in [0, 1]
+    weight_decay: float = 0.05      # AdamW's decay, of matrices only
+    clip: float = math.inf          # maximum gradient norm, in (0, inf]; inf: none (with 1: worse)
+    loss: Literal["ntxent", "triplet"] = "ntxent"    # all negatives at once, or triplets
+    temperature: float = 0.2        # divides the similarities, in (0, inf) (for CIFAR-10: 0.5)
+    margin: float = 0.5             # triplet: how much further negatives have to be than positives
+    crop_scale: float = 0.5         # least area of a crop, as a fraction, in (0, 1] (paper: 0.08)
+    jitter: float = 1.0             # strength of jitter in brightness, contrast and saturation
+    hue: float = 0.5                # largest change of the hue, 1 the whole circle, in [0, 0.5]
     blur: bool = False              # blur half of the views (SimCLR, app. A; not for CIFAR-10)
     image_size: int = 32            # side in pixels of drawn shapes, and of a folder's pictures
     depth: Literal[10, 18] = 18     # layers of the ResNet
-    width: int = 64                 # channels of its first stage, doubled in each of the next three
+    # below 8, PyTorch 2.13 gets wrong gradients on some CPUs (AVX2): those of the convolutions with
+    # a 1 x 1 kernel and stride 2 in channels_last
+    width: int = 64                 # channels of its first stage, doubled in each next, 8 or more
     dim: int = 128                  # channels of z, where views are compared (SimCLR, sec. 2.3)
-    labels: tuple[int, ...] = (1, 5, 20, 0)   # labelled images a class for the table, 0: all
-    draws: int = 3                  # repeats of these with other images, for mean and spread
-    supervised: bool = True         # train the same encoder on all labels, too, for as many steps
+    labels: tuple[int, ...] = (1, 5, 20, 0)   # labelled images per class, 0 or more (0: all)
 
     cpu = dict(steps=800, batch=64, depth=10, width=16)
 
-    def check(self):
-        common.require(self.batch > 1, f"--batch must be 2 or more, not {self.batch}: an image has "
-                       "to be told apart from others")
-        super().check()
-        self.at_least(1, "dim", "image_size", "draws")
-        self.at_least(0, "margin", "strength", "labels")
-        need = common.require
-        need(0 < self.temperature < math.inf, "--temperature must be above 0, not "
-             f"{self.temperature}: the cosines are divided by it")
-        need(0 < self.min_scale <= 1, "--min-scale must be above 0 and 1 at most, not "
-             f"{self.min_scale}")
-        need(0 <= self.hue <= .5, f"--hue must be from 0 to 0.5, half a circle, not {self.hue}")
-        # PyTorch 2.13 on AVX2: those of the shortcut's convolution (1 x 1, stride 2, channels_last)
-        need(self.width >= 8, f"--width must be 8 or more, not {self.width}: below, some CPUs get "
-             "wrong gradients")
-
 
 # ------------------------------------------------------------------------------------- the model
-# B batch, N images of which views are made, C channels, S side in pixels.
+# N images, B = 2 N views, C channels, S side in pixels.
+
+
+class SimCLR(nn.Module):
+    """An encoder f and a projection head g (SimCLR, fig. 2): views (B, 3, S, S) -> z (B, dim)."""
+
+    def __init__(self, depth, width, dim):
+        super().__init__()
+        self.encoder = ResNet(depth, width)
+        C = self.encoder.dim
+        self.project = nn.Sequential(nn.Linear(C, C, bias=False), nn.BatchNorm1d(C), nn.ReLU(),
+                                     nn.Linear(C, dim))
+
+    def forward(self, x):
+        h = self.encoder(x)      # (B, C), the features to keep. The loss makes z ignore what views
+        return self.project(h)   # differ in; h, two layers earlier, keeps more (SimCLR, sec. 4.2)
+
+
+class ResNet(nn.Module):
+    """ResNet-18 (He et al. 2015, arXiv 1512.03385), or -10, with one block per stage instead of
+    two: (B, 3, S, S) -> (B, 8 width).
+
+    For small images the first convolution is 3 x 3 and nothing is pooled (SimCLR, B.9). stem=7
+    and classes=1000 give torchvision's resnet18, tensor for tensor and by the same names.
+    """
+
+    def __init__(self, depth=18, width=64, stem=3, classes=0):
+        super().__init__()
+        if depth not in (10, 18):
+            raise ValueError(f"a ResNet of basic blocks has 10 or 18 layers here, not {depth}")
+        self.dim, n = 8 * width, (depth - 2) // 8                # n blocks of two layers per stage
+        self.conv1 = nn.Conv2d(3, width, stem, 2 if stem > 3 else 1, stem // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.pool = nn.MaxPool2d(3, 2, 1) if stem > 3 else nn.Identity()
+
+        def stage(inputs, outputs, stride):
+            blocks = [BasicBlock(inputs, outputs, stride)]
+            return nn.Sequential(*blocks, *(BasicBlock(outputs, outputs, 1) for _ in range(n - 1)))
+        self.layer1 = stage(width, width, 1)
+        self.layer2 = stage(width, 2 * width, 2)
+        self.layer3 = stage(2 * width, 4 * width, 2)
+        self.layer4 = stage(4 * width, 8 * width, 2)
+        self.fc = nn.Linear(self.dim, classes) if classes else nn.Identity()
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = self.pool(F.relu(self.bn1(self.conv1(x))))               # (B, width, S, S)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))    # (B, 8 width, S / 8, S / 8)
+        return self.fc(x.mean((2, 3)))                               # (B, 8 width)
 
 
 class BasicBlock(nn.Module):
@@ -119,68 +155,87 @@ class BasicBlock(nn.Module):
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
-class ResNet(nn.Module):
-    """ResNet-18 (He et al. 2015, arXiv 1512.03385), or -10, with one block a stage instead of two:
-    (B, 3, S, S) -> (B, 8 width).
-
-    For small images the first convolution is 3 x 3 and nothing is pooled (SimCLR, B.9). stem=7
-    and classes=1000 give torchvision's resnet18, tensor for tensor and by the same names.
-    """
-
-    def __init__(self, depth=18, width=64, stem=3, classes=0):
-        super().__init__()
-        self.dim, n = 8 * width, (depth - 2) // 8                # n blocks of two layers in a stage
-        self.conv1 = nn.Conv2d(3, width, stem, 2 if stem > 3 else 1, stem // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.pool = nn.MaxPool2d(3, 2, 1) if stem > 3 else nn.Identity()
-
-        def stage(inputs, outputs, stride):
-            blocks = [BasicBlock(inputs, outputs, stride)]
-            return nn.Sequential(*blocks, *(BasicBlock(outputs, outputs, 1) for _ in range(n - 1)))
-        self.layer1 = stage(width, width, 1)
-        self.layer2 = stage(width, 2 * width, 2)
-        self.layer3 = stage(2 * width, 4 * width, 2)
-        self.layer4 = stage(4 * width, 8 * width, 2)
-        self.fc = nn.Linear(self.dim, classes) if classes else nn.Identity()
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x):
-        x = self.pool(F.relu(self.bn1(self.conv1(x))))           # (B, width, S, S)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))    # (B, 8 width, S / 8, S / 8)
-        return self.fc(x.mean((2, 3)))
-
-
-class SimCLR(nn.Module):
-    """f(x), the encoder, and g(h), the projection head (SimCLR, fig. 2): views (B, 3, S, S) ->
-    z (B, dim)."""
-
-    def __init__(self, depth, width, dim):
-        super().__init__()
-        self.encoder = ResNet(depth, width)
-        C = self.encoder.dim
-        self.project = nn.Sequential(nn.Linear(C, C, bias=False), nn.BatchNorm1d(C), nn.ReLU(),
-                                     nn.Linear(C, dim))
-
-    def forward(self, x):
-        h = self.encoder(x)              # probes read h: z drops still more of what views differ in
-        return self.project(h)
-
-
 # ------------------------------------------------------------------------------------ the method
-# The transforms are batched, with numbers of each image's own; x is (B, 3, S, S) in [0, 1].
+
+
+def ntxent(z1, z2, temperature=.5):
+    """L(z), NT-Xent (SimCLR, eq. 1): z1 and z2 (N, dim), of two views of the same images -> ()."""
+    sim = similarity(z1, z2, temperature).fill_diagonal_(-math.inf)      # i itself is left out
+    positive = torch.arange(len(sim), device=sim.device).roll(len(z1))   # of i: i + N, or i - N
+    return F.cross_entropy(sim, positive)
+
+
+def triplet(z1, z2, margin=.5, square=True):
+    """L(z), mean of max(0, d(i, positive) - d(i, negative) + margin) over all views i and all
+    negatives, the views of other images: z1 and z2 (N, dim), as for ntxent -> ().
+
+    d is the SQUARED distance on the unit sphere, as in FaceNet (sec. 3.1); square=False takes the
+    distance itself, as torch's triplet_margin_loss.
+    """
+    N = len(z1)
+    d = 2 - 2 * similarity(z1, z2)                                       # (2 N, 2 N)
+    d = d if square else d.clamp(min=1e-12).sqrt()
+    positive = d.diagonal(N).repeat(2)[:, None]                          # d is symmetric
+    negatives = ~torch.eye(N, dtype=torch.bool, device=d.device).repeat(2, 2)
+    return F.relu(positive - d + margin)[negatives].mean()
+
+
+def similarity(z1, z2, temperature=1.):
+    """Similarity matrix (2 N, 2 N): the cosine of each pair of the 2 N rows of z1 and z2 (N, dim),
+    divided by the temperature. Raises ValueError where N is 1: there are no negatives.
+
+    In float32 (TF32 on a GPU that has it) or better: bfloat16's 8 bits are too few.
+    """
+    if z1.shape != z2.shape or len(z1) < 2:
+        raise ValueError("z1 and z2 should have one row for each of 2 or more images, and are "
+                         f"{tuple(z1.shape)} and {tuple(z2.shape)}")
+    z = torch.cat([z1, z2])
+    with torch.autocast(z.device.type, enabled=False):
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+        z = z / temperature ** .5                # so that z @ z.T is the cosines / temperature
+        return z @ z.T
+
+
+def augment(x, crop_scale=.08, jitter_strength=1., hue=.2, blurred=False):
+    """t(x), a random view of each image (SimCLR, app. A): x (B, 3, S, S) in [0, 1] -> the same.
+
+    crop_scale: least area of a crop as a fraction of the image (one that would be wider than the
+    image is cut); jitter_strength: of brightness, contrast and saturation; hue: its largest change,
+    1 the whole circle; blurred: blur half of the views. The defaults are the paper's for ImageNet,
+    but for the blur. Each image has random numbers of its own; another transform is one more line.
+    """
+    B, u = len(x), torch.rand(12, len(x), device=x.device)
+    between = lambda u, low, high: low + (high - low) * u
+    area, ratio = between(u[0], crop_scale, 1), (between(u[1], -1, 1) * math.log(4 / 3)).exp()
+    size = torch.stack([area * ratio, area / ratio], 1).sqrt().clamp(max=1)      # (B, 2)
+    x = crop(x, size / 2 + (1 - size) * u[2:4].T, size, u[4] < .5)   # half are mirrored
+
+    s = .8 * jitter_strength
+    factors = torch.cat([between(u[5:8], max(0, 1 - s), 1 + s), between(u[8:9], -hue, hue)]).T
+    unchanged = torch.tensor([1., 1., 1., 0.], device=x.device)
+    factors = torch.where(u[9, :, None] < .8, factors, unchanged)    # a fifth are not jittered
+    x = jitter(x, factors, torch.rand(B, 4, device=x.device).argsort(1))
+
+    drop = u[10] < .2                                                # a fifth lose their colours
+    x = torch.where(drop.view(-1, 1, 1, 1), rgb_to_grayscale(x), x)
+    if blurred:
+        half = u[11] < .5
+        x[half] = blur(x[half], between(torch.rand(B, device=x.device), .1, 2.)[half])
+    return x
+
+
+# The transforms: x is (B, 3, S, S) in [0, 1], the parameters differ from image to image.
 
 
 def crop(x, centre, size, mirror):
     """A box of each image, scaled to S x S and mirrored where asked, in one resampling.
 
-    centre, size (B, 2): x and y in shares of the side; mirror (B,) bool. Bilinear, as torchvision's
-    RandomResizedCrop on tensors, except that the box need not fall on whole pixels, and that pixels
-    just outside of it count at its rim.
+    centre, size (B, 2): x and y as fractions of the side; mirror (B,) bool. Bilinear, as
+    torchvision's RandomResizedCrop of tensors, but the box need not begin at a whole pixel, and at
+    its edge the pixels just outside of it count, too.
     """
     S = x.shape[-1]
-    at = (torch.arange(S, device=x.device) + .5) / S - .5            # the pixels' places in the box
+    at = (torch.arange(S, device=x.device) + .5) / S - .5            # the pixels' positions: +- 1/2
     width = torch.where(mirror, -size[:, 0], size[:, 0])
     across = centre[:, :1] + width[:, None] * at                     # (B, S)
     down = centre[:, 1:] + size[:, 1:] * at                          # (B, S)
@@ -188,43 +243,50 @@ def crop(x, centre, size, mirror):
     return F.grid_sample(x, 2 * grid - 1, padding_mode="border", align_corners=False)
 
 
-def grey(x):
+def jitter(x, factors, order):
+    """Changes brightness (0), contrast (1), saturation (2) and hue (3), in each image's own order.
+
+    factors (B, 4): how much; 1, 1, 1, 0 changes nothing. order (B, 4): permutations of 0 to 3.
+    """
+    x = x.clone()
+    for kinds in order.T:                                            # (B,): each image's next one
+        for kind in range(4):
+            i = (kinds == kind).nonzero()[:, 0]
+            x[i] = adjust(x[i], kind, factors[i, kind])
+    return x
+
+
+def adjust(x, kind, factor):
+    """One kind of jitter, by factor (B,). Of 0, 1 and 2 the factor multiplies each pixel's distance
+    from black, from the mean grey of the image, or from its own grey."""
+    if kind == 3:
+        return adjust_hue(x, factor)
+    grey = rgb_to_grayscale(x)
+    origin = (torch.zeros_like(grey), grey.mean((2, 3), keepdim=True), grey)[kind]
+    return torch.lerp(origin, x, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
+
+
+def adjust_hue(x, change):
+    """Changes the hue of each image by change (B,), 1 the whole circle; HSV's value and saturation
+    stay."""
+    r, g, b = x.unbind(1)                                            # each (B, S, S)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    divisor = chroma.clamp(min=1e-6)
+    sixth = torch.where(value == r, (g - b) / divisor,
+                        torch.where(value == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor))
+    sixth = sixth + 6 * change[:, None, None]                # the hue, in sixths of the circle
+    channel = lambda k: value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)   # HSV back to RGB
+    return torch.stack([channel((sixth + n) % 6) for n in (5, 3, 1)], 1)
+
+
+def rgb_to_grayscale(x):
     """Luminance, by the weights of ITU-R BT.601: (B, 3, S, S) -> (B, 1, S, S)."""
     return .299 * x[:, :1] + .587 * x[:, 1:2] + .114 * x[:, 2:]
 
 
-def turn_hue(x, turn):
-    """Turns each image's hues by turn (B,) circles; HSV's value and saturation stay."""
-    r, g, b = x.unbind(1)                                            # each (B, S, S)
-    value = torch.maximum(torch.maximum(r, g), b)
-    chroma = value - torch.minimum(torch.minimum(r, g), b)
-    pure = chroma.clamp(min=1e-6)
-    sixth = torch.where(value == r, (g - b) / pure,
-                        torch.where(value == g, 2 + (b - r) / pure, 4 + (r - g) / pure))
-    sixth = sixth + 6 * turn[:, None, None]                          # of the circle, from red
-    fade = lambda k: value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)     # HSV back to RGB
-    return torch.stack([fade((sixth + n) % 6) for n in (5, 3, 1)], 1)
-
-
-def jitter(x, factors, order):
-    """Brightness (0), contrast (1), saturation (2) and hue (3), in an order of each image's own.
-
-    factors (B, 4): by how much; 1, 1, 1, 0 changes nothing. order (B, 4): each row a permutation.
-    """
-    for which in order.T:                                            # (B,): the next to be done
-        i = (which == 3).nonzero()[:, 0]
-        turned = turn_hue(x[i], factors[i, 3])
-        kind, light = which.view(-1, 1, 1, 1), grey(x)
-        # the first three are one formula: away from black, from the mean grey, from the pixel's own
-        # grey; an image whose turn it is for the hue gets nonsense, and the last line replaces it
-        origin = torch.where(kind == 1, light.mean((2, 3), keepdim=True), light * (kind == 2))
-        x = torch.lerp(origin, x, factors.gather(1, which[:, None])[..., None, None]).clamp_(0, 1)
-        x[i] = turned
-    return x
-
-
 def blur(x, sigma):
-    """Gaussian blur by sigma (B,) pixels; the kernel spans a tenth of the side (SimCLR, app. A)."""
+    """Gaussian blur by sigma (B,) pixels; the kernel is a tenth of the side (SimCLR, app. A)."""
     S = x.shape[-1]
     r = min(S - 1, max(1, S // 20))                                  # a single pixel stays
     at = torch.arange(-r, r + 1, device=x.device)
@@ -235,138 +297,80 @@ def blur(x, sigma):
     return x
 
 
-def augment(x, min_scale=.08, strength=1., hue=.2, blurred=False):
-    """t(x), a random view of each image: x (B, 3, S, S) in [0, 1] -> the same (SimCLR, app. A).
-
-    min_scale: least share of the image in a crop (before one that would be wider than the image is
-    cut); strength: of the jitter in brightness, contrast and saturation; hue: largest turn of it,
-    in circles; blurred: half of the views, too. Half are mirrored. The defaults of crop and
-    jitter are the paper's for ImageNet. A view of another kind is one more line here, with random
-    numbers for each image.
-    """
-    B, u = len(x), torch.rand(12, len(x), device=x.device)
-    between = lambda share, low, high: low + (high - low) * share
-    area, ratio = between(u[0], min_scale, 1), (between(u[1], -1, 1) * math.log(4 / 3)).exp()
-    size = torch.stack([area * ratio, area / ratio], 1).sqrt().clamp(max=1)
-    x = crop(x, size / 2 + (1 - size) * u[2:4].T, size, u[4] < .5)
-
-    s = .8 * strength
-    factors = torch.cat([between(u[5:8], max(0, 1 - s), 1 + s), between(u[8:9], -hue, hue)]).T
-    still = torch.tensor([1., 1., 1., 0.], device=x.device)
-    factors = torch.where(u[9, :, None] < .8, factors, still)        # a fifth are not jittered
-    x = jitter(x, factors, torch.rand(B, 4, device=x.device).argsort(1))
-
-    drop = u[10] < .2                                                # a fifth lose their colours
-    x = torch.where(drop.view(-1, 1, 1, 1), grey(x), x)
-    if blurred:
-        half = u[11] < .5
-        x[half] = blur(x[half], between(torch.rand(B, device=x.device), .1, 2.)[half])
-    return x
+# ------------------------------------------------------------------------------------ evaluation
 
 
-def cosines(z, temperature=1.):
-    """Of all pairs of rows, over the temperature: (2 N, dim) -> (2 N, 2 N). In float32 (TF32 on a
-    GPU that has it) or better, for bfloat16's 8 bits are too few."""
-    with torch.autocast(z.device.type, enabled=False):
-        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
-        z = z / temperature ** .5                # 2 N dim divisions instead of (2 N)^2
-        return z @ z.T
-
-
-def ntxent(z, temperature):
-    """L(z), NT-Xent (SimCLR, eq. 1): z (2 N, dim), views of image i at i and i + N -> mean ()."""
-    sim = cosines(z, temperature).fill_diagonal_(-math.inf)          # nobody is its own partner
-    partner = torch.arange(len(z), device=z.device).roll(len(z) // 2)
-    return F.cross_entropy(sim, partner)
-
-
-def triplet(z, margin, square=True):
-    """L(z), mean of max(0, d(i, partner) - d(i, other) + margin) over all views i and all others.
-
-    z (2 N, dim) as for ntxent, compared on the unit sphere. d is the SQUARED distance there, as in
-    FaceNet (sec. 3.1); square=False takes the distance itself, as torch's triplet_margin_loss.
-    """
-    N = len(z) // 2
-    d = 2 - 2 * cosines(z)                                           # (2 N, 2 N)
-    d = d if square else d.clamp(min=1e-12).sqrt()
-    partner = d.diagonal(N).repeat(2)[:, None]                       # d is symmetric
-    others = ~torch.eye(N, dtype=torch.bool, device=z.device).repeat(2, 2)
-    return F.relu(partner - d + margin)[others].mean()
-
-
-# ------------------------------------------------------------------------------------------ look
-
-
-def build(args, size):
-    """The SimCLR of these settings, on the device; any size of image will do."""
+def build(args, image_size):
+    """The SimCLR of these settings, on the device; it takes images of any size."""
     model = SimCLR(args.depth, args.width, args.dim).to(args.device)
     return model.to(memory_format=torch.channels_last)       # in which convolutions are faster
 
 
 @torch.no_grad()
-def look(args, model, images):
-    """Writes neighbours.png: test images, and the five that are nearest to each under h, beside the
-    five nearest in raw pixels, among the first 2,000. Returns for either the share, in %, of
-    neighbours of one's own class."""
-    x, labels = images.test[:2000], images.test_labels[next(iter(images.names))][:2000]
+def neighbours(args, model, images, k):
+    """Writes neighbours.png: test images, each with its k nearest by h, and its k nearest in raw
+    pixels, among the first 2,000. Returns for both how many, in %, are of the image's class."""
+    x, labels = images.test[:2000], images.class_labels()[1][:2000]
     groups, same = [], []
     for f in model.encoder, nn.Flatten():
-        h = F.normalize(common.encode(f, images, x), dim=1)                                 # (n, C)
-        near = (h @ h.T).fill_diagonal_(-2).topk(min(5, len(x) - 1), 1).indices             # (n, 5)
-        same.append(100 * (labels[near] == labels[:, None]).float().mean().item())
-        groups.append(torch.cat([torch.arange(len(x), device=x.device)[:, None], near], 1)[:12])
-    sheet = x[torch.stack(groups, 1).flatten()].float() / 255                     # rows of 2 x 6
-    wide = groups[0].shape[1]
-    common.save_png(f"{args.out}/neighbours.png", sheet, 2 * wide, group=wide, zoom=2)
+        h = F.normalize(common.encode(args, f, images, x), dim=1)                   # (n, C)
+        nearest = (h @ h.T).fill_diagonal_(-2).topk(k, 1).indices                   # (n, k)
+        same.append(100 * (labels[nearest] == labels[:, None]).float().mean().item())
+        groups.append(torch.cat([torch.arange(len(x), device=x.device)[:, None], nearest], 1)[:12])
+    sheet = x[torch.stack(groups, 1).flatten()].float() / 255                # rows of 2 (1 + k)
+    common.save_png(f"{args.out}/neighbours.png", sheet, 2 * (1 + k), group=1 + k, zoom=2)
     return same
 
 
-def tell(args, run, images, same, rows):
-    """The end of the run, in words and in result.json."""
-    what = next(iter(images.names))
-    print(f"\n{common.comparison(images, args.labels, rows)}\n")
-    knows = rows["SimCLR"]
-    if len(images.names) > 1 and 0 in args.labels:
-        knows = knows | {what: [knows[what][args.labels.index(0)]]}
-        common.say(f"From h, a linear probe with all labels reads: {common.known(images, knows)}.")
-    common.say(f"Of the five nearest neighbours of a test image {same[0]:.0f} % are of its {what} "
-               f"under h, {same[1]:.0f} % in raw pixels.")
-    common.say(f"Picture: {args.out}/neighbours.png (image | nearest under h || image | nearest in "
-               "pixels)")
-    k = max(args.labels)
-    score = rows["SimCLR"][what][args.labels.index(k)]
-    summary = f"{what} at {k or 'all'} label{'s' * (k != 1)}: {common.spread(score)} %"
-    common.report(run, summary, dict(neighbours=same, labels=args.labels, accuracy=rows))
+def probes(args, model, images):
+    """{encoder: accuracies in % of linear probes on its features}: see common.linear_probe."""
+    torch.manual_seed(args.seed)
+    untrained = build(args, images.size).eval()
+    encoders = {"raw pixels": nn.Flatten(), "untrained ResNet": untrained.encoder,
+                "SimCLR": model.encoder}
+    return {name: common.linear_probe(args, f, images) for name, f in encoders.items()}
 
 
 # ------------------------------------------------------------------------------------------ main
 
 
+@common.setup
 def main(args):
-    images = common.load_images(args.data, args.data_dir, args.image_size, args.device)
-    common.few(next(iter(images.train_labels.values())), max(args.labels))    # too many --labels?
-    common.require(len(images.test) > 1, "one test image has no neighbours: 2 or more are needed")
-    model, untrained = build(args, images.size), build(args, images.size).eval()
-    N = args.batch
-    chance = math.log(2 * N - 1) if args.loss == "ntxent" else args.margin
-    run = common.Run(args, model, chance=chance)
-    for step in run:
-        x = run.batch(images.train).repeat(2, 1, 1, 1) / 255                  # each image twice
-        views = images.normalize(augment(x, args.min_scale, args.strength, args.hue, args.blur))
-        z = model(views)
-        loss = ntxent(z, args.temperature) if args.loss == "ntxent" else triplet(z, args.margin)
-        run.update(loss)
+    images = common.load_images(args)
+    most, k = max(args.labels), min(5, len(images.test) - 1)
+    common.k_shot(images.class_labels()[0], most)                            # raises now if too few
+    common.require(k > 0, "one test image has no neighbours: 2 or more are needed")
+    model = build(args, images.size)
+    optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)
+    uniform = math.log(2 * args.batch - 1) if args.loss == "ntxent" else None
+    run = common.Run(args, model, optimizer, uniform=uniform, about=images.about())
+    for step in run:                       # sets the seed and the learning rate of this step
+        x = run.batch(images.train).repeat(2, 1, 1, 1) / 255    # rows i, i + N: the same, in [0, 1]
+        views = images.normalize(augment(x, args.crop_scale, args.jitter, args.hue, args.blur))
+        with run.autocast():
+            z1, z2 = model(views).chunk(2)                                   # (N, dim) each
+            if args.loss == "ntxent":
+                loss = ntxent(z1, z2, args.temperature)
+            else:
+                loss = triplet(z1, z2, args.margin)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log(loss)
 
     model.eval()
-    same = look(args, model, images)
-    probes = lambda f, names=images.names: common.few_shot(args, f, images, args.labels, names)
-    rows = {"raw pixels": probes(nn.Flatten(), ["colour"]),
-            "untrained ResNet": probes(untrained.encoder), "SimCLR": probes(model.encoder)}
-    if args.supervised:
-        f = build(args, images.size).encoder
-        rows["supervised"] = probes(common.supervised(args, f, images, run.step))
-    tell(args, run, images, same, rows)
+    same, rows = neighbours(args, model, images, k), probes(args, model, images)
+    what, score = next(iter(images.names)), rows["SimCLR"][args.labels.index(most)]
+    how = f"{most} labels per class" if most else "all labels"
+    common.report(run, f"{what}: {score:.1f} % from {how}",
+                  dict(neighbours=same, labels=args.labels, accuracy=rows))
+    common.say(f"\n{common.label_table(args, images, rows)}\n\nOf a test image's {k} nearest "
+               f"neighbours {same[0]:.0f} % are of its {what} by SimCLR's features, {same[1]:.0f} "
+               f"% in raw pixels.\nPicture: {args.out}/neighbours.png (image | nearest by features "
+               "|| image | nearest in pixels)")
+    return model
 
 
 if __name__ == "__main__":
-    common.start(main, Args)
+    common.cli(main, Args)

@@ -22,33 +22,42 @@ def command(*flags, script="mae.py"):
     return [sys.executable, str(ROOT / script), *map(str, flags)]
 
 
-# Importing torch takes seconds, and there are hundreds of runs: a server that has it forks for each.
+# Importing torch takes seconds, and there are hundreds of runs: a server that has it forks for each. (Optimizers import
+# torch._dynamo.)
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "numpy", "tqdm"])
+SERVER.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "tqdm"])
 
 
-def forked(script, flags, folder, most):
+def forked(script, flags, folder, most, cwd, before):
     """What `python script flags` does, in a process of its own, with its output in files; of images only the first few,
-    if `most` says how many."""
+    if `most` says how many. before: a function that is called first, in that process."""
     for name, stream in ("stdout", sys.stdout), ("stderr", sys.stderr):
         stream.flush()
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.chdir(ROOT)
+    os.chdir(cwd)
     sys.argv = [str(ROOT / script), *flags]
     if most:
         import common
         load, cut = common.load_images, lambda labels: {name: y[:most] for name, y in labels.items()}
         common.load_images = lambda *a, **k: (lambda x: dataclasses.replace(
             x, train=x.train[:most], test=x.test[:most], train_labels=cut(x.train_labels), test_labels=cut(x.test_labels)))(load(*a, **k))
+    if before:
+        before()
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def run(*flags, script="mae.py", timeout=300, most=None):
-    """The finished process of a script, with what it printed as text. most: as in forked."""
+def begin(*flags, script="mae.py", folder, most=None, cwd=ROOT, before=None):
+    """A process of a script that has just begun; its output goes to the files stdout and stderr of a folder."""
+    process = SERVER.Process(target=forked, args=(script, list(map(str, flags)), folder, most, cwd, before))
+    process.start()
+    return process
+
+
+def run(*flags, script="mae.py", timeout=300, most=None, cwd=ROOT, before=None):
+    """The finished process of a script, with what it printed as text. most, before: as in forked."""
     with tempfile.TemporaryDirectory() as folder:
-        process = SERVER.Process(target=forked, args=(script, list(map(str, flags)), folder, most))
-        process.start()
+        process = begin(*flags, script=script, folder=folder, most=most, cwd=cwd, before=before)
         process.join(timeout)
         if process.is_alive():
             process.kill()

@@ -1,4 +1,5 @@
-"""common.py: the shapes world, the readers, the settings, the schedule, the probe, the PNG."""
+"""common.py: the shapes world, the readers, the settings, the schedule, the probe, the PNG. What a run does to folders and
+signals is in test_run.py."""
 import dataclasses
 import gzip
 import hashlib
@@ -6,10 +7,7 @@ import http.server
 import io
 import json
 import math
-import os
-import signal
 import struct
-import sys
 import tarfile
 import threading
 import zlib
@@ -24,6 +22,25 @@ from torch import nn
 
 import common
 from common import UserError
+
+
+@dataclass
+class Args(common.Args):
+    rate: float = 0.5        # fraction of 100 % of it, in (0, 1]
+    names: tuple[int, ...] = (1, 2)      # some numbers
+    labels: tuple[int, ...] = (1, 5)     # labelled images per class, 0 or more
+    norm: bool = True                    # whether to
+    image_size: int = 32                 # side in pixels
+    cpu = dict(batch=7, rate=0.25)
+
+
+def settings(**given):
+    return Args(**dict(device="cpu", dtype="float32") | given)
+
+
+def load(data, data_dir="data", size=32):
+    """common.load_images without a script."""
+    return common.load_images(settings(data=str(data), data_dir=str(data_dir), image_size=size))
 
 
 # ------------------------------------------------------------------------------- the shapes world
@@ -70,21 +87,21 @@ def test_turning_is_counter_clockwise():
 def test_attributes_are_balanced_and_independent():
     _, labels = common.shapes(5000, 0)
     for name, y in labels.items():
-        share = y.bincount() / len(y)
-        assert (share * len(share) - 1).abs().max() < .25, name
+        fraction = y.bincount() / len(y)
+        assert (fraction * len(fraction) - 1).abs().max() < .25, name
     for a in labels:
         for b in labels:
             if a != b:       # chi-squared of the contingency table stays near its degrees of freedom
                 table = torch.zeros(int(labels[a].max()) + 1, int(labels[b].max()) + 1)
                 table.index_put_((labels[a], labels[b]), torch.ones(5000), accumulate=True)
-                due = table.sum(1, keepdim=True) * table.sum(0) / 5000
+                expected = table.sum(1, keepdim=True) * table.sum(0) / 5000
                 freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
-                assert ((table - due) ** 2 / due).sum() < freedom + 5 * (2 * freedom) ** .5, (a, b)
+                assert ((table - expected) ** 2 / expected).sum() < freedom + 5 * (2 * freedom) ** .5, (a, b)
 
 
 def test_what_is_easy_and_what_is_hard():
-    """A linear probe on pixels reads the colour, and not the shape: honest work for a representation."""
-    images = common.load_images("shapes")
+    """A linear probe on pixels reads the colour, and not the shape: that takes a representation."""
+    images = load("shapes")
     train, test = images.train[:3000].flatten(1).float(), images.test.flatten(1).float()
     got = {k: common.probe(train, images.train_labels[k][:3000], test, images.test_labels[k])
            for k in ("shape", "colour")}
@@ -112,7 +129,7 @@ def fashion(tmp_path):
 
 def test_idx(fashion):
     folder, arrays = fashion
-    images = common.load_images("fashion-mnist", folder)
+    images = load("fashion-mnist", folder)
     assert images.names["class"][9] == "boot" and images.size == 28
     for split, x, y in ("train", images.train, images.train_labels), ("t10k", images.test, images.test_labels):
         assert x.shape[1:] == (3, 28, 28)
@@ -126,10 +143,10 @@ def test_broken_idx(fashion):
     for broken in whole[:len(whole) // 2], gzip.compress(gzip.decompress(whole)[:-5]), b"", b"<html>":
         path.write_bytes(broken)
         with pytest.raises(UserError, match=f"{path.name} is (truncated or broken|not an IDX file)"):
-            common.load_images("fashion-mnist", fashion[0])
+            load("fashion-mnist", fashion[0])
     path.write_bytes(gzip.compress(idx(np.zeros(30, np.uint8))))
     with pytest.raises(UserError, match="not an IDX file of 3 dimensions"):
-        common.load_images("fashion-mnist", fashion[0])
+        load("fashion-mnist", fashion[0])
 
 
 def test_cifar10_binary_archive(tmp_path):
@@ -147,7 +164,7 @@ def test_cifar10_binary_archive(tmp_path):
             info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    images = common.load_images("cifar10", tmp_path)
+    images = load("cifar10", tmp_path)
     assert images.train.shape == (20, 3, 32, 32) and images.test.shape == (4, 3, 32, 32)
     assert images.names["class"][:2] == ["airplane", "automobile"]
     third = records["data_batch_3.bin"][1]                               # the tenth training image
@@ -155,36 +172,41 @@ def test_cifar10_binary_archive(tmp_path):
     assert images.train[9, 2, 5, 7] == third[1 + 2 * 1024 + 5 * 32 + 7]
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(UserError, match="truncated or not CIFAR-10's binary archive"):
-        common.load_images("cifar10", tmp_path)
+        load("cifar10", tmp_path)
 
 
 def test_npz(tmp_path):
     path, x, y = tmp_path / "x.npz", np.zeros((6, 8, 8, 3), np.uint8), np.arange(6) % 3
     good = dict(x_train=x, y_train=y, x_test=x, y_test=y)
     np.savez(path, **good, classes=np.array(["a", "b", "c"]))
-    assert common.load_images(str(path)).names == {"class": ["a", "b", "c"]}
-    bad = [(dict(x=x, y=y), "holds x, y; due are x_train, y_train, x_test, y_test"),
+    assert load(path).names == {"class": ["a", "b", "c"]}
+    bad = [(dict(x=x, y=y), "holds x, y, not x_train, y_train, x_test, y_test"),
            (good | dict(x_train=np.array([{}, "pickled"], object)), "it holds pickled objects"),
            (good | dict(x_train=x.astype(np.float32)), "float32 .* not square uint8 images"),
            (good | dict(x_train=x[:, :, :5]), r"\(6, 8, 5, 3\), not square"),
-           (good | dict(y_train=y[:3]), "and y_train is int64 .3,.: one integer for each image"),
-           (good | dict(y_test=y + 5), "labels of y_test reach from 5 to 7, but there are 3 classes"),
+           (good | dict(y_train=y[:3]), "and y_train is int64 .3,., not one integer for each image"),
+           (good | dict(y_test=y + 5), "labels of y_test range from 5 to 7, but there are 3 classes"),
+           (good | dict(y_train=y + 1), "labels of y_train range from 1 to 3, but there are 3 classes"),
+           (good | dict(y_train=y * 4), "labels of y_train range from 0 to 8, but there are 3 classes"),
+           (good | dict(y_train=np.array(list("abcabc"))), "y_train is <U1 .6,., not one integer for each image"),
            (good | dict(y_train=0 * y, y_test=0 * y), "all training images are of one class"),
            (good | dict(x_test=np.zeros((6, 4, 4, 3), np.uint8)), "train and test differ in size")]
     for arrays, message in bad:
         np.savez(path, **arrays)
         with pytest.raises(UserError, match=message):
-            common.load_images(str(path))
-    path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(UserError, match="truncated or no .npz"):
-        common.load_images(str(path))
+            load(path)
+    whole = path.read_bytes()
+    for broken in whole[:300], b"", b"no zip", whole.replace(b"descr", b"d'sc("), whole.replace(b"(6, 8", b"(6**"):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match="truncated or no .npz"):
+            load(path)
     with pytest.raises(UserError, match="there is no file"):
-        common.load_images(str(tmp_path / "none.npz"))
+        load(tmp_path / "none.npz")
 
 
 def test_no_such_data():
     with pytest.raises(UserError, match="there is no data set 'nowhere': --data takes fashion-mnist, "):
-        common.load_images("nowhere")
+        load("nowhere")
 
 
 def test_own_images_are_shuffled_with_their_labels(tmp_path):
@@ -192,7 +214,7 @@ def test_own_images_are_shuffled_with_their_labels(tmp_path):
     y = np.repeat(np.arange(4), 50)
     x = np.broadcast_to(y[:, None, None].astype(np.uint8) * 50, (200, 8, 8))
     np.savez(tmp_path / "x.npz", x_train=x, y_train=y, x_test=x[::2], y_test=y[::2])
-    first, again = (common.load_images(str(tmp_path / "x.npz")) for _ in range(2))
+    first, again = (load(tmp_path / "x.npz") for _ in range(2))
     for images, labels in (first.train, first.train_labels), (first.test, first.test_labels):
         assert torch.equal(images[:, 0, 0, 0].long(), 50 * labels["class"])
         assert (labels["class"][:40].bincount(minlength=4) > 2).all()
@@ -205,18 +227,18 @@ def test_folder_of_pictures(tmp_path):
         (tmp_path / c).mkdir()
         for i in range(5):
             Image.new("RGB", (20, 12), (grey, grey, grey)).save(tmp_path / c / f"{i}.png")
-    images = common.load_images(str(tmp_path), size=8)
+    images = load(tmp_path, size=8)
     assert images.train.shape == (8, 3, 8, 8) and images.names == {"class": ["cat", "dog"]}
     assert dict(zip(images.test[:, 0, 4, 4].tolist(), images.test_labels["class"].tolist())) == {40: 0, 200: 1}
     (tmp_path / "dog/3.png").write_bytes(b"not a picture")
     with pytest.raises(UserError, match="cannot read the picture .*dog/3.png"):
-        common.load_images(str(tmp_path), size=8)
+        load(tmp_path, size=8)
 
 
 def test_folder_without_pillow(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     with pytest.raises(UserError, match="pip install pillow"):
-        common.load_images(str(tmp_path))
+        load(tmp_path)
 
 
 @pytest.mark.skipif(not (DATA / "fashion-mnist").exists(), reason="no Fashion-MNIST at hand")
@@ -224,7 +246,7 @@ def test_the_real_fashion_mnist():
     for file in (DATA / "fashion-mnist").glob("*.gz"):
         digest = hashlib.sha256(gzip.decompress(file.read_bytes())).hexdigest()
         assert digest == common.SHA256["fashion-mnist"][file.name]
-    images = common.load_images("fashion-mnist", DATA)
+    images = load("fashion-mnist", DATA)
     assert images.train.shape == (60000, 3, 28, 28) and images.test.shape == (10000, 3, 28, 28)
     assert images.train_labels["class"].bincount().tolist() == [6000] * 10
     x = images.normalize(images.train[:5000])
@@ -330,7 +352,7 @@ def test_bert_needs_utf8(tmp_path):
         common.load_text(str(tmp_path), utf8=True)
 
 
-def test_what_is_hidden_is_no_text(tmp_path):
+def test_hidden_files_are_no_text(tmp_path):
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/x.txt").write_bytes(b"not this")
     (tmp_path / "a.txt").write_bytes(b"this")
@@ -342,8 +364,8 @@ def test_what_is_hidden_is_no_text(tmp_path):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A mirror on this machine, and a file that is due from it."""
-    content, pages = b"what is due" * 1000, {}
+    """A mirror on this machine, and a file to be had from it."""
+    content, pages = b"the right one" * 1000, {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -367,14 +389,14 @@ def test_a_download_is_checked_before_use(server, tmp_path, capfd):
     content, pages = server
     path = tmp_path / "mnist/x.gz"
     pages["/first/x.gz"] = content[:-1]
-    with pytest.raises(UserError, match="not the SHA-256 that is due") as e:
+    with pytest.raises(UserError, match="not the expected SHA-256") as e:
         common.fetch("mnist", "x.gz", tmp_path)
     assert f"Put the file at {path} yourself" in str(e.value) and "--data shapes" in str(e.value)
-    assert not list(path.parent.iterdir())                               # kept out of the cache, no rest
+    assert not list(path.parent.iterdir())                               # kept out of the cache, nothing left
     pages["/second/x.gz"] = content                                      # the next mirror is asked
     assert common.fetch("mnist", "x.gz", tmp_path) == path and path.read_bytes() == content
     pages.clear()
-    assert common.fetch("mnist", "x.gz", tmp_path) == path               # there already: no download
+    assert common.fetch("mnist", "x.gz", tmp_path) == path               # it is there: no download
 
 
 def test_a_file_that_was_compressed_anew_is_the_same_file(server, tmp_path):
@@ -386,7 +408,7 @@ def test_a_file_that_was_compressed_anew_is_the_same_file(server, tmp_path):
 def test_no_network(tmp_path, monkeypatch):
     monkeypatch.setitem(common.MIRRORS, "mnist", ["http://127.0.0.1:9/"])
     with pytest.raises(UserError) as e:
-        common.load_images("mnist", tmp_path)
+        load("mnist", tmp_path)
     for word in "train-images-idx3-ubyte.gz", "refused", f"Put the file at {tmp_path}", "--data shapes":
         assert word in str(e.value)
 
@@ -394,36 +416,109 @@ def test_no_network(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------ settings
 
 
-@dataclass
-class Args(common.Args):
-    rate: float = 0.5        # share of 100 % of it
-    names: tuple[int, ...] = (1, 2)      # some numbers
-    norm: bool = True
-    cpu = dict(batch=7, rate=0.25)
-
-
 def test_settings_and_their_order(capsys):
-    args = common.cli(Args, "--lr 1 --no-norm --names 3 4 5 --device cpu".split())
+    args = common.resolve(settings(lr=1., norm=False, names=(3, 4, 5), dtype="auto"))
     assert (args.lr, args.norm, args.names, args.batch, args.rate) == (1.0, False, (3, 4, 5), 7, .25)
-    assert "--batch 7 --rate 0.25 (flags you give win)" in capsys.readouterr().out.replace("\n", " ")
-    assert common.cli(Args, "--batch 9 --device cpu".split()).batch == 9
+    assert "--batch 7 --rate 0.25 (flags you give win)" in capsys.readouterr().out
+    assert common.resolve(settings(batch=9)).batch == 9
+    assert common.resolve(settings(batch=256)).batch == 256              # the default for a GPU, but it was given
+
+
+def parsed(flags):
+    """The settings of a command line, before they are resolved."""
+    found = []
+    common.cli(found.append, Args, flags.split())
+    return found[0]
+
+
+def test_flags():
+    args = parsed("--lr 1 --no-norm --names 3 4 5 --rate=.5 --data=-x")
+    assert (args.lr, args.norm, args.names, args.rate, args.data) == (1.0, False, (3, 4, 5), .5, "-x")
+    assert args.given == {"lr", "norm", "names", "rate", "data"}
+
+
+@pytest.mark.parametrize("given", [
+    dict(steps=1.5), dict(steps="9"), dict(lr="fast"), dict(norm=1), dict(dtype="bf16"), dict(names=[]), dict(names=[1, 0]),
+    dict(names=2.5), dict(lr=math.nan), dict(lr=math.inf), dict(lr=-1), dict(clip=0), dict(rate=0), dict(rate=1.01),
+    dict(warmup=-.1), dict(seed=1e9), dict(seed=10 ** 9 + 1), dict(batch=0), dict(steps=-1), dict(image_size=0), dict(data=3),
+    dict(labels=[-1])])
+def test_values_that_a_setting_cannot_have(given):
+    (name,) = given
+    with pytest.raises(common.UsageError, match=f"^{common.flag(name)} "):
+        common.check(settings(**given))
+
+
+@pytest.mark.parametrize("given", [
+    dict(steps=0), dict(lr=0), dict(clip=math.inf), dict(rate=1), dict(warmup=0), dict(warmup=1), dict(seed=10 ** 9), dict(labels=0)])
+def test_values_at_the_edge_of_a_range(given):
+    common.check(settings(**given))
+
+
+def test_settings_from_python_may_be_lists_paths_and_numpys(tmp_path):
+    args = common.resolve(settings(steps=np.int64(3), lr=np.float32(.5), names=[1, np.int32(2)], labels=5, data=tmp_path, warmup=1))
+    assert (args.steps, args.lr, args.names, args.labels, args.data, args.warmup) == (3, .5, (1, 2), (5,), str(tmp_path), 1.)
+    assert type(args.steps) is int and type(args.lr) is float and type(args.warmup) is float
+    json.dumps(dataclasses.asdict(args))
+
+
+def test_a_class_that_has_no_source_has_the_usual_ranges():
+    """As in a notebook, or where only compiled files are there."""
+    scope = dict(common=common, dataclass=dataclass, __name__="__main__")
+    exec("@dataclass\nclass Args(common.Args):\n    width: int = 5     # 0 or more", scope)
+    common.check(scope["Args"](width=1))
+    for wrong in dict(width=0), dict(warmup=2.):                         # those of its parent stay
+        with pytest.raises(common.UsageError):
+            common.check(scope["Args"](**wrong))
+
+
+def test_a_boolean_flag_takes_no_value(capsys):
+    with pytest.raises(SystemExit) as e:
+        parsed("--compile=False")
+    text = capsys.readouterr().err
+    assert e.value.code == 2 and "--compile takes no value: it is --compile or --no-compile" in text and text.count("\n") == 1
 
 
 def test_help_is_the_comments(capsys):
     with pytest.raises(SystemExit) as e:
-        common.cli(Args, ["--help"])
+        parsed("--help")
     text = capsys.readouterr().out
     assert e.value.code == 0 and max(map(len, text.splitlines())) <= 80
-    assert "share of 100 % of it [0.5; on a CPU 0.25]" in text and "training steps [4000]" in text
+    flat = " ".join(text.split())
+    assert "fraction of 100 % of it, in (0, 1] [0.5; on a CPU 0.25]" in flat and "training steps, 0 or more [4000]" in flat
 
 
 def test_every_setting_of_every_script_has_a_help(scripts):
     for name in scripts:
         module = __import__(name.removesuffix(".py"))
-        text = common.help_of(module.Args)
+        text = common.comments(module.Args)
         for field in module.Args.__dataclass_fields__:
             assert text.get(field), f"{name}: --{field} has no comment"
         assert set(module.Args.cpu) <= set(module.Args.__dataclass_fields__)
+
+
+def test_the_defaults_of_every_script_are_in_their_ranges(scripts):
+    for name in scripts:
+        module = __import__(name.removesuffix(".py"))
+        common.check(module.Args())
+        common.resolve(module.Args(device="cpu"))
+
+
+@pytest.mark.parametrize("device, size", [("cpu", 7), ("cpu:0", 7), ("auto", None)])
+def test_a_cpu_takes_the_sizes_for_a_cpu(device, size):
+    expected = size or (256 if torch.cuda.is_available() or torch.backends.mps.is_available() else 7)
+    assert common.resolve(settings(device=device)).batch == expected
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "cpu:x", "", "meta", "gpu"])
+def test_a_device_that_is_not_there(name):
+    with pytest.raises(common.UsageError, match="--device takes auto or one of"):
+        common.find_device(name)
+
+
+def test_a_gpu_takes_the_defaults(monkeypatch, capsys):
+    monkeypatch.setattr(common, "find_device", lambda name: "cuda")
+    args = common.resolve(settings(device="auto"))
+    assert (args.device, args.batch, args.rate) == ("cuda", 256, .5) and capsys.readouterr().out == ""
 
 
 # ------------------------------------------------------------------------------------ training
@@ -452,127 +547,56 @@ def test_adamw_equals_the_published_update():
 
 
 def test_an_epoch_shows_every_example_once(tmp_path):
-    args = common.Args(steps=20, batch=10, out=str(tmp_path), device="cpu", dtype="float32")
+    args = settings(steps=20, batch=10, out=str(tmp_path))
     model = nn.Linear(1, 1)
-    run, seen = common.Run(args, model), []
+    run, rows = common.Run(args, model, common.adamw(model.parameters(), 0., 0.)), []
     for step in run:
         x = run.batch(torch.arange(100.)[:, None])
-        seen.append(x.flatten().tolist())
-        run.update(model(x).square().mean() * 0)
-    first, second = sum(seen[:10], []), sum(seen[10:], [])
+        rows.append(x.flatten().tolist())
+        run.log(model(x).mean())
+    first, second = sum(rows[:10], []), sum(rows[10:], [])
     assert sorted(first) == sorted(second) == list(range(100)) and first != second
 
 
-def test_clipping_and_the_learning_rate_of_a_step(tmp_path):
-    args = common.Args(steps=4, batch=1, lr=.1, warmup=.5, clip=1., weight_decay=0., out=str(tmp_path),
-                       device="cpu", dtype="float32")
-    model = nn.Linear(1, 1, bias=False)
-    run = common.Run(args, model, torch.optim.SGD(model.parameters(), 1.))
+def test_the_learning_rate_of_a_step(tmp_path):
+    """The schedule's; of a group with its own rate, that many times as much."""
+    args = settings(steps=4, batch=1, lr=.1, warmup=.5, out=str(tmp_path))
+    a, b = (nn.Linear(1, 1, bias=False) for _ in range(2))
+    optimizer = torch.optim.SGD([dict(params=a.parameters()), dict(params=b.parameters(), times=3.)], 1.)
+    run = common.Run(args, nn.ModuleList([a, b]), optimizer)
     for step in run:
-        before = model.weight.item()
-        run.update(1000 * model.weight.sum())                            # gradient 1000, cut to 1
-        due = .1 * common.schedule(step, 4, .5)
-        assert before - model.weight.item() == pytest.approx(due, rel=1e-3)
+        before = a.weight.item(), b.weight.item()
+        loss = 2 * a.weight.sum() + 2 * b.weight.sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log(loss)
+        expected = .1 * common.schedule(step, 4, .5)
+        assert before[0] - a.weight.item() == pytest.approx(2 * expected, rel=1e-3)
+        assert before[1] - b.weight.item() == pytest.approx(6 * expected, rel=1e-3)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == [1, 2, 3, 4] and log[0]["gradient"] == 1000
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    assert [line["lr"] for line in log] == pytest.approx([.1 * common.schedule(step, 4, .5) for step in range(4)])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_autocast_computes_in_the_dtype_and_sees_new_weights(tmp_path, dtype):
-    """Within a step bfloat16 copies of the weights are kept; after the update they must be new ones."""
-    args = common.Args(steps=3, batch=1, lr=.5, warmup=0, out=str(tmp_path), device="cpu", dtype=dtype)
-    model = nn.Linear(4, 4)
-    run, x = common.Run(args, model), torch.ones(1, 4)
+def test_autocast_computes_in_the_dtype_with_the_weights_of_the_step(tmp_path, dtype):
+    """Inside a step bfloat16 copies of the weights are kept; after the update they must be new ones."""
+    args = settings(steps=3, batch=1, lr=.5, warmup=0, out=str(tmp_path), dtype=dtype)
+    model, x = nn.Linear(4, 4), torch.ones(1, 4)
+    optimizer = common.adamw(model.parameters(), .5, 0.)
+    run = common.Run(args, model, optimizer)
     for step in run:
-        before = model(x)
-        assert str(before.dtype) == f"torch.{dtype}"
-        run.update(before.float().square().mean())
-        after = F.linear(x, model.weight, model.bias)
-        assert not torch.allclose(before.float(), after.float(), atol=.05)
-
-
-def test_a_look_aside_leaves_no_trace_and_its_notes_survive_a_resume(tmp_path, monkeypatch):
-    clock = [1000.]                                                      # a step takes 1 s, a look 10
-    monkeypatch.setattr(common.time, "time", lambda: clock[0])
-
-    def train(out, stop=None, resume=False, looks=True):
-        args = common.Args(steps=8, batch=4, lr=.1, out=str(out), device="cpu", dtype="float32", resume=resume)
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(.5))
-        run, data = common.Run(args, model, chance=1.25), torch.arange(60.).view(20, 3) / 60
-        try:
-            for step in run:
-                run.update(model(run.batch(data)).square().mean())
-                clock[0] += 1
-                if looks and step % 2:
-                    with run.aside():
-                        assert not model.training
-                        torch.rand(step)                                 # uses up random numbers
-                        clock[0] += 10
-                        run.note(twice=2 * (step + 1))
-                assert model.training
-                run.stop = step == stop
-        except KeyboardInterrupt:
-            pass
-        return run, model[0].weight.detach()
-
-    run, whole = train(tmp_path / "a")
-    assert run.seconds == 8                                              # the four looks do not count
-    assert run.notes() == {i: {"twice": 2 * i} for i in (2, 4, 6, 8)}
-    assert torch.equal(whole, train(tmp_path / "b", looks=False)[1])
-    train(tmp_path / "c", stop=4)
-    log = tmp_path / "c/log.jsonl"
-    log.write_text(log.read_text() + json.dumps(dict(step=6, note="of a step that was lost")) + "\n")
-    state = torch.load(tmp_path / "c/checkpoint.pt", weights_only=True)
-    assert state["step"] == 5
-    run, resumed = train(tmp_path / "c", resume=True)
-    assert torch.equal(whole, resumed) and run.notes() == {i: {"twice": 2 * i} for i in (2, 4, 6, 8)}
-    assert "(chance 1.250)" in run.words()
-
-
-def test_what_comes_after_the_last_step_is_the_same_when_a_run_is_resumed(tmp_path):
-    """The weights of another network, say: of a run stopped before its end, and of one that had ended."""
-    def after(out, stop=None, resume=False, **changed):
-        args = common.Args(**dict(steps=6, batch=4, lr=.1, out=str(out), device="cpu", dtype="float32", resume=resume) | changed)
-        torch.manual_seed(args.seed)
-        model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(.5))
-        run, data = common.Run(args, model), torch.arange(60.).view(20, 3) / 60
-        try:
-            for step in run:
-                run.update(model(run.batch(data)).square().mean())
-                run.stop = step == stop
-        except KeyboardInterrupt:
-            return None
-        return torch.rand(5).tolist(), run
-
-    whole, _ = after(tmp_path / "a")
-    assert after(tmp_path / "b", stop=3) is None
-    assert after(tmp_path / "b", resume=True)[0] == whole
-    again, run = after(tmp_path / "a", resume=True, weight_decay=.25)
-    assert again == whole
-    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [.25, 0]     # the flag that is given now wins
-
-
-def test_ctrl_c_offers_to_go_on_with_this_run_not_with_an_older_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["mae.py"])
-    path = tmp_path / "checkpoint.pt"
-
-    def stopped(main, *flags):
-        with pytest.raises(SystemExit) as end:
-            common.start(main, common.Args, ["--out", str(tmp_path), "--device", "cpu", *flags])
-        return str(end.value)
-
-    def before(args):
-        raise KeyboardInterrupt
-
-    def after(args):
-        torch.save(dict(script="mae.py", args={}), path)
-        raise KeyboardInterrupt
-
-    assert stopped(before) == "\nStopped"
-    assert stopped(after).endswith(f"go on with python mae.py --resume --out {tmp_path}")
-    os.utime(path, (1e9, 1e9))                                           # of an older run
-    assert stopped(before) == "\nStopped" and "--resume" in stopped(before, "--resume")
+        with run.autocast():
+            before = model(x)
+            loss = before.float().square().mean()
+        assert str(before.dtype) == f"torch.{dtype}" and model.weight.dtype == torch.float32
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log(loss)
+        with run.autocast():
+            assert not torch.allclose(before.float(), model(x).float(), atol=.05)
 
 
 def test_the_machine_is_the_one_that_computes(monkeypatch):
@@ -583,28 +607,43 @@ def test_the_machine_is_the_one_that_computes(monkeypatch):
 
 @pytest.mark.parametrize("able", [False, True])
 def test_auto_is_bfloat16_where_it_is_native_and_the_result_says_so(tmp_path, monkeypatch, able):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx512_bf16=able))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx512_bf16=able), raising=False)
+    model = nn.Linear(1, 1)
     for dtype, meant in ("auto", ["float32", "bfloat16"][able]), ("float32", "float32"), ("bfloat16", "bfloat16"):
-        args = common.Args(out=str(tmp_path), device="cpu", dtype=dtype)
+        args = settings(out=str(tmp_path), dtype=dtype)
         with common.autocast(args):
             assert str(F.linear(torch.ones(1, 8), torch.ones(8, 8)).dtype) == f"torch.{meant}"
-        common.report(common.Run(args, nn.Linear(1, 1)), "", {})
+        common.report(common.Run(args, model, common.adamw(model.parameters(), 0., 0.)), "", {})
         result = json.loads((tmp_path / "result.json").read_text())
         assert result["settings"]["dtype"] == meant and ("--dtype" in result["command"]) == (dtype != "auto")
+
+
+def test_a_pytorch_that_cannot_say_what_its_cpu_can_do(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)    # before 2.13
+    assert common.precision(settings(dtype="auto")) == "float32"
+
+
+def test_attention_is_as_exact_under_bfloat16_on_a_cpu():
+    q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.bfloat16).unbind()
+    with common.autocast(settings(dtype="bfloat16")):
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=2 ** -6, atol=2 ** -7)
 
 
 # ---------------------------------------------------------------------------------- evaluation
 
 
-def test_few():
+def test_k_shot():
     labels = torch.arange(60) % 3
-    i = common.few(labels, 4, seed=1)
+    i = common.k_shot(labels, 4, seed=1)
     assert labels[i].tolist() == [0] * 4 + [1] * 4 + [2] * 4 and len(set(i.tolist())) == 12
-    assert torch.equal(i, common.few(labels, 4, seed=1)) and not torch.equal(i, common.few(labels, 4, seed=2))
-    assert sorted(common.few(labels, 0).tolist()) == list(range(60))
-    assert len(common.few(2 * labels, 4)) == 12                          # ids may have gaps
+    assert torch.equal(i, common.k_shot(labels, 4, seed=1)) and not torch.equal(i, common.k_shot(labels, 4, seed=2))
+    assert sorted(common.k_shot(labels, 0).tolist()) == list(range(60))
+    assert len(common.k_shot(2 * labels, 4)) == 12                          # ids may have gaps
     with pytest.raises(UserError, match="--labels 21 is too many: a class has only 20"):
-        common.few(labels, 21)
+        common.k_shot(labels, 21)
 
 
 def test_the_probe_finds_the_optimum():
@@ -614,7 +653,7 @@ def test_the_probe_finds_the_optimum():
     x = torch.randn(90, 5) + F.one_hot(y, 5) * 1.5
     test_y = torch.arange(300) % 3
     test = torch.randn(300, 5) + F.one_hot(test_y, 5) * 1.5
-    got = common.probe(x, y, test, test_y)
+    found = common.probe(x, y, test, test_y)
     z, zt = ((a - x.mean(0)) / x.std(0) for a in (x, test))
     w, b = torch.zeros(3, 5, requires_grad=True), torch.zeros(3, requires_grad=True)
     for _ in range(3000):
@@ -622,10 +661,10 @@ def test_the_probe_finds_the_optimum():
         gw, gb = torch.autograd.grad(loss, [w, b])
         w.data -= .5 * gw
         b.data -= .5 * gb
-    due = 100 * ((zt @ w.T + b).argmax(1) == test_y).float().mean().item()
-    assert got == pytest.approx(due, abs=.4) and 60 < got < 100
+    expected = 100 * ((zt @ w.T + b).argmax(1) == test_y).float().mean().item()
+    assert found == pytest.approx(expected, abs=.4) and 60 < found < 100
     shuffled = y[torch.randperm(90)]
-    assert common.probe(x, shuffled, test, test_y) < 50                  # no label, no knowledge
+    assert common.probe(x, shuffled, test, test_y) < 50                  # labels without meaning teach nothing
 
 
 # -------------------------------------------------------------------------------------- output
@@ -647,29 +686,70 @@ def test_png_can_be_read_back(tmp_path):
     assert (sheet[:, 0] == 0).all()
     sheet = sheet[:, 1:].reshape(h, w, 3)
     assert (h, w) == (3 * 8 + 2 * 4, 2 * 8 + 4)
-    due = (r[3] * 255).round().byte().permute(1, 2, 0).numpy()           # second row, second column
-    assert np.array_equal(sheet[12:20:2, 12:20:2], due) and (sheet[8:12] == 255).all()
+    expected = (r[3] * 255).round().byte().permute(1, 2, 0).numpy()           # second row, second column
+    assert np.array_equal(sheet[12:20:2, 12:20:2], expected) and (sheet[8:12] == 255).all()
 
 
-def test_table_and_spread():
+def test_table_and_mean_std():
     assert common.table([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc   d"
-    assert common.spread([61.24]) == "61.2" and common.spread([60., 62.]) == "61.0 +- 1.4"
+    assert common.mean_std([61.24]) == "61.2" and common.mean_std([60., 62.]) == "61.0 +- 1.4"
 
 
-def test_the_table_of_who_knows_what():
-    images = common.Images(*[torch.zeros(2, 3, 4, 4, dtype=torch.uint8)] * 2, {}, {},
-                           {"shape": list("abcd"), "colour": list("xy"), "size": list("uvw")})
-    rows = {"pixels": {"shape": [[30., 32.], [50.]], "colour": [[99.]]},
-            "ours": {"shape": [[60., 70.], [80.]], "colour": [[55.]], "size": [[44.]]}}
-    assert common.comparison(images, [5, 0], rows).splitlines() == [
-        "shape, accuracy in %    5 a class  all labels  colour, all",
-        "chance                       25.0        25.0         50.0",
-        "pixels                31.0 +- 1.4        50.0         99.0",
-        "ours                  65.0 +- 7.1        80.0         55.0"]         # size: not all rows have it
-    assert common.known(images, rows["ours"]) == "shape 80 % (chance 25), colour 55 % (chance 50), size 44 % (chance 33)"
+def labelled(attributes):
+    """64 + 40 noise images with the ids of attributes {name: number of ids}; the first colours them: id / 10 is added."""
+    r = np.random.default_rng(0)
+    ids = {name: torch.from_numpy(r.integers(0, n, 104)) for name, n in attributes.items()}
+    x = torch.from_numpy(r.integers(0, 20, (104, 3, 4, 4)).astype(np.uint8)) + 25 * ids[next(iter(ids))].byte()[:, None, None, None]
+    return common.Images(x[:64], x[64:], {k: y[:64] for k, y in ids.items()}, {k: y[64:] for k, y in ids.items()},
+                         {name: [f"{name} {i}" for i in range(n)] for name, n in attributes.items()})
 
 
-def test_normalize_takes_bytes_and_shares():
+def test_linear_probe_and_its_table():
+    images = labelled(dict(shape=3, colour=2, size=3))
+    args = settings(labels=(5, 0))
+    row = common.linear_probe(args, nn.Flatten(), images)
+    assert len(row) == 3 and min(row[:2]) > 95 and row[2] < 90           # the brightness is the shape; the colour is not in it
+    lines = common.label_table(args, images, dict(pixels=row)).splitlines()
+    assert [line.split()[0] for line in lines] == ["shape,", "chance", "pixels"] and "colour" in lines[0]
+    assert lines[1].split()[1:] == ["33.3", "33.3", "50.0"] and lines[2].split()[1:] == [f"{x:.1f}" for x in row]
+    lines = common.label_table(args, images, dict(pixels=row, tuned=row[:2])).splitlines()          # not all rows have the colour
+    assert "colour" not in lines[0] and [len(line.split()) for line in lines[1:]] == [3, 3, 3]
+    one = common.linear_probe(args, nn.Flatten(), labelled(dict(shape=3)))              # images that have none
+    assert len(one) == 2 and "colour" not in common.label_table(args, labelled(dict(shape=3)), dict(pixels=one))
+
+
+def test_encode_is_the_features_in_order(tmp_path):
+    images = labelled(dict(shape=3))
+    f = lambda x: x.mean((2, 3))
+    found = common.encode(settings(), f, images, images.train, batch=10)
+    torch.testing.assert_close(found, f(images.normalize(images.train)))
+    assert not common.encode(settings(), nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), images, images.train[:3]).requires_grad
+
+
+def test_fine_tuning_trains_what_takes_gradients():
+    images = labelled(dict(shape=3))
+    labels, test_labels = images.class_labels()
+    f = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 8).requires_grad_(False))
+    before = [p.clone() for p in f.parameters()]
+    score = common.finetune(settings(), f, images, images.train, labels, test_labels, steps=100, lr=1e-2)
+    assert score > 80
+    assert [torch.equal(p, q) for p, q in zip(f.parameters(), before)] == [False, False, True, True]
+    again = [common.finetune(settings(), nn.Flatten(), images, images.train, labels, test_labels, 5, 1e-2) for _ in range(2)]
+    assert again[0] == again[1]                                          # seeded
+    common.finetune(settings(), nn.Flatten(), images, images.train, labels, test_labels, 0, 1e-2)         # no step at all
+
+
+def test_what_a_model_has_to_know_of_its_images():
+    images = labelled(dict(shape=3, colour=2))
+    about = images.about()
+    assert about["image_size"] == 4 and about["classes"] == ["shape 0", "shape 1", "shape 2"]
+    x = images.train[:2].float() / 255
+    mean, std = (torch.tensor(about[name]).view(3, 1, 1) for name in ("mean", "std"))
+    torch.testing.assert_close((x - mean) / std, images.normalize(images.train[:2]))
+    json.dumps(about)
+
+
+def test_normalize_takes_bytes_and_fractions():
     x = torch.randint(0, 256, (50, 3, 4, 4), dtype=torch.uint8)
     images = common.Images(x, x, {}, {}, {})
     torch.testing.assert_close(images.normalize(x), images.normalize(x / 255))
@@ -681,112 +761,6 @@ def test_no_runs_yet(tmp_path):
     assert done.returncode == 1 and "python mae.py makes one" in done.stderr
 
 
-def test_attention_stays_float32_under_bfloat16_on_a_cpu():
-    q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.bfloat16).unbind()
-    args = common.Args(device="cpu", dtype="bfloat16")
-    with common.autocast(args):
-        got = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    due = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
-    assert got.dtype == torch.bfloat16
-    assert (got != due.to(torch.bfloat16)).float().mean() < .02         # one rounding, at the end
-    torch.testing.assert_close(got.double(), due, rtol=2 ** -8, atol=1e-6)
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
-@pytest.mark.parametrize("shape", [(7, 12), (3, 5, 12), (12,), (0, 12)])
-def test_onednn_linear_equals_torchs(shape):
-    """To the rounding of float32, against float64; gradients, too, and only where they are asked for."""
-    torch.manual_seed(0)
-    tensors = [torch.randn(shape), torch.randn(8, 12), torch.randn(8)]
-    for asked in (1, 1, 1), (0, 1, 1), (1, 0, 0), (0, 1, 0):
-        mine = [t.clone().requires_grad_(bool(a)) for t, a in zip(tensors, asked)]
-        twin = [t.double().requires_grad_(bool(a)) for t, a in zip(tensors, asked)]
-        with common.OneDNN():
-            y = F.linear(*mine)
-        due = F.linear(*twin)
-        torch.testing.assert_close(y, due.float(), rtol=1e-5, atol=1e-5)
-        grad = torch.randn(y.shape)
-        y.backward(grad)
-        due.backward(grad.double())
-        for a, b in zip(mine, twin):
-            assert (a.grad is None) == (b.grad is None)
-            if a.grad is not None:
-                torch.testing.assert_close(a.grad, b.grad.float(), rtol=1e-4, atol=1e-5)
-    with common.OneDNN():
-        torch.testing.assert_close(nn.Linear(12, 8, bias=False)(tensors[0]).shape, y.shape)
-    assert F.linear is torch._C._nn.linear                               # and everything is put back
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
-@pytest.mark.parametrize("kind", [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported())
-def test_onednn_without_gradients_follows_the_weight(kind):
-    """The copy that is kept is made anew when the weight changes, in place or as a whole."""
-    torch.manual_seed(0)
-    layer, tolerance = nn.Linear(48, 40).to(kind), 1e-5 if kind == torch.float32 else 2e-2
-    with torch.no_grad(), common.OneDNN() as kernel:
-        for rows in 1, 16, 5, 200:
-            x = torch.randn(rows, 1, 48).to(kind)
-            for change in (lambda: None, lambda: layer.weight.mul_(-2), lambda: setattr(layer, "weight", nn.Parameter(layer.weight + 1))):
-                change()
-                due = x.double() @ layer.weight.double().T + layer.bias.double()
-                torch.testing.assert_close(layer(x).double(), due, rtol=tolerance, atol=tolerance * 10)
-        kept = len(kernel.kept)
-        F.linear(x, layer.weight * 2)                                    # what is made on the way is not kept
-        assert len(kernel.kept) == kept > 1
-
-
-# -------------------------------------------------------------------------- many short trainings
-
-
-def series(args, about="a base"):
-    return common.Series(args, about, free=("steps",))
-
-
-def test_a_series_does_nothing_twice_and_loses_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(common, "script", lambda: "some.py")
-    args = common.Args(out=str(tmp_path), device="cpu")
-    first = series(args)
-    assert not list(tmp_path.iterdir())                                    # nothing is written before something is done
-    for fit in first.rest([("a", 1), ("b", 1)]):
-        first.add(fit, loss=len(first.done))
-        if fit == ("a", 1):
-            kept = (tmp_path / "checkpoint.pt").read_bytes()
-    args.resume, args.steps = True, 7                                      # free: it may change
-    again = series(args)
-    assert list(again.rest([("b", 1), ("c", 1), ("a", 1)])) == [("c", 1)] and again.done[("b", 1)] == dict(loss=1)
-    assert again.seconds == first.seconds > 0 and capsys.readouterr().out == ""
-    kept = (tmp_path / "checkpoint.pt").read_bytes()
-    for changed in dict(lr=.5), dict(about="another base"):
-        about = changed.pop("about", "a base")
-        other = series(dataclasses.replace(args, **changed), about)
-        assert other.done == {} and "anew" in capsys.readouterr().out
-        assert (tmp_path / "checkpoint.pt").read_bytes() == kept           # not touched before there is something else
-    for fit in other.rest([("a", 1)]):
-        other.add(fit, loss=5)
-    assert (tmp_path / "previous.pt").read_bytes() == kept
-
-
-def test_ctrl_c_ends_a_series_between_two_fits(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "script", lambda: "some.py")
-    usual, run = signal.getsignal(signal.SIGINT), series(common.Args(out=str(tmp_path), device="cpu"))
-    with pytest.raises(KeyboardInterrupt):
-        for fit in run.rest([(1,), (2,), (3,)]):
-            if fit == (2,):
-                os.kill(os.getpid(), signal.SIGINT)
-            run.add(fit, loss=0.)
-    assert list(run.done) == [(1,), (2,)] and signal.getsignal(signal.SIGINT) is usual
-
-
-def test_a_part_of_a_series_leaves_no_files(tmp_path, capsys):
-    out = tmp_path / "out"
-    args = common.Args(steps=3, batch=2, device="cpu", out=str(out), save_every=0, resume=True)
-    model = torch.nn.Linear(2, 1)
-    run = common.Run(args, model, part="a part")
-    for _ in run:
-        run.update(model(run.batch(torch.ones(4, 2))).square().mean())
-    assert not out.exists() and capsys.readouterr().out == "" and run.step == 3 and run.seconds > 0
-
-
 def test_fingerprint():
     weights = dict(a=torch.ones(3), b=torch.zeros(2))
     mark = common.fingerprint(weights)
@@ -795,13 +769,41 @@ def test_fingerprint():
     assert common.fingerprint(weights) != mark
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
-def test_onednn_keeps_no_input_for_a_frozen_weight():
-    x, weight = torch.randn(5, 7, requires_grad=True), torch.randn(3, 7)
-    for frozen in True, False:
-        kept, w = [], weight.clone().requires_grad_(not frozen)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-            y = common.Linear.apply(x, w, None)
-        assert kept == ([(3, 7)] if frozen else [(5, 7), (3, 7)])
-        (grad,) = torch.autograd.grad(y.square().sum(), x)
-        torch.testing.assert_close(grad, 2 * (x @ weight.T) @ weight, rtol=1e-5, atol=1e-5)
+def test_say_wraps_long_lines_only(capsys):
+    table = "a" + " " * 60 + "b   "
+    common.say(f"{table}\n\n{'word ' * 30}\n{'x' * 99}")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [table, ""] and "x" * 99 in lines and max(map(len, lines[:-1])) <= 80
+    assert " ".join(lines[2:-1]).split() == ["word"] * 30
+    common.say("y " * 99, width=math.inf)
+    assert capsys.readouterr().out == "y " * 99 + "\n"
+
+
+def test_the_command_of_a_run_gives_its_settings():
+    args = common.resolve(settings(batch=9, names=(4, 5), norm=False, data="-a b's.npz", lr=1e-3, rate=.25, out="x", seed=3))
+    line = common.command(args)
+    assert line.startswith("python test_common.py ") and "--out" not in line and "--rate" not in line       # .25 is the CPU's
+    again = parsed(" ".join(word for word in __import__("shlex").split(line)[2:] if " " not in word))
+    assert (again.batch, again.names, again.norm, again.seed) == (9, (4, 5), False, 3)
+    words = __import__("shlex").split(line)
+    assert "--data=-a b's.npz" in words and "--no-norm" in words
+
+
+def test_replacing_is_all_or_nothing(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    for error in OSError(28, "No space left on device"), RuntimeError("inline_container.cc: failed writing"):
+        with pytest.raises(UserError, match="cannot write .*file at step 3 .(No space left on device|is the disk full.)"):
+            with common.replacing(path, " at step 3") as f:
+                f.write(b"half")
+                raise error
+        assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(KeyboardInterrupt):
+        with common.replacing(path) as f:
+            f.write(b"half")
+            raise KeyboardInterrupt
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with common.replacing(path) as f:
+        f.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]

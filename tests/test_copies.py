@@ -5,18 +5,19 @@ import ast
 import pytest
 from conftest import ROOT
 
+GPT, VIT = ("gpt.py", "lora.py", "flamingo.py"), ("mae.py", "flamingo.py:vit")
 FAMILIES = {   # part -> groups of scripts in which it is one and the same
-    "Attention": [("mae.py", "flamingo.py:eye"), ("gpt.py", "lora.py", "flamingo.py")],
-    "MLP": [("mae.py", "flamingo.py:eye"), ("gpt.py", "lora.py", "flamingo.py")],
-    "Block": [("mae.py", "flamingo.py:eye"), ("gpt.py", "lora.py", "flamingo.py")],
-    "Cache": [("gpt.py", "lora.py", "flamingo.py")],
-    "GPT": [("gpt.py", "lora.py", "flamingo.py")],
+    "Attention": [VIT, GPT],
+    "MLP": [VIT, GPT],
+    "Block": [VIT, GPT],
+    "Cache": [GPT],
+    "GPT": [GPT],
     "mask": [("gpt.py", "lora.py")],
     "distance": [("gpt.py", "lora.py")],
-    "ViT": [("mae.py", "flamingo.py:eye")],
-    "sincos": [("mae.py", "flamingo.py:eye")],
-    "take": [("mae.py", "flamingo.py:eye")],
-    "patchify": [("mae.py", "flamingo.py:eye")],
+    "ViT": [VIT],
+    "sincos_pos_embed": [VIT],
+    "gather": [VIT],
+    "patchify": [VIT],
 }
 
 
@@ -30,28 +31,28 @@ class Bare(ast.NodeTransformer):
         return node
 
 
-class Eye(ast.NodeTransformer):
-    """flamingo.py has two of some classes: the eye's are called EyeBlock and so on."""
+class Prefix(ast.NodeTransformer):
+    """flamingo.py has two of some classes: those of the vision encoder are called ViTBlock and so on."""
 
     def visit(self, node):
         self.generic_visit(node)
         for field in "name", "id":
             if isinstance(getattr(node, field, None), str):
-                setattr(node, field, getattr(node, field).removeprefix("Eye"))
+                setattr(node, field, getattr(node, field).removeprefix("ViT") or "ViT")
         return node
 
 
-def part(source, name, eye=False):
-    """The syntax tree, as text, of a class or function at the top of a source; None if there is none. With eye, of
-    the one that is called Eye... or uses those that are."""
+def part(source, name, vit=False):
+    """The syntax tree, as text, of a class or function at the top of a source; None if there is none. With vit, of
+    the one that is called ViT... or uses those that are."""
     found = {n.name: n for n in ast.parse(source).body if hasattr(n, "name")}
-    node = found.get(f"Eye{name}", found.get(name)) if eye else found.get(name)
-    return ast.dump(Bare().visit(Eye().visit(node) if eye else node)) if node else None
+    node = found.get(f"ViT{name}", found.get(name)) if vit else found.get(name)
+    return ast.dump(Bare().visit(Prefix().visit(node) if vit else node)) if node else None
 
 
 def differences(sources, name):
     """The scripts, of {script: source}, whose copy differs from that of the first that has one."""
-    copies = {script: part(source, name, script.endswith(":eye")) for script, source in sources.items()}
+    copies = {script: part(source, name, script.endswith(":vit")) for script, source in sources.items()}
     copies = {script: copy for script, copy in copies.items() if copy}
     return [script for script, copy in copies.items() if copy != next(iter(copies.values()))]
 
@@ -60,7 +61,7 @@ def differences(sources, name):
 def test_copies_are_equal(name):
     for family in FAMILIES[name]:
         sources = {script: (ROOT / script.split(":")[0]).read_text() for script in family}
-        assert all(part(source, name, script.endswith(":eye")) for script, source in sources.items())
+        assert all(part(source, name, script.endswith(":vit")) for script, source in sources.items())
         assert not differences(sources, name), f"{name}: mend the copy, or give it another name"
 
 
