@@ -283,7 +283,7 @@ def guarded(main, args, name):
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except OSError as error:                            # a full disk, a folder that is gone
-        where = error.filename or args.out or "runs"
+        where = error.filename or getattr(args, "out", "") or "runs"
         sys.exit(f"{name}: {error.strerror or error} ({where})")
     except KeyboardInterrupt as error:      # die by the signal: a shell's loop ends with it, too
         number = error.args[0] if error.args else signal.SIGINT
@@ -349,7 +349,7 @@ def has_bfloat16(device):
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     ask = getattr(torch.cpu, "get_capabilities", dict)            # since PyTorch 2.13
-    able = ask() if device == "cpu" else {}
+    able = ask() if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" else {}
     return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
 
 
@@ -809,7 +809,7 @@ def fetch(name, file, data_dir, kept=None):
                 except (urllib.error.URLError, http.client.HTTPException, TimeoutError) as error:
                     wrong.append(f"{mirror}: {getattr(error, 'reason', error)}")
                     continue
-            if SHA256[name][file] in digests(part):
+            if SHA256[name][file] in digests(part, inside=file.endswith(".gz")):
                 os.replace(part, path)
                 return path
             wrong.append(f"{mirror}: not the expected SHA-256, so it was deleted")
@@ -824,19 +824,28 @@ def fetch(name, file, data_dir, kept=None):
 
 
 def download(url, file):
-    """Copies a page into an open file, under a progress bar."""
+    """Copies a page into an open file, under a progress bar. Raises URLError where the connection
+    fails, and OSError where the file cannot be written."""
+    def read():
+        try:
+            return source.read(1 << 16)
+        except (OSError, EOFError, zlib.error) as error:
+            raise urllib.error.URLError(error) from None
+
     with urllib.request.urlopen(url, timeout=20) as page:
-        size = int(page.headers.get("Content-Length") or 0) or None
+        packed = page.headers.get("Content-Encoding") == "gzip" and not url.endswith(".gz")
+        source = gzip.GzipFile(fileobj=page) if packed else page
+        size = None if packed else int(page.headers.get("Content-Length") or 0) or None
         with tqdm(desc=url.split("/")[-1], total=size, unit="B", unit_scale=True, ncols=80) as bar:
-            while chunk := page.read(1 << 16):
+            while chunk := read():
                 file.write(chunk)
                 bar.update(len(chunk))
 
 
-def digests(path):
-    """SHA-256 of a file and, if it is a gzip file, of what it holds."""
+def digests(path, inside=True):
+    """SHA-256 of a file and, with inside, if it is a gzip file, of what it holds."""
     found = []
-    for opener in open, gzip.open:
+    for opener in (open, gzip.open) if inside else (open,):
         with contextlib.suppress(OSError, EOFError, zlib.error), opener(path, "rb") as f:
             found.append(hashlib.file_digest(f, "sha256").hexdigest())
     return found
@@ -912,16 +921,31 @@ def read_pictures(path, size, device="cpu"):
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().to(device)
 
 
+def files_below(folder, ending=""):
+    """The files below a folder, in order; without hidden ones, and those in hidden folders."""
+    return [file for file in sorted(folder.rglob("*")) if file.is_file()
+            and file.name.lower().endswith(ending)
+            and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+
+
 def read_folder(path, size):
-    """folder/<class>/<picture>, or folder/{train,test}/<class>/<picture>, cropped and scaled."""
+    """folder/<class>/<picture>, or folder/train/<class>/<picture> and the same in test or val,
+    cropped to squares and scaled; what is transparent becomes white."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError:
         raise UserError("a folder of pictures is read with Pillow: pip install pillow") from None
 
     def square(file):
         try:
-            picture = Image.open(file).convert("RGB")
+            picture = ImageOps.exif_transpose(Image.open(file))          # held upright
+            if picture.mode.startswith("I"):                             # 16-bit greys
+                picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            picture = picture.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             raise UserError(f"cannot read the picture {file}: mend it or move it away") from None
         side = min(picture.size)
@@ -929,13 +953,16 @@ def read_folder(path, size):
         box = left, top, left + side, top + side
         return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box))
 
-    parts = ["train", "test"] if (path / "train").is_dir() and (path / "test").is_dir() else [""]
-    classes = sorted(p.name for p in (path / parts[0]).iterdir() if p.is_dir())
+    folders = {"": ""}          # {split: its folder}; without them every fifth is for the test
+    for test in "val", "test":
+        if (path / "train").is_dir() and (path / test).is_dir():
+            folders = {"train": "train", "test": test}
+    classes = sorted(p.name for p in (path / folders.get("train", "")).iterdir()
+                     if p.is_dir() and p.name[0] != ".")
     x, y = {"train": [], "test": []}, {"train": [], "test": []}
-    for part in parts:
+    for part, folder in folders.items():
         for label, name in enumerate(classes):
-            files = sorted(p for p in (path / part / name).glob("**/[!.]*") if p.is_file())
-            for i, file in enumerate(files):
+            for i, file in enumerate(files_below(path / folder / name)):
                 split = part or ("test" if i % 5 == 4 else "train")
                 x[split].append(square(file))
                 y[split].append(label)
@@ -970,9 +997,7 @@ def load_text(name, data_dir="data", parts=1, utf8=False, flag="--data"):
         path = Path(name)
         if name == "shakespeare":
             path = fetch(name, "input.txt", Path(data_dir), "tinyshakespeare.txt")
-        files = sorted(path.glob("**/*.txt")) if path.is_dir() else [path]
-        hidden = lambda file: any(part[0] == "." for part in file.relative_to(path).parts)
-        files = [file for file in files if not hidden(file)]
+        files = files_below(path, ".txt") if path.is_dir() else [path]
         require(name and path.exists(), f"there is no text {name!r}: {flag} takes pydocs, pycode, "
                 "shakespeare, a file, or a folder of .txt files; for images gpt.py takes shapes, "
                 f"{', '.join(IMAGE_SETS)} or an .npz")
@@ -1001,7 +1026,7 @@ def load_text(name, data_dir="data", parts=1, utf8=False, flag="--data"):
 
 
 def boundary(raw, at):
-    """The place in some bytes where the next character of UTF-8 begins, from `at` on."""
+    """The index in some bytes where the next character of UTF-8 begins, from `at` on."""
     while at < len(raw) and raw[at] & 0xC0 == 0x80:
         at += 1
     return at
@@ -1156,11 +1181,11 @@ class Run:
 
     def __iter__(self):
         args, every, last_save = self.args, math.ceil(self.args.steps / 200), time.monotonic()
-        began, usual = last_save - self.seconds, on_signals(self.interrupt)
+        began, log = last_save - self.seconds, self.open_log()
         line = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         bar = tqdm(total=args.steps, initial=self.step, ncols=80, leave=False, bar_format=line,
                    disable=not (sys.stderr and sys.stderr.isatty()))
-        log = self.open_log()
+        usual = on_signals(self.interrupt)
         try:
             while self.step < args.steps:
                 torch.manual_seed(args.seed * 1_000_003 + self.step)
@@ -1215,6 +1240,7 @@ class Run:
             self.finite(math.isfinite(self.loss), f"the loss was {self.loss}")
 
     def finite(self, condition, what):
+        """Raises UserError unless it is so."""
         kept = "no checkpoint was written yet" if self.saved is None else \
             f"the checkpoint of step {self.saved} is kept"
         require(condition, f"at step {self.step - 1} {what}; {kept}. Try a smaller --lr")
@@ -1260,6 +1286,7 @@ class Run:
         say(f"Continuing from step {self.step} of {path}.")
 
     def interrupt(self, number, _):
+        """A signal's handler: the run stops after this step."""
         self.stop = number
         signal.signal(number, interrupt)                       # a second one stops at once
 
@@ -1502,7 +1529,7 @@ def finetune(args, f, images, x, labels, test_labels, steps, lr, batch=64, seed=
     torch.manual_seed(seed)
     dim = encode(args, f.eval(), images, x[:1]).shape[1]
     head = nn.Linear(dim, int(labels.max()) + 1)
-    nn.init.zeros_(head.weight)                  # at first all classes are equally likely
+    nn.init.zeros_(head.weight)                  # at first all images get the same scores
     norm = nn.BatchNorm1d(dim, affine=False)     # as in MAE, A.1, for probes: scales differ widely
     model = nn.Sequential(f, norm, head).to(x.device).train()
     optimizer = adamw(model.parameters(), lr, weight_decay=.05)

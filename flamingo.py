@@ -320,10 +320,12 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, patches, ids=None):
-        B = len(patches)
+        B, n, _ = patches.shape
         position = self.pos_embed[:, 1:].expand(B, -1, -1)
         if ids is not None:                          # each patch keeps its position in the image
             position = gather(position, ids)
+        elif n != position.shape[1]:
+            raise ValueError(f"{n} patches per image, and this ViT is for {position.shape[1]}")
         x = self.patch_embed(patches) + position
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)
         x = torch.cat([cls, x], 1)                                          # (B, 1 + n, C)
@@ -401,7 +403,9 @@ def gather(x, ids):
 
 def patchify(x, p):
     """Images (B, 3, S, S) -> patches (B, N, P), row by row; inside a patch: row, column, colour."""
-    B, _, S, _ = x.shape
+    B, C, S, W = x.shape
+    if C != 3 or S != W or S % p:
+        raise ValueError(f"images are (B, 3, S, S), S a multiple of {p}, not {tuple(x.shape)}")
     s = S // p                                                     # patches per side, N = s^2
     return x.reshape(B, 3, s, p, s, p).permute(0, 2, 4, 3, 5, 1).reshape(B, s * s, 3 * p * p)
 
@@ -488,7 +492,8 @@ class Attention(nn.Module):
         if 1 < T < L:                    # the last attends to all, the one before it to L - 1, ...
             visible = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
         x = F.scaled_dot_product_attention(              # softmax(q k^T / sqrt(D) + mask) v
-            q, k, v, visible, self.dropout if self.training else 0., is_causal=T == L)
+            q, k, v, visible, self.dropout if self.training else 0.,
+            is_causal=cache is None or T == L)
         x = self.proj(x.transpose(1, 2).reshape(B, T, C))
         return F.dropout(x, self.dropout, self.training)
 

@@ -4,11 +4,10 @@ Paper    He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", arX
 
 Idea     An autoencoder that sees all it has to reconstruct can copy. So mask most of the image: a
          few masked patches could be guessed from their neighbours, 75 % only by knowing what things
-         look like. The encoder, a Vision
-         Transformer (ViT), works on the visible patches alone: a quarter of the tokens. A small
-         decoder reconstructs the masked patches; after pre-training it is thrown away. It gets one
-         learned vector, the mask token, for every masked patch: the position that is added to it
-         tells which patch to predict.
+         look like. The encoder, a Vision Transformer (ViT), works on the visible patches alone: a
+         quarter of the tokens. A small decoder reconstructs the masked patches; after pre-training
+         it is thrown away. It gets one learned vector, the mask token, for every masked patch: the
+         position that is added to it tells which patch to predict.
 
 Loss     L = 1 / (|M| P) sum_{i in M} || x_i - decode(encode(x_V), M)_i ||^2
          over the masked patches M only, from the visible ones V; P pixel values per patch (with
@@ -109,7 +108,9 @@ class MAE(nn.Module):
 
     def forward(self, visible, ids_shuffle):
         """B. Visible patches (B, n, P), the shuffle (B, N) -> masked patches (B, N - n, P)."""
-        n = visible.shape[1]
+        n, N, most = visible.shape[1], ids_shuffle.shape[1], self.decoder_pos_embed.shape[1] - 1
+        if N != most:
+            raise ValueError(f"{N} patches per image, and this model is for {most}")
         latent = self.encoder(visible, ids_shuffle[:, :n])                  # (B, 1 + n, C)
         x = self.append_mask_tokens(self.decoder_embed(latent), ids_shuffle)
         x = x + self.decoder_pos_embed                                      # (B, 1 + N, C')
@@ -122,7 +123,7 @@ class MAE(nn.Module):
         """cls and visible tokens (B, 1 + n, C') -> cls and all, unshuffled (B, 1 + N, C')."""
         cls, visible = latent.tensor_split([1], 1)
         count = ids_shuffle.shape[1] - visible.shape[1]
-        mask_tokens = self.mask_token.to(visible.dtype).expand(len(visible), count, -1)
+        mask_tokens = self.mask_token.to(visible.dtype).expand(visible.shape[0], count, -1)
         return torch.cat([cls, unshuffle(torch.cat([visible, mask_tokens], 1), ids_shuffle)], 1)
 
 
@@ -147,10 +148,12 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, patches, ids=None):
-        B = len(patches)
+        B, n, _ = patches.shape
         position = self.pos_embed[:, 1:].expand(B, -1, -1)
         if ids is not None:                          # each patch keeps its position in the image
             position = gather(position, ids)
+        elif n != position.shape[1]:
+            raise ValueError(f"{n} patches per image, and this ViT is for {position.shape[1]}")
         x = self.patch_embed(patches) + position
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)
         x = torch.cat([cls, x], 1)                                          # (B, 1 + n, C)
@@ -270,7 +273,9 @@ def gather(x, ids):
 
 def patchify(x, p):
     """Images (B, 3, S, S) -> patches (B, N, P), row by row; inside a patch: row, column, colour."""
-    B, _, S, _ = x.shape
+    B, C, S, W = x.shape
+    if C != 3 or S != W or S % p:
+        raise ValueError(f"images are (B, 3, S, S), S a multiple of {p}, not {tuple(x.shape)}")
     s = S // p                                                     # patches per side, N = s^2
     return x.reshape(B, 3, s, p, s, p).permute(0, 2, 4, 3, 5, 1).reshape(B, s * s, 3 * p * p)
 

@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import math
+import socket
 import struct
 import tarfile
 import threading
@@ -235,6 +236,63 @@ def test_folder_of_pictures(tmp_path):
         load(tmp_path, size=8)
 
 
+@pytest.fixture
+def pictures(tmp_path):
+    """pictures(path, image): saves a picture of Pillow's below the folder, five times; it returns the folder."""
+    pytest.importorskip("PIL.Image", reason="needs Pillow")
+
+    def save(path, image, ending="png", **how):
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+        for i in range(5):
+            image.save(tmp_path / path / f"{i}.{ending}", **how)
+        return tmp_path
+    return save
+
+
+def grey(value, size=8):
+    return __import__("PIL.Image").Image.new("RGB", (size, size), (value,) * 3)
+
+
+@pytest.mark.parametrize("other", ["test", "val"])
+def test_folders_for_training_and_test(pictures, other):
+    for part, value in ("train", 50), (other, 150):
+        for i, name in enumerate(("cat", "dog")):
+            folder = pictures(f"{part}/{name}", grey(value + i))
+    images = load(folder, size=8)
+    assert images.names == {"class": ["cat", "dog"]} and sorted(images.train[:, 0, 0, 0].tolist()) == [50] * 5 + [51] * 5
+    assert sorted(images.test[:, 0, 0, 0].tolist()) == [150] * 5 + [151] * 5
+    assert torch.equal(images.test_labels["class"], (images.test[:, 0, 0, 0] - 150).long())
+
+
+def test_hidden_folders_and_files_are_no_pictures(pictures):
+    for name in "cat", "dog", ".ipynb_checkpoints", "cat/.ipynb_checkpoints":
+        folder = pictures(name, grey(90))
+    (folder / "cat/.DS_Store").write_bytes(b"hidden")
+    images = load(folder, size=8)
+    assert images.names == {"class": ["cat", "dog"]} and len(images.train) + len(images.test) == 10
+
+
+def test_pictures_of_all_kinds_of_files(pictures):
+    """16-bit greys keep their range, a telephone's picture stands upright, and what is transparent is white."""
+    from PIL import Image
+    ramp = (np.linspace(0, 1, 8)[None].repeat(8, 0) * 65535).astype(np.uint16)
+    half = Image.new("RGB", (8, 8))
+    half.paste((255, 0, 0), (0, 0, 8, 4))                                # red above; and Exif says: turn it to the right
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    disc = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    disc.paste((0, 0, 0, 255), (2, 2, 6, 6))
+    cases = {"grey": (Image.fromarray(ramp), {}), "turned": (half, dict(exif=turned)), "clear": (disc, {}), "palette": (grey(77).quantize(4), {})}
+    for name, (image, how) in cases.items():
+        folder = pictures(f"{name}/a", image, **how)
+        pictures(f"{name}/b", image, **how)
+    found = {name: load(folder / name, size=8).train[0] for name in cases}
+    assert np.abs(found["grey"][0, 0].numpy() - np.linspace(0, 255, 8)).max() < 1
+    assert found["turned"][0, :, 0].tolist() == [0] * 8 and found["turned"][0, :, 7].tolist() == [255] * 8
+    assert found["clear"][:, 0, 0].tolist() == [255] * 3 and found["clear"][:, 3, 3].tolist() == [0] * 3
+    assert (found["palette"] == 77).all()
+
+
 def test_folder_without_pillow(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     with pytest.raises(UserError, match="pip install pillow"):
@@ -274,10 +332,11 @@ def test_nine_tenths_of_each_document_are_for_training(tmp_path):
     (tmp_path / "sub/a.txt").write_bytes(b"x" * 17 + "\N{EURO SIGN}".encode() + b"y")      # 9/10 fall into the sign
     (tmp_path / "empty.txt").write_bytes(b" \n")
     (tmp_path / "other.md").write_bytes(b"not this one")
+    (tmp_path / "sub/UPPER.TXT").write_bytes(b"0123456789")
     text = common.load_text(str(tmp_path))
-    assert text.names == ["b.txt", "sub/a.txt"]
-    assert text.train == [b"0123456789" * 2 + b"0123456", b"x" * 17 + "\N{EURO SIGN}".encode()]
-    assert text.val == [b"789", b"y"]
+    assert text.names == ["b.txt", "sub/UPPER.TXT", "sub/a.txt"]
+    assert text.train == [b"0123456789" * 2 + b"0123456", b"012345678", b"x" * 17 + "\N{EURO SIGN}".encode()]
+    assert text.val == [b"789", b"9", b"y"]
     one = common.load_text(str(tmp_path / "other.md"))
     assert (one.names, one.train, one.val) == (["other"], [b"not this o"], [b"ne"])
     parts = common.load_text(str(tmp_path / "b.txt"), parts=3)
@@ -369,9 +428,17 @@ def server(tmp_path, monkeypatch):
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            page = pages.get(self.path, b"")
+            page, headers = page if isinstance(page, tuple) else (page, {})
             self.send_response(200 if self.path in pages else 404)
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(pages.get(self.path, b""))
+            self.wfile.write(page)
+            if "Content-Length" in headers:                              # of more than it sends: reset the connection
+                self.wfile.flush()
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
 
         def log_message(self, *_):
             pass
@@ -403,6 +470,42 @@ def test_a_file_that_was_compressed_anew_is_the_same_file(server, tmp_path):
     content, pages = server
     pages["/first/x.gz"] = gzip.compress(content, 1)
     assert gzip.decompress(common.fetch("mnist", "x.gz", tmp_path).read_bytes()) == content
+
+
+def test_a_connection_that_is_reset_midway(server, tmp_path):
+    """The next mirror is asked, and what is said is not about the disk."""
+    content, pages = server
+    pages["/first/x.gz"] = content[:5000], {"Content-Length": "999999"}
+    with pytest.raises(UserError, match="could not download x.gz .http://127.0.0.1.*first/: .*reset"):
+        common.fetch("mnist", "x.gz", tmp_path)
+    pages["/second/x.gz"] = content
+    assert common.fetch("mnist", "x.gz", tmp_path).read_bytes() == content
+
+
+def test_a_mirror_that_sends_gzip(server, tmp_path, monkeypatch):
+    """Of a text, the text is kept: decoded where the mirror says so, and refused where it does not."""
+    content, pages = server
+    monkeypatch.setitem(common.SHA256["mnist"], "x.txt", hashlib.sha256(content).hexdigest())
+    pages["/first/x.txt"] = gzip.compress(content)
+    with pytest.raises(UserError, match="not the expected SHA-256"):
+        common.fetch("mnist", "x.txt", tmp_path)
+    pages["/first/x.txt"] = gzip.compress(content)[:-50], {"Content-Encoding": "gzip"}
+    with pytest.raises(UserError, match="could not download x.txt"):
+        common.fetch("mnist", "x.txt", tmp_path)
+    pages["/second/x.txt"] = gzip.compress(content), {"Content-Encoding": "gzip"}
+    assert common.fetch("mnist", "x.txt", tmp_path).read_bytes() == content
+
+
+def test_a_disk_that_is_full_during_a_download(server, tmp_path, monkeypatch):
+    content, pages = server
+    pages["/first/x.gz"] = content
+
+    def full(url, file):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(common, "download", full)
+    with pytest.raises(UserError, match="cannot write .*x.gz .No space left on device.: choose another --data-dir"):
+        common.fetch("mnist", "x.gz", tmp_path)
+    assert not list((tmp_path / "mnist").iterdir())
 
 
 def test_no_network(tmp_path, monkeypatch):
@@ -608,6 +711,7 @@ def test_the_machine_is_the_one_that_computes(monkeypatch):
 @pytest.mark.parametrize("able", [False, True])
 def test_auto_is_bfloat16_where_it_is_native_and_the_result_says_so(tmp_path, monkeypatch, able):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx512_bf16=able), raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     model = nn.Linear(1, 1)
     for dtype, meant in ("auto", ["float32", "bfloat16"][able]), ("float32", "float32"), ("bfloat16", "bfloat16"):
         args = settings(out=str(tmp_path), dtype=dtype)
@@ -616,6 +720,12 @@ def test_auto_is_bfloat16_where_it_is_native_and_the_result_says_so(tmp_path, mo
         common.report(common.Run(args, model, common.adamw(model.parameters(), 0., 0.)), "", {})
         result = json.loads((tmp_path / "result.json").read_text())
         assert result["settings"]["dtype"] == meant and ("--dtype" in result["command"]) == (dtype != "auto")
+
+
+def test_auto_is_float32_where_pytorchs_kernels_are_older_than_the_processor(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx512_bf16=True), raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")      # ATEN_CPU_CAPABILITY=avx2
+    assert common.precision(settings(dtype="auto")) == "float32"
 
 
 def test_a_pytorch_that_cannot_say_what_its_cpu_can_do(monkeypatch):
@@ -736,7 +846,8 @@ def test_fine_tuning_trains_what_takes_gradients():
     assert [torch.equal(p, q) for p, q in zip(f.parameters(), before)] == [False, False, True, True]
     again = [common.finetune(settings(), nn.Flatten(), images, images.train, labels, test_labels, 5, 1e-2) for _ in range(2)]
     assert again[0] == again[1]                                          # seeded
-    common.finetune(settings(), nn.Flatten(), images, images.train, labels, test_labels, 0, 1e-2)         # no step at all
+    start = common.finetune(settings(), nn.Flatten(), images, images.train, labels, test_labels, 0, 1e-2)
+    assert start in [pytest.approx(100 * (test_labels == c).float().mean().item()) for c in range(3)]      # the same for every image
 
 
 def test_what_a_model_has_to_know_of_its_images():

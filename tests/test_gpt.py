@@ -202,6 +202,14 @@ def test_more_than_the_context_is_an_error(small):
         small(torch.zeros(1, 2, dtype=torch.int64), cache)
 
 
+def test_the_model_can_be_exported_for_any_length(small):
+    tokens = lambda T: torch.randint(30, (2, T))
+    length = torch.export.Dim("T", min=2, max=16)
+    exported = torch.export.export(small, (tokens(8),), dynamic_shapes=({1: length},)).module()
+    for T in 2, 13, 16:
+        torch.testing.assert_close(exported(x := tokens(T)), small(x))
+
+
 class Recorder(nn.Module):
     """A model that keeps the last logits of every call."""
 

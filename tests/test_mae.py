@@ -153,6 +153,29 @@ def test_the_prediction_depends_on_visible_patches_alone(small):
     assert not torch.allclose(small(visible, ids), small(*inputs3))
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 8), (4, 8, 8), (3, 8, 12), (3, 12, 8), (3, 9, 9)])
+def test_images_that_cannot_be_cut_into_patches(shape):
+    with pytest.raises(ValueError, match=r"images are \(B, 3, S, S\), S a multiple of 2, not \(5, "):
+        mae.mask(torch.randn(5, *shape), 2, .75)
+
+
+@pytest.mark.parametrize("size", [4, 6, 16])
+def test_images_of_another_size_than_the_models(small, size):
+    x = torch.randn(2, 3, size, size)
+    with pytest.raises(ValueError, match=f"^{size ** 2 // 4} patches per image, and this model is for 16$"):
+        small(*mae.mask(x, 2, .5)[0])
+    with pytest.raises(ValueError, match=f"^{size ** 2 // 4} patches per image, and this ViT is for 16$"):
+        small.encoder(mae.patchify(x, 2))
+
+
+def test_the_model_can_be_exported_for_any_batch(small):
+    inputs = lambda B: mae.mask(torch.randn(B, 3, 8, 8), 2, .75)[0]
+    batch = torch.export.Dim("B", min=2, max=64)
+    exported = torch.export.export(small, inputs(3), dynamic_shapes=({0: batch}, {0: batch})).module()
+    for B in 2, 7:
+        torch.testing.assert_close(exported(*(x := inputs(B))), small(*x))
+
+
 def test_the_encoder_computes_visible_patches_only(small):
     """A quarter of the tokens, and cls: the point of MAE's speed."""
     shapes = []

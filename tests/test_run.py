@@ -929,7 +929,7 @@ def test_a_first_training_is_kept_and_used_again(here, capsys):
     assert files("runs/test_run") == before
 
 
-def test_killed_in_the_first_training_it_is_continued(here):
+def test_killed_in_the_first_training_it_is_continued(here, capsys):
     """Between its checkpoints, and between the two trainings: with the settings of settings.json, and by itself."""
     whole = train(first_steps=9, out="whole/run")
     stops = {"first": [6], "between": [], "main": [9 + 3]}
@@ -949,7 +949,9 @@ def test_killed_in_the_first_training_it_is_continued(here):
         assert common.read_checkpoint(f"{out}/first")["step"] == (6 if name == "first" else 9)
         assert Path(out, "checkpoint.pt").exists() == (name == "main")
         before = files(f"{out}/first")
+        capsys.readouterr()
         cut = train(resume=True, out=out)
+        assert ("Continuing from step 6 of first/run/first/checkpoint.pt" in capsys.readouterr().out) == (name == "first")
         assert same(whole.state_dict(), cut.state_dict()) and log(out) == log("whole/run") and log(f"{out}/first") == log("whole/run/first")
         assert (files(f"{out}/first") == before) == (name != "first")
 
