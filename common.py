@@ -7,7 +7,7 @@ fine-tuning, pictures. No model, loss, mask, augmentation or sampler lives here.
                  scene, paint, caption  several figures, in pictures and in words
                  load_text              documents as bytes; the embedded ones are Python's own
                  Bytes, Words           tokenizers: a token per byte, or a token per word
-    training     adamw, Run, stage      schedule, autocast, log, checkpoints, exact resume
+    training     adamw, Muon, Run, stage  schedule, autocast, log, checkpoints, exact resume
     evaluation   k_shot, probe, finetune     what do k labels per class buy?
     output       save_png, table, report
 
@@ -1142,6 +1142,79 @@ def adamw(parameters, lr, weight_decay, betas=(.9, .95)):
     return torch.optim.AdamW([g for g in groups if g["params"]], lr, betas, fused=True)
 
 
+class Muon(torch.optim.AdamW):
+    """Muon for the matrices of groups with `parts`, AdamW for all else.
+
+    Muon (K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) is SGD with momentum,
+    but the update of each matrix is orthogonalised. A few directions dominate a gradient; with all
+    singular values at about 1, a step moves the rare ones just as far. A matrix (d1, d2) counts as
+    `parts` matrices (d1 / parts, d2), such as query, key and value. dtype: of the iteration.
+    """
+
+    def __init__(self, groups, lr, betas, momentum=.95, dtype=torch.float32):
+        super().__init__(groups, lr, betas, fused=True)
+        self.momentum, self.dtype = momentum, dtype
+
+    @torch.no_grad()
+    def step(self):
+        same = {}                          # matrices of one shape are orthogonalised together
+        for group in self.param_groups:
+            for p in group["params"] if group.get("parts") else ():
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:              # AdamW, too, looks at these: it expects a step
+                    state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
+                state["momentum"].lerp_(p.grad, 1 - self.momentum)
+                update = p.grad.lerp(state["momentum"], self.momentum)           # Nesterov's
+                p.grad = None                                                    # none for AdamW
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                for w, u in zip(p.chunk(group["parts"]), update.chunk(group["parts"])):
+                    rate = group["lr"] * max(1., len(u) / u.shape[1]) ** .5
+                    w, u = (w.mT, u.mT) if len(u) > u.shape[1] else (w, u)
+                    same.setdefault(u.shape, []).append((w, u, rate))
+        for weights, updates, rates in (zip(*rows) for rows in same.values()):
+            for w, u, rate in zip(weights, orthogonalize(torch.stack(updates), self.dtype), rates):
+                w.sub_(u, alpha=rate)
+        super().step()
+
+
+def orthogonalize(x, dtype=torch.float32):
+    """Matrices x = U S V^T (n, d1, d2), d1 <= d2 -> about U V^T of each: five Newton-Schulz steps,
+    x <- a x + b (x x^T) x + c (x x^T)^2 x, bring nearly all singular values to 0.7 to 1.2."""
+    a, b, c = 3.4445, -4.7750, 2.0315           # a: how much a step enlarges small ones
+    x = x.to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT                                                          # (n, d1, d1)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.float()
+
+
+def groups(args, named, weight_decay):
+    """Groups for an optimizer of what requires gradients among pairs of a name and a parameter.
+    Matrices decay; those of the blocks get `parts` with --optimizer muon, and --muon-lr."""
+    found = {}
+    for name, p in named:
+        parts = 0
+        if args.optimizer == "muon" and p.ndim == 2 and re.search(r"\.\d+\.", name):    # blocks.0.
+            parts = 3 if name.endswith("qkv.weight") else 2 if name.endswith("kv.weight") else 1
+        if p.requires_grad:
+            found.setdefault((parts, p.ndim > 1), []).append(p)
+    return [dict(params=params, parts=parts, weight_decay=weight_decay * matrices,
+                 times=args.muon_lr / args.lr if parts and args.lr else 1.)
+            for (parts, matrices), params in found.items()]
+
+
+def optimizer(args, named):
+    """--optimizer for pairs of a name and a parameter: AdamW, or Muon for the matrices of the
+    blocks, and AdamW for the rest."""
+    own = groups(args, named, args.weight_decay)
+    if args.optimizer == "muon":
+        return Muon(own, args.lr, betas=(.9, .95), dtype=getattr(torch, precision(args)))
+    return torch.optim.AdamW(own, args.lr, betas=(.9, .95), fused=True)
+
+
 class Run:
     """What surrounds a training step, so that the step itself stays in view:
 
@@ -1189,9 +1262,9 @@ class Run:
         try:
             while self.step < args.steps:
                 torch.manual_seed(args.seed * 1_000_003 + self.step)
-                rate = args.lr * schedule(self.step, args.steps, args.warmup)
+                self.lr = args.lr * schedule(self.step, args.steps, args.warmup)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = rate * group.get("times", 1.)      # a group's own learning rate
+                    group["lr"] = self.lr * group.get("times", 1.)   # a group's own learning rate
                 yield self.step
                 self.step += 1
                 self.seconds, last = time.monotonic() - began, self.step == args.steps
@@ -1243,7 +1316,8 @@ class Run:
         """Raises UserError unless it is so."""
         kept = "no checkpoint was written yet" if self.saved is None else \
             f"the checkpoint of step {self.saved} is kept"
-        require(condition, f"at step {self.step - 1} {what}; {kept}. Try a smaller --lr")
+        muon = " or --muon-lr" * isinstance(self.optimizer, Muon)
+        require(condition, f"at step {self.step - 1} {what}; {kept}. Try a smaller --lr{muon}")
 
     def save(self):
         """Writes checkpoint.pt, unless the weights are not finite."""
@@ -1277,7 +1351,7 @@ class Run:
             fits = state["kind"] == type(self.optimizer).__name__
         except (ValueError, KeyError, TypeError):
             fits = False
-        require(fits, f"{path} is of another optimizer: start a new run")
+        require(fits, f"{path} is of another optimizer: give its --optimizer, or start a new run")
         self.model.load_state_dict(state["model"])
         for group, options in zip(self.optimizer.param_groups, groups):
             group.update(options)                               # of the flags that are given now
@@ -1303,9 +1377,9 @@ class Run:
     def show(self, log, bar):
         """The newest loss and the speed: into the log, and beside the bar or as a line of text."""
         self.check()
-        lr, steps = self.optimizer.param_groups[0]["lr"], self.args.steps
+        steps = self.args.steps
         rate = self.step * self.args.batch / max(self.seconds, 1e-9)
-        log.write(json.dumps(dict(step=self.step, loss=self.loss, lr=lr,
+        log.write(json.dumps(dict(step=self.step, loss=self.loss, lr=self.lr,
                                   seconds=round(self.seconds, 2))) + "\n")
         bar.set_postfix_str(f"{self.status()}, {rate:,.0f}/s", refresh=False)
         if bar.disable and self.step % math.ceil(steps / 10) < math.ceil(steps / 200):

@@ -74,7 +74,8 @@ def pretrain(args, name, data, seed):
     flags = ["--data", data, "--seed", seed, "--labels", 1, "--device", args.device,
              "--data-dir", args.data_dir]
     flags += ["--steps", steps] * bool(steps)
-    flags += ["--tune", "linear"] * (module is mae)               # the fine-tuning is done here
+    if module is mae:      # the fine-tuning is done here; AdamW, since the others train with it
+        flags += ["--tune", "linear", "--optimizer", "adamw", "--weight-decay", .05]
     if (out / "checkpoint.pt").exists():
         state = common.read_checkpoint(out, f"{name}.py")
         how = state["args"]

@@ -66,7 +66,7 @@ def test_top_k_keeps_exactly_the_k_largest(k):
     kept = autoencoder.top_k(z, k)
     assert ((kept != 0).sum(1) == k).all() and torch.equal(kept[kept != 0], z[kept != 0])
     for row, left in zip(z[1:], kept[1:]):
-        assert sorted(left[left != 0].abs().tolist()) == sorted(row.abs().tolist())[-k:]
+        assert sorted(left[left != 0].tolist()) == sorted(row.tolist())[-k:]
 
 
 def test_gradients_of_top_k_are_those_of_what_it_keeps():

@@ -393,7 +393,7 @@ def test_what_is_frozen_stays_and_costs_nothing(tmp_path):
 
 def test_gates_have_a_rate_of_their_own_and_the_resampler_no_decay(tmp_path):
     model = new_model(start=0.)
-    optimizer = train(model, tmp_path, 1, lr=1e-3, gate_lr=7., weight_decay=.3)
+    optimizer = train(model, tmp_path, 1, lr=1e-3, gate_lr=7., weight_decay=.3, optimizer="adamw")
     of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -1029,7 +1029,7 @@ def test_other_and_broken_folders(done, tmp_path):
 def test_it_learns_to_see():
     """The multimodal training alone, gates from 0, between an LM and a ViT that were never trained: with the right images
     it can say the colour of new ones, with those of others it cannot."""
-    tokens, args = common.SceneTokens(), types.SimpleNamespace(lr=5e-3, weight_decay=.1, gate_lr=10.)
+    tokens, args = common.SceneTokens(), types.SimpleNamespace(optimizer="adamw", lr=5e-3, weight_decay=.1, gate_lr=10.)
     scenes = common.Scenes(0, 2000, common.KINDS, single=True)
     colours = [list(common.COLOURS)[figures[0].colour] for figures in scenes.all]
     x = torch.tensor([tokens.encode(f"<end> <image> what colour is it ? {colour} <end>") for colour in colours])

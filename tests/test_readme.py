@@ -124,7 +124,7 @@ COLUMNS = {   # script: (title, figure, digits) of each column
                     ("unasked, 4 shots", "right/unasked question, 4/flamingo", 1),
                     ("new word, 4 shots", "right/new word, 4/flamingo", 1),
                     ("held-out word, 4 shots", "right/held-out word, 4/flamingo", 1)]}
-PAPER = {"as it is": "70.7", "--gate-start inf": "66.5", "--attend all": "63.5", "--no-freeze": "62.7",
+PAPER = {"--optimizer adamw": "70.7", "--gate-start inf": "66.5", "--attend all": "63.5", "--no-freeze": "62.7",
          "--latents 0": "66.6", "--every 2": "68.2", "--every 4": "59.8"}
 
 
@@ -143,7 +143,9 @@ def variants(patterns):
     script = first[0]["command"].split()[1]
     rows, counts = [], {len(runs) for runs in groups.values()}
     for runs in groups.values():
-        flags = " ".join(flag for flag in options(runs[0]) if flag not in options(first[0])) or "as it is"
+        own = options(runs[0])                              # of the first row only another optimizer
+        own = [flag for flag in own if (flag not in options(first[0]) if rows else "optimizer" in flag)]
+        flags = " ".join(own) or "as it is"
         row = [flags if flags == "as it is" else f"`{flags}`", *[str(len(runs))] * (len(counts) > 1)]
         row += [cell(runs, path, digits) for _, path, digits in COLUMNS[script]]
         rows.append(row + [PAPER.get(flags, "")] * (script == "flamingo.py"))
@@ -296,7 +298,7 @@ def texts(name):
 
 def expect(name):
     """The lines of a script's docstring that say what its plain command gives."""
-    runs = load(f"{name}-{dict(bert='pydocs', gpt='pydocs', lora='pydocs', flamingo='scenes').get(name, 'shapes')}-*.json")
+    runs = load(f"{name}-{'shapes' if name in ('simclr', 'autoencoder') else 'muon'}-*.json")
     most = max(r["threads"] for r in runs)                  # some seeds may have run on one, beside others
     seconds = lambda get: f"{statistics.mean(get(r) for r in runs if r['threads'] == most):.0f} s"
     time = f"{seconds(lambda r: r['seconds'])} of training"
@@ -305,7 +307,7 @@ def expect(name):
     if name == "flamingo":
         time = (f"{seconds(lambda r: sum(r['figures']['stages']))} of training for the LM and the ViT, then "
                 f"{seconds(lambda r: r['seconds'])},")
-    text = f"Expect   {texts(name)} ({len(runs)} seeds; {time} on {most} threads; {where(runs[0])})"
+    text = f"Expect   {texts(name)} ({len(runs)} seeds; {time} on {most} thread{'s' * (most > 1)}; {where(runs[0])})"
     whole = re.sub(r"(?<=\d) (?=%)| (?=±)|(?<=±) ", "\a", text)                          # a figure stays on its line
     return textwrap.fill(whole, 100, subsequent_indent=" " * 9).replace("\a", " ")
 
