@@ -381,12 +381,12 @@ QUICK["experiments/few_shot.py"] = f"--quick --seeds 0 -- {QUICK['flamingo.py']}
 
 
 def different(lines):
-    """The lines, one of those that are the same command with the flags of QUICK."""
+    """The lines, one of those that are the same command with the flags of QUICK and any optimizer."""
     found = {}
     for line in lines:
         words = shlex.split(line)
         key = " ".join(words)
-        for flag in re.findall(r"--[a-z-]+", QUICK.get(words[1], "")):
+        for flag in ["--optimizer", "--weight-decay", *re.findall(r"--[a-z-]+", QUICK.get(words[1], ""))]:
             key = re.sub(rf" {flag}( (?!--)\S+)*(?= --|$)", "", key)
         found.setdefault(key, line)
     return sorted(found.values())
