@@ -32,7 +32,7 @@ Data     drawn images of 32 x 32 pixels: one of ten shapes, in one of eight colo
 Run      python autoencoder.py --bottleneck narrow
 Expect   a linear probe of z finds the shape, from 20 labels per class, in 11.3 ± 0.2 % (raw pixels
          11.7 ± 0.0 %, chance 10 %), and the colour, from all labels, in 95.3 ± 0.4 % (raw pixels
-         99.7 ± 0.0 %, chance 12.5 %) (3 seeds; 57 s of training on 2 threads; AMD EPYC, 2 cores,
+         99.7 ± 0.0 %, chance 12.5 %) (3 seeds; 60 s of training on 2 threads; AMD EPYC, 2 cores,
          Python 3.11.7, torch 2.13.0+cpu)
 Differs  Convolutions and AdamW instead of stacked restricted Boltzmann machines; top-k keeps k per
          image at test time, too; the KL is that of noise of scale 1, whatever --noise says.

@@ -24,8 +24,8 @@ Flow     texts x (B, T): [CLS], words, [SEP]
 Run      python bert.py --fill "the <mask> statement is used to <mask>"
 Expect   36.6 ± 0.4 % of the masked words of new text are right, at a perplexity of 32.7 ± 0.4
          (unigram baseline 7.1 % and 267); the part that a passage is from, 20 labels per class:
-         53.4 ± 2.6 % (untrained 32.1 ± 3.1 %) (3 seeds; 109 s of training on 1 thread; Intel(R)
-         Xeon(R) Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
+         53.4 ± 2.6 % (untrained 32.1 ± 3.1 %) (3 seeds; 109 s of training on 1 thread, beside other
+         jobs; Intel(R) Xeon(R) Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
 Differs  80 % of the masked words show as [MASK] and 20 % as random words, as in the lecture
          (Stanford's CS330); --keep 0.1 is the paper's 80/10/10. Of the 30 words in a CPU's window 4
          are masked, 13 %. A token is a lower-case word or a punctuation mark, not a piece of a

@@ -1148,7 +1148,7 @@ class Muon(torch.optim.AdamW):
     Muon (K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) is SGD with momentum,
     but the update of each matrix is orthogonalised. A few directions dominate a gradient; with all
     singular values at about 1, a step moves the rare ones just as far. A matrix (d1, d2) counts as
-    `parts` matrices (d1 / parts, d2), such as query, key and value. dtype: of the iteration.
+    `parts` matrices (d1 / parts, d2), such as query, key and value. dtype: of orthogonalize.
     """
 
     def __init__(self, groups, lr, betas, momentum=.95, dtype=torch.float32):
@@ -1167,7 +1167,7 @@ class Muon(torch.optim.AdamW):
                     state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
                 state["momentum"].lerp_(p.grad, 1 - self.momentum)
                 update = p.grad.lerp(state["momentum"], self.momentum)           # Nesterov's
-                p.grad = None                                                    # none for AdamW
+                p.grad = None                                          # so AdamW passes it over
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 for w, u in zip(p.chunk(group["parts"]), update.chunk(group["parts"])):
                     rate = group["lr"] * max(1., len(u) / u.shape[1]) ** .5
@@ -1192,12 +1192,13 @@ def orthogonalize(x, dtype=torch.float32):
 
 
 def groups(args, named, weight_decay):
-    """Groups for an optimizer of what requires gradients among pairs of a name and a parameter.
-    Matrices decay; those of the blocks get `parts` with --optimizer muon, and --muon-lr."""
+    """Groups for an optimizer, of what requires gradients among pairs of a name and a parameter.
+    Matrices decay. With --optimizer muon those of the blocks, which have a number in their names
+    (blocks.0.mlp.fc1.weight), get `parts` and --muon-lr."""
     found = {}
     for name, p in named:
         parts = 0
-        if args.optimizer == "muon" and p.ndim == 2 and re.search(r"\.\d+\.", name):    # blocks.0.
+        if args.optimizer == "muon" and p.ndim == 2 and re.search(r"\.\d+\.", name):
             parts = 3 if name.endswith("qkv.weight") else 2 if name.endswith("kv.weight") else 1
         if p.requires_grad:
             found.setdefault((parts, p.ndim > 1), []).append(p)

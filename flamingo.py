@@ -27,8 +27,8 @@ Expect   of held-out scenes 99.3 ± 0.7, 23.4 ± 0.7 and 2.9 ± 2.9 % of the cap
          figures are exactly right; of single figures of unseen kinds 99.8 ± 0.3 % of the colours
          and 98.0 ± 1.8 % of the shapes (chance 12.5); a question that is not asked is found out
          from one example (99.7 ± 0.3 %), what a new word means, from 4, in 96.8 ± 0.8 % (chance 50)
-         (3 seeds; 173 s of training for the LM and the ViT, then 122 s, on 1 thread; Intel(R)
-         Xeon(R) Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
+         (3 seeds; 182 s of training for the LM and the ViT, then 136 s, on 1 thread, beside other
+         jobs; Intel(R) Xeon(R) Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
 Differs  A toy world: eight shapes in eight colours, 60 words. The LM is trained here, on text of
          this world (of unseen kinds, too) in which words, and sometimes an <image> token whose
          embedding is 0, stand in the place of images. The ViT is trained here, by CLIP's loss, with

@@ -29,8 +29,8 @@ Run      python lora.py --method lora --k 64
 Expect   64 examples of pycode, beginnings of lines, bring the loss on others from 1.92 ± 0.02 to
          1.70 ± 0.01 nats per token, with 2.9 % of the parameters, and to 1.70 ± 0.01 with all of
          them (--method full); that on whole windows of pydocs goes from 1.35 ± 0.00 to 1.39 ± 0.00
-         and 1.38 ± 0.00 (3 seeds; 206 s of training for the base, then a few seconds, on 1 thread;
-         Intel(R) Xeon(R) Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
+         and 1.38 ± 0.00 (3 seeds; 151 s of training for the base, then a few seconds, on 1 thread,
+         beside other jobs; Intel(R) Xeon(R) Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
 Differs  The paper writes W0 + B A, and adapts matrices of the attention only; here it is every
          matrix of a block. Query, key and value are one matrix, with one B for all three. alpha is
          the rank unless it is given (the paper's is fixed). (IA)^3 scales biases, too; without

@@ -29,8 +29,8 @@ Data     drawn images of 32 x 32 pixels: one of ten shapes, in one of eight colo
 
 Run      python mae.py --mask-ratio 0.75
 Expect   the shape, from 100 labels per class: 40.7 ± 1.3 % fine-tuned, 12.3 ± 1.0 % from scratch,
-         chance 10 % (3 seeds; 183 s of training on 1 thread; Intel(R) Xeon(R) Processor, 2 cores,
-         Python 3.11.7, torch 2.13.0+cpu)
+         chance 10 % (3 seeds; 179 s of training on 1 thread, beside other jobs; Intel(R) Xeon(R)
+         Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
 Differs  Small images, so small patches (4 px of 32). The decoder's last layer predicts the masked
          patches only (the authors' code: all, and masks the loss). The linear probe reads the mean
          of the patch tokens (the paper's: cls), and fine-tuning, like the probe, has a BatchNorm

@@ -28,7 +28,7 @@ Data     drawn images of 32 x 32 pixels: one of ten shapes, in one of eight colo
 Run      python simclr.py --temperature 0.2
 Expect   a linear probe of h finds the shape, from 20 labels per class, in 64.8 ± 2.7 % (raw pixels
          11.7 ± 0.0 %, chance 10 %), and the colour, from all labels, in 37.6 ± 4.3 % (raw pixels
-         99.7 ± 0.0 %, chance 12.5 %) (3 seeds; 63 s of training on 2 threads; AMD EPYC, 2 cores,
+         99.7 ± 0.0 %, chance 12.5 %) (3 seeds; 66 s of training on 2 threads; AMD EPYC, 2 cores,
          Python 3.11.7, torch 2.13.0+cpu)
 Differs  A ResNet-18, on a CPU -10, instead of -50; AdamW instead of LARS; BatchNorm after the first
          layer of g alone; a crop that would be wider than the image is cut, not sampled again; the

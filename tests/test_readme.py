@@ -300,14 +300,14 @@ def expect(name):
     """The lines of a script's docstring that say what its plain command gives."""
     runs = load(f"{name}-{'shapes' if name in ('simclr', 'autoencoder') else 'muon'}-*.json")
     most = max(r["threads"] for r in runs)                  # some seeds may have run on one, beside others
-    seconds = lambda get: f"{statistics.mean(get(r) for r in runs if r['threads'] == most):.0f} s"
+    seconds = lambda get: f"{statistics.median(get(r) for r in runs if r['threads'] == most):.0f} s"
     time = f"{seconds(lambda r: r['seconds'])} of training"
     if name == "lora":
         time = f"{seconds(lambda r: r['figures']['base_seconds'])} of training for the base, then a few seconds,"
     if name == "flamingo":
         time = (f"{seconds(lambda r: sum(r['figures']['stages']))} of training for the LM and the ViT, then "
                 f"{seconds(lambda r: r['seconds'])},")
-    text = f"Expect   {texts(name)} ({len(runs)} seeds; {time} on {most} thread{'s' * (most > 1)}; {where(runs[0])})"
+    text = f"Expect   {texts(name)} ({len(runs)} seeds; {time} on {most} thread{'s' if most > 1 else ', beside other jobs'}; {where(runs[0])})"
     whole = re.sub(r"(?<=\d) (?=%)| (?=±)|(?<=±) ", "\a", text)                          # a figure stays on its line
     return textwrap.fill(whole, 100, subsequent_indent=" " * 9).replace("\a", " ")
 
