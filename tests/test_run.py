@@ -663,6 +663,7 @@ def test_a_shells_loop_ends_with_ctrl_c(flags, here):
     while not Path("runs/mae/log.jsonl").exists():
         assert loop.poll() is None
         time.sleep(.02)
+    time.sleep(.5)                                                       # the log is there before the first step
     os.killpg(loop.pid, signal.SIGINT)                                   # what a terminal does
     _, text = loop.communicate(timeout=60)
     assert loop.returncode in (-signal.SIGINT, 130) and text.count("Stopped") == 1 and "Traceback" not in text, text
@@ -676,6 +677,7 @@ def test_timeout_saves(flags, here):
     while not Path("runs/mae/log.jsonl").exists():
         assert process.poll() is None
         time.sleep(.02)
+    time.sleep(.5)                                                       # the log is there before the first step
     process.terminate()                                                  # it passes the signal on, as after 600 s
     _, text = process.communicate(timeout=60)
     assert process.returncode in (124, 143, -signal.SIGTERM) and "--resume --out runs/mae continues it" in text, text
@@ -692,6 +694,7 @@ def test_a_terminal_that_is_closed(flags, here):
     while not Path("runs/mae/log.jsonl").exists():
         assert process.poll() is None
         time.sleep(.02)
+    time.sleep(.5)                                                       # the log is there before the first step
     os.close(master)
     assert process.wait(60) == -signal.SIGHUP
     assert common.read_checkpoint("runs/mae")["step"] > 0
