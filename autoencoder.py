@@ -4,12 +4,11 @@ Paper    Hinton & Salakhutdinov 2006, "Reducing the Dimensionality of Data with 
          variational: Kingma & Welling 2013, arXiv 1312.6114. sparse: Makhzani & Frey 2013, arXiv
          1312.5663. --corrupt: Vincent et al. 2008, "Extracting and Composing Robust Features"
 
-Idea     To reconstruct an image from a small latent z, z has to hold what matters in it, one would
-         think. If z may be as large as the image, a copy is enough, so something limits it: few
-         dimensions (narrow), noise (variational), few dimensions that are not zero (sparse), or a
-         linear decoder (weak); variational and weak have few dimensions, too. But z keeps first
-         what lowers the squared error most, large areas and colours, which need not be what the
-         image is OF.
+Idea     To reconstruct an image from z, z has to hold what matters in it, one would think. If z may
+         be as large as the image, a copy is enough, so something limits it: few dimensions
+         (narrow), noise (variational), few dimensions that are not zero (sparse), or a linear
+         decoder (weak). But z keeps first what lowers the squared error most, large areas and
+         colours, which need not be what the image is OF.
 
 Loss     L = 1 / P ( || x - decode(z) ||^2 + beta KL(q(z | x~) || N(0, I)) )
          x~ is x or, with --corrupt, x with pixels set to 0; P pixel values per image. z is
@@ -38,7 +37,7 @@ Differs  Convolutions and AdamW instead of stacked restricted Boltzmann machines
          image at test time, too; the KL is that of noise of scale 1, whatever --noise says.
 
 Try      --bottleneck none, narrow, variational, sparse, weak: which error is lowest? And which
-         probe is best, from 20 labels, and from all?
+         probe is best?
          --latent 8, 64, 512: what is the last thing that a shrinking latent still holds?
          --corrupt 0.5: half of the pixels are set to 0. Does the probe gain? (Patches: mae.py)
 """
@@ -214,8 +213,9 @@ def build(args, image_size):
 
 @torch.no_grad()
 def reconstruct(args, model, images):
-    """Writes reconstructions.png; returns the mean squared error on test images, corrupted as in
-    training."""
+    """The mean squared error on test images, corrupted as in training. Writes reconstructions.png
+    and interpolations.png: a test image, ten images decoded from the line between its z and
+    another's, and that other image."""
     torch.manual_seed(args.seed)
     error = 0.
     for part in images.test.split(500):
@@ -226,18 +226,11 @@ def reconstruct(args, model, images):
     groups = [inputs] * (args.corrupt > 0) + [model(inputs)[0], x]
     sheet = torch.stack(groups, 1).flatten(0, 1)
     common.save_png(f"{args.out}/reconstructions.png", images.denormalize(sheet), 12, len(groups))
-    return error
-
-
-@torch.no_grad()
-def interpolations(args, model, images):
-    """Writes interpolations.png, rows of: a test image, ten images decoded from the line between
-    its z and another's, and that other image."""
-    x = images.normalize(images.test[:24])
     n = max(1, min(8, len(x) // 2))
     a, b = x[:n], x[-n:]
     sheet = torch.cat([a[:, None], interpolate(model, a, b, 10), b[:, None]], 1).flatten(0, 1)
     common.save_png(f"{args.out}/interpolations.png", images.denormalize(sheet), 12)
+    return error
 
 
 def probes(args, model, images):
@@ -274,7 +267,6 @@ def main(args):
 
     model.eval()
     error, rows = reconstruct(args, model, images), probes(args, model, images)
-    interpolations(args, model, images)
     what, score = next(iter(images.names)), rows["autoencoder"][args.labels.index(most)]
     how = f"{most} labels per class" if most else "all labels"
     common.report(run, f"{args.bottleneck}: error {error:.3f}, {what}: {score:.1f} % from {how}",

@@ -601,7 +601,6 @@ class SceneTokens:
     def __init__(self, bytes=False):
         self.bytes, self.words = bytes, [] if bytes else ["<end>", "<image>", *self.WORDS]
         self.end, self.image, self.vocab = (256, 0, 257) if bytes else (0, 1, len(self.words))
-        self.short = 135 if bytes else 27                # tokens of a short document
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     def encode(self, text):
@@ -634,6 +633,19 @@ class Scenes:
         self.of = {}
         for i in self.single:
             self.of.setdefault(self.all[i][0][:2], []).append(i)
+
+    def captions(self, tokens):
+        """The captions as tokens, with 0 after them: (n, 16)."""
+        rows = torch.zeros(len(self.all), 16, dtype=torch.int64)
+        for row, figures in zip(rows, self.all):
+            words = tokens.encode(caption(figures))
+            row[:len(words)] = torch.tensor(words)
+        return rows
+
+    def same_colour(self):
+        """For each colour, the indices of its single figures."""
+        return [torch.tensor([i for kind, own in self.of.items() if kind[1] == colour for i in own])
+                for colour in range(len(COLOURS))]
 
 
 def new_words(rng, scenes, names, k, ways, kind="both"):
@@ -685,6 +697,97 @@ def in_words(figures, kind, text):
     colour, shape = list(COLOURS)[figures[0].colour], FIGURES[figures[0].shape]
     words = {"colour": colour, "shape": shape, "both": kind_name(figures[0])}
     return f"{words[kind]} {text}" if kind in IN_WORDS else f"{caption(figures)} . {text}"
+
+
+def text_documents(seed, tokens, n, length, fraction=.7):
+    """What a language model of this world reads: (n, 1 + length). `fraction` of the documents are
+    on new words. To prepare it for images, a new word can come with a colour or a shape alone; some
+    documents have <image> before all chunks, or before half of them; and some of these leave out
+    the words for the image at 60 % of them."""
+    rng, scenes = random.Random(seed), Scenes(seed, 8000, KINDS)
+    rows = torch.full((n, length + 1), tokens.end)
+    for row in rows:
+        text = [tokens.end]
+        while len(text) < len(row):
+            kind = rng.choice((*IN_WORDS, "both"))
+            with_image, without_words = rng.choice((0, .5, 1, 1)), rng.choice((0, .6))
+            for i, words, chunk in document(rng, scenes, NEW_WORDS, fraction, kind):
+                image = rng.random() < with_image
+                if not image or rng.random() >= without_words:
+                    chunk = in_words(scenes.all[i], words, chunk)
+                text += tokens.encode("<image> " * image + f"{chunk} <end>")
+        row.copy_(torch.tensor(text[:len(row)]))
+    return rows
+
+
+def image_documents(seed, tokens, scenes, n, length, fraction=.4):
+    """What a model of images and text reads, `fraction` of it on new words: tokens (n, 1 + length),
+    -100 after the last chunk that fits, and the indices of the images (n, M), at most 9; where
+    there are fewer, 0, which is never used, since no <image> token asks for it."""
+    rng, names = random.Random(seed + 1), NEW_WORDS[HELD_OUT:]
+    x, ids = torch.full((n, length + 1), -100), torch.zeros(n, 9, dtype=torch.long)
+    for row, images in zip(x, ids):
+        text, shown = [tokens.end], []
+        while not shown:                             # a caption in bytes may not fit
+            kind = rng.choice(("colour", "shape"))
+            for i, words, chunk in document(rng, scenes, names, fraction, kind):
+                if words in IN_WORDS and rng.random() < .4:
+                    chunk = in_words(scenes.all[i], words, chunk)           # beside the image
+                chunk = tokens.encode(f"<image> {chunk} <end>")
+                if len(text) + len(chunk) > len(row):
+                    break
+                text, shown = text + chunk, shown + [i]
+        row[:len(text)] = torch.tensor(text)
+        images[:len(shown)] = torch.tensor(shown)
+    return x, ids[:, :(x == tokens.image).sum(1).max()]
+
+
+class Query(typing.NamedTuple):
+    """A question to a model. group: what it is about, and the column of its table; prompt: with
+    <image> tokens for these test images; answer: the right one; words: the prompt with captions in
+    place of the images."""
+    group: tuple
+    prompt: str
+    images: list
+    answer: str = ""
+    words: str = ""
+
+
+SORTS = "1 figure", "2 figures", "3 figures", "unseen kind"
+
+
+def queries(seed, n, shots):
+    """All that is asked at the end, sorted by group, and the scenes that it is about: captions of
+    and questions about n held-out scenes, and n single figures of kinds that were not seen in
+    training; at each number of shots n episodes of each kind."""
+    seed += 1_000_000
+    parts = (Scenes(seed, n, SEEN), Scenes(seed + 1, n, UNSEEN, single=True),
+             Scenes(seed + 2, 2000, SEEN))
+    scenes, unseen, others = parts
+    rng, found = random.Random(seed - 999_998), []
+    for i, figures in enumerate([*scenes.all, *unseen.all]):
+        sort, what = SORTS[len(figures) - 1 if i < n else 3], caption(figures)
+        found.append(Query(("caption", sort), "<image> there is", [i], what, f"{what} . there is"))
+        for about in ABOUT:
+            _, text, answer = question(rng, figures, about)
+            if text:
+                found.append(Query((about, sort), f"<image> {text}", [i], answer,
+                                   in_words(figures, "question", text)))
+    trained, held_out = NEW_WORDS[HELD_OUT:], NEW_WORDS[:HELD_OUT]
+    for k in shots:
+        for _ in range(n):
+            for name, episode in (
+                    ("new word", new_words(rng, others, trained, k, 2)),
+                    ("held-out word", new_words(rng, others, held_out, k, 2)),
+                    ("unasked question", unasked(rng, others, rng.choice(ABOUT[:3]), k))):
+                *texts, answer = " ".join(f"<image> {text} <end>" for _, _, text in episode
+                                          ).removesuffix(" <end>").split(" ")
+                words = " <end> ".join(in_words(others.all[i], *rest) for i, *rest in episode)
+                at = [2 * n + i for i, _, _ in episode]
+                found.append(Query((name, str(k)), " ".join(texts), at, answer,
+                                   words.removesuffix(answer).strip()))
+    every = [figures for part in parts for figures in part.all]
+    return sorted(found, key=lambda q: q.group), every             # alike prompts in a batch
 
 
 def load_images(args):
@@ -1400,11 +1503,6 @@ def read_checkpoint(folder, *scripts, flag="--out"):
     optimizer. Raises UserError if there is none, or none that a script of these (or any) wrote."""
     path = Path(folder) / "checkpoint.pt"
     require(path.exists(), f"there is no {path}: choose another {flag}, or start a new run")
-    return read_saved(path, *scripts, flag=flag)
-
-
-def read_saved(path, *scripts, flag="--out"):
-    """What one of the scripts (none: any) saved in a file, on the CPU. Raises UserError."""
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
         by, version = state["script"], state.get("format")
@@ -1416,8 +1514,8 @@ def read_saved(path, *scripts, flag="--out"):
     require(version == FORMAT, f"{path} was written by another version of {by} (format {version}, "
             f"this is {FORMAT}): use that version, or start a new run")
     lacks = {"args", "model", "step", "seconds", "about", "kind", "optimizer"} - set(state)
-    require(not lacks or "adapter" in state, f"{path} lacks {', '.join(sorted(lacks))}: it is "
-            f"broken, or no checkpoint of a run; choose another {flag}")
+    require(not lacks, f"{path} lacks {', '.join(sorted(lacks))}: it is broken, or no checkpoint "
+            f"of a run; choose another {flag}")
     return state
 
 
@@ -1486,7 +1584,9 @@ def saved_run(args):
 def stage(args, name, same, **settings):
     """A training that comes before the main one and is kept in <out>/<name>: its Args, and whether
     it is done already, there or in a folder beside args.out. `settings`: those of its own; `same`:
-    names of those that make it another one. Raises UserError."""
+    names of those that make it another one, beside those of the training. Raises UserError."""
+    same = (*same, "steps", "batch", "lr", "optimizer", "muon_lr", "warmup", "weight_decay", "clip",
+            "seed", "dtype")
     own = Path(args.out, name)
     how = dataclasses.replace(args, out=str(own), resume=False, compile=False, **settings)
     for path in [own, *sorted(Path(args.out).parent.glob(f"*/{name}"))]:

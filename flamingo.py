@@ -3,12 +3,12 @@
 Paper    Alayrac et al. 2022, "Flamingo: a Visual Language Model for Few-Shot Learning",
          arXiv 2204.14198
 
-Idea     Take a pre-trained language model and a pre-trained vision encoder, freeze both, and train
-         only what joins them. A resampler turns the patch tokens of an image into a few latents;
-         new layers between the LM's blocks attend to the latents of the last image. Each is
-         multiplied by tanh(gate), and gates start at 0: at step 0 this IS the language model. What
-         that does with text, the whole does with images among text: describe, answer, and (the
-         paper's point) learn a task from a few examples in the prompt.
+Idea     Freeze a pre-trained language model and a pre-trained vision encoder, and train only what
+         joins them. A resampler turns the patch tokens of an image into a few latents; new layers
+         between the LM's blocks attend to the latents of the last image. Each is multiplied by
+         tanh(gate), and gates start at 0: at step 0 this IS the language model. What that does with
+         text, the whole does with images among text: describe, answer, and (the paper's point)
+         learn a task from a few examples in the prompt.
 
 Loss     L = - mean_t log p(x_t | x_<t, the images before x_t)           in nats per token, over all
          tokens but <image>; the gated layers attend to the last image, earlier ones reach x_t
@@ -29,27 +29,24 @@ Expect   of held-out scenes 99.3 ± 0.7, 23.4 ± 0.7 and 2.9 ± 2.9 % of the cap
          from one example (99.7 ± 0.3 %), what a new word means, from 4, in 96.8 ± 0.8 % (chance 50)
          (3 seeds; 182 s of training for the LM and the ViT, then 136 s, on 1 thread, beside other
          jobs; Intel(R) Xeon(R) Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
-Differs  A toy world: eight shapes in eight colours, 60 words. The LM is trained here, on text of
-         this world (of unseen kinds, too) in which words, and sometimes an <image> token whose
-         embedding is 0, stand in the place of images. The ViT is trained here, by CLIP's loss, with
-         a simple text encoder and batches of one colour, in which captions repeat. Theirs are
-         Chinchilla and an NFNet. Documents are short at first. Muon trains the matrices of the
-         blocks (its steps are orthogonalised: common.py), AdamW the rest, in all three trainings
-         (theirs: AdamW). The gates learn at ten times the rate; a cosine schedule. Text always
-         attends to the image before it (theirs, on web pages, half of the time to the one after
-         it). No video.
+Differs  A toy world: eight shapes in eight colours, 60 words. Theirs are Chinchilla and an NFNet;
+         here both are trained first: the LM on text of this world (of unseen kinds, too) in which
+         words, and sometimes an <image> token whose embedding is 0, stand in the place of images;
+         the ViT by CLIP's loss, with a simple text encoder and batches of one colour, in which
+         captions repeat. Muon trains the matrices of the blocks (its steps are orthogonalised:
+         common.py), AdamW the rest (theirs: AdamW all). The gates learn at ten times the rate; a
+         cosine schedule. Text always attends to the image before it (theirs, on web pages, half of
+         the time to the one after it). No video.
 
 Try      --gate-start 0.5, or inf (no gate): what does the loss in log.jsonl do at the first steps?
          --attend all (nothing tells images apart); --every 4 (on a CPU one gated layer, before the
          first block); --latents 0; --no-freeze: as the paper's ablations. What gets worse?
          --optimizer adamw, or --lm-steps 200: what is left of the new words?
 """
-import dataclasses
 import math
-import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +70,7 @@ class Args(common.Args):
     data: str = "scenes"            # images that --prompt is about: scenes, or an .npz of `images`
     images: int = 40_000            # training images, two thirds with a single figure, 500 or more
     tests: int = 1000               # test images, as many of unseen kinds, and episodes, 12 or more
-    short: float = 0.4              # fraction of the steps with short documents, first, in [0, 1]
+    new_words: float = 0.4          # fraction of the documents on new words, in [0, 1]
     image_size: int = 32            # side of an image in pixels
     context: int = 96               # tokens of a document, 41 or more
     every: int = 1                  # a gated layer before every n-th block (table 3)
@@ -87,8 +84,7 @@ class Args(common.Args):
     lm_steps: int = 10_000          # LM: training steps
     lm_batch: int = 64              # LM: documents per step
     lm_lr: float = 1e-3             # LM: peak learning rate
-    lm_short: float = 0.5           # LM: fraction of the steps with short documents, in [0, 1]
-    lm_new_words: float = 0.4       # LM: fraction of the long documents on new words, in [0, 1]
+    lm_new_words: float = 0.7       # LM: fraction of the documents on new words, in [0, 1]
     dim: int = 256                  # LM: channels
     depth: int = 6                  # LM: blocks
     heads: int = 8                  # LM: attention heads, of the gated layers, too
@@ -102,7 +98,6 @@ class Args(common.Args):
     vit_heads: int = 6              # ViT: attention heads
     shots: tuple[int, ...] = (0, 1, 2, 4, 8)    # examples before a few-shot question, in [0, 100]
     prompt: str = ""                # asked at the end: "<image> what colour is it ?"
-    temperature: float = 0.         # divides the logits of its answer; 0: the most likely tokens
 
     cpu = dict(steps=600, batch=32, lr=3e-3, images=16_000, tests=200, context=48,
                resampler_depth=1, lm_steps=600, lm_batch=96, lm_lr=3e-3, dim=128, depth=4, heads=4,
@@ -598,74 +593,46 @@ def sample(model, prompts, media, n, end, temperature=0.):
     return [row[:int((row != end).cumprod(0).sum())] for row in new]       # up to the first end
 
 
-# -------------------------------------------------------------------------------------- the data
-# In what the LM reads, words stand in the place of images; in what Flamingo reads, <image> does.
+def normalize(images, mean=(.2, .2, .2), std=(.2, .2, .2)):
+    """uint8 images (n, 3, S, S) -> about mean 0 and variance 1, on this dark ground."""
+    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (mean, std))
+    return (images.float() / 255 - mean) / std
+
+
+# -------------------------------------------------------------------- the LM and the vision encoder
+# Documents come from common.py. In what the LM reads, words stand in the place of images; in what
+# Flamingo reads, <image> does. A new word means a kind of figure, another one in each document, so
+# that only the examples tell.
 #
 #     the LM       a large ring on the left . what colour is it ? red <end> blue moon lun <end> ...
 #     Flamingo     <image> what colour is it ? red <end> <image> there is a large ring ... <end> ...
 #     new words    <image> pim <end> <image> rud <end> <image> rud <end> <image> pim <end> ...
 #     an unasked question        <image> red <end> <image> blue <end> <image> green <end> ...
-#
-# A new word means a kind of figure, another one in each document, so that only the examples tell.
-# common.document gives such a document as a list of chunks (scene, kind, text).
 
-
-def text_documents(args, tokens, n, length, long):
-    """What the LM reads: (n, 1 + length). Long documents prepare it for images. There a new word
-    can come with a colour or a shape alone; some documents have <image> before all chunks, or
-    before half of them; and some of these leave out the words for the image at 60 % of them."""
-    rng, scenes = random.Random(args.seed), common.Scenes(args.seed, 8000, common.KINDS)
-    rows = torch.full((n, length + 1), tokens.end)
-    kind, fraction, with_image, without_words = "both", .6, 0, 0
-    for row in rows:
-        text = [tokens.end]
-        while len(text) < len(row):
-            if long:
-                kind, fraction = rng.choice((*common.IN_WORDS, "both")), args.lm_new_words
-                with_image, without_words = rng.choice((0, .5, 1, 1)), rng.choice((0, .6))
-            for i, words, chunk in common.document(rng, scenes, common.NEW_WORDS, fraction, kind):
-                image = rng.random() < with_image
-                if not image or rng.random() >= without_words:
-                    chunk = common.in_words(scenes.all[i], words, chunk)
-                text += tokens.encode("<image> " * image + f"{chunk} <end>")
-        row.copy_(torch.tensor(text[:len(row)]))
-    return rows
-
-
-def image_documents(args, tokens, scenes, n, length, fraction):
-    """What Flamingo reads, `fraction` of it on new words: tokens (n, 1 + length), -100 after the
-    last chunk that fits, and the indices of the images (n, M), at most 9; where there are fewer, 0,
-    which is never used, since no <image> token asks for it."""
-    rng, names = random.Random(args.seed + 1), common.NEW_WORDS[common.HELD_OUT:]
-    x, ids = torch.full((n, length + 1), -100), torch.zeros(n, 9, dtype=torch.long)
-    for row, images in zip(x, ids):
-        text, shown = [tokens.end], []
-        while not shown:                             # a caption in bytes may not fit
-            kind = rng.choice(("colour", "shape"))
-            for i, words, chunk in common.document(rng, scenes, names, fraction, kind):
-                if words in common.IN_WORDS and rng.random() < .4:
-                    chunk = common.in_words(scenes.all[i], words, chunk)    # beside the image
-                chunk = tokens.encode(f"<image> {chunk} <end>")
-                if len(text) + len(chunk) > len(row):
-                    break
-                text, shown = text + chunk, shown + [i]
-        row[:len(text)] = torch.tensor(text)
-        images[:len(shown)] = torch.tensor(shown)
-    return x, ids[:, :(x == tokens.image).sum(1).max()]
-
-
-# -------------------------------------------------------------------- the LM and the vision encoder
-
-HOW = ("steps", "batch", "lr", "optimizer", "muon_lr", "warmup", "weight_decay", "clip", "seed",
-       "dtype")
-LM = *HOW, "lm_short", "lm_new_words", "context", "dim", "depth", "heads"   # these make another LM
-VIT = *HOW, "images", "image_size", "patch", "vit_dim", "vit_depth", "vit_heads"
+LM = "lm_new_words", "context", "dim", "depth", "heads"                     # these make another LM
+VIT = "images", "image_size", "patch", "vit_dim", "vit_depth", "vit_heads"  # and these another ViT
 
 
 def stage(args, name, same):
     """Settings of a training that comes first and is kept in <out>/<name>; whether it is done."""
     return common.stage(args, name, same, **{setting: getattr(args, f"{name}_{setting}")
                                              for setting in ("steps", "batch", "lr")})
+
+
+def train(how, model, loss_at, choices, **about):
+    """A training that comes first, of what loss_at(run, step) returns; a uniform guess among as
+    many choices has the loss ln(choices). Returns its folder."""
+    optimizer = common.optimizer(how, model.named_parameters())
+    run = common.Run(how, model, optimizer, math.log(choices), about)
+    for step in run:
+        with run.autocast():
+            loss = loss_at(run, step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), how.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log(loss)
+    return how.out
 
 
 def train_lm(args, tokens):
@@ -684,29 +651,14 @@ def train_lm(args, tokens):
     model.token_embed.weight.register_hook(lambda gradient: gradient.index_fill(0, image, 0.))
     model.to(args.device)
     common.say(f"First the LM learns the language, from text alone. It is kept in {how.out}.")
-    first, most = round(args.lm_short * how.steps), 60_000
-    short = text_documents(args, tokens, min(first * how.batch, most), tokens.short, False)
-    long = text_documents(args, tokens, min((how.steps - first) * how.batch, most), args.context,
-                          True)
-    short, long = short.to(args.device), long.to(args.device)
-    optimizer = common.optimizer(how, model.named_parameters())
-    run = common.Run(how, model, optimizer, uniform=math.log(tokens.vocab))
-    for step in run:
-        with run.autocast():
-            inputs, target = mask(run.batch(short if step < first else long), tokens.image)
-            loss = distance(model(inputs), target)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), how.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.log(loss)
-    return how.out
+    n = min(how.steps * how.batch, 60_000)
+    x = common.text_documents(args.seed, tokens, n, args.context, args.lm_new_words)
+    x = x.to(args.device)                                                   # (n, 1 + T)
 
-
-def normalize(images, mean=(.2, .2, .2), std=(.2, .2, .2)):
-    """uint8 images (n, 3, S, S) -> about mean 0 and variance 1, on this dark ground."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (mean, std))
-    return (images.float() / 255 - mean) / std
+    def loss_at(run, step):
+        inputs, target = mask(run.batch(x), tokens.image)
+        return distance(model(inputs), target)
+    return train(how, model, loss_at, tokens.vocab)
 
 
 def build_vit(args):
@@ -722,29 +674,15 @@ def train_vit(args, tokens, scenes, images):
     torch.manual_seed(args.seed)
     model = CLIP(build_vit(args), tokens.vocab, args.vit_dim, args.patch).to(args.device)
     common.say(f"Then the ViT learns which caption belongs to an image. It is kept in {how.out}.")
-    words = torch.zeros(len(images), 16, dtype=torch.long)
-    for row, figures in zip(words, scenes.all):
-        caption = tokens.encode(common.caption(figures))
-        row[:len(caption)] = torch.tensor(caption)
-    words = words.to(args.device)
-    same_colour = [torch.tensor([i for kind, own in scenes.of.items() if kind[1] == colour
-                                 for i in own]) for colour in range(len(common.COLOURS))]
-    optimizer = common.optimizer(how, model.named_parameters())
-    run = common.Run(how, model, optimizer, uniform=math.log(how.batch),
-                     about=dict(mean=(.2, .2, .2), std=(.2, .2, .2)))
-    for step in run:
+    words, same_colour = scenes.captions(tokens).to(args.device), scenes.same_colour()
+
+    def loss_at(run, step):
         i = run.batch(torch.arange(len(images), device=args.device))
         if step % 3:             # hard negatives: single figures of one colour, so that only shape,
             own = same_colour[step % len(same_colour)]               # size and side tell them apart
             i = own[torch.randint(len(own), (how.batch,))].to(args.device)
-        with run.autocast():
-            loss = clip_loss(*model(normalize(images[i]), words[i]))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), how.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.log(loss)
-    return how.out
+        return clip_loss(*model(normalize(images[i]), words[i]))
+    return train(how, model, loss_at, how.batch, mean=(.2, .2, .2), std=(.2, .2, .2))
 
 
 def load_lm(args, folder):
@@ -783,15 +721,6 @@ def load_vit(args, folder):
 # ------------------------------------------------------------------------------------ evaluation
 
 
-class Query(NamedTuple):
-    """A question to the model. group: its row and column in the tables; prompt: with <image> tokens
-    for these test images; answer: the right one."""
-    group: tuple
-    prompt: str
-    images: list
-    answer: str
-
-
 @torch.no_grad()
 def encode(args, model, images, statistics):
     """Features of images (n, 3, S, S) by the frozen ViT, once for all: (n, N, E) bfloat16, which
@@ -801,118 +730,58 @@ def encode(args, model, images, statistics):
                           for x in images.split(500)])
 
 
-def test_scenes(args):
-    """Held-out scenes, of kinds that were seen in training; single figures of kinds that were not;
-    scenes for few-shot episodes; and the images of all, (n, 3, S, S)."""
-    seed = args.seed + 1_000_000
-    parts = (common.Scenes(seed, args.tests, common.SEEN),
-             common.Scenes(seed + 1, args.tests, common.UNSEEN, single=True),
-             common.Scenes(seed + 2, 2000, common.SEEN))
-    scenes = [figures for part in parts for figures in part.all]
-    return *parts, common.paint(scenes, seed, args.image_size, args.device)
-
-
-def queries(args, scenes, unseen, others, tokens, context):
-    """All that is asked at the end, as far as it fits the context: captions, questions, and
-    few-shot episodes at each of --shots."""
-    rng, found = random.Random(args.seed + 2), []
-    for i, figures in enumerate([*scenes.all, *unseen.all]):
-        sort = SORTS[len(figures) - 1 if i < len(scenes.all) else 3]
-        found.append(Query(("caption", sort), "<image> there is", [i], common.caption(figures)))
-        for about in common.ABOUT:
-            _, question, answer = common.question(rng, figures, about)
-            if question:
-                found.append(Query((about, sort), f"<image> {question}", [i], answer))
-    first, names = len(scenes.all) + len(unseen.all), common.NEW_WORDS[common.HELD_OUT:]
-    for k in args.shots:
-        for _ in range(args.tests):
-            episodes = (common.new_words(rng, others, names, k, 2),
-                        common.unasked(rng, others, rng.choice(common.ABOUT[:3]), k))
-            for name, episode in zip(("new word", "unasked question"), episodes):
-                text = " <end> ".join(f"<image> {chunk}" for _, _, chunk in episode)
-                answer = text.split()[-1]
-                found.append(Query((name, str(k)), text.removesuffix(answer).strip(),
-                                   [first + i for i, _, _ in episode], answer))
-    fits = lambda q: len(tokens.encode(f"<end> {q.prompt} {q.answer} <end>")) <= context
-    return sorted(filter(fits, found), key=lambda q: q.group)       # alike prompts in a batch
-
-
-SORTS = "1 figure", "2 figures", "3 figures", "unseen kind"
-
-
 def answers(args, model, tokens, asked, features=None):
-    """What the model answers, as texts; without features, what the LM alone does."""
-    texts = []
+    """What the model answers to a list of common.Query, as texts; without features of the images
+    (n, N, E), what the LM alone does."""
+    texts, context = [], len(model.lm.pos_embed.weight)
     for part in (asked[i:i + 250] for i in range(0, len(asked), 250)):
         prompts, media = [tokens.encode(f"<end> {q.prompt}") for q in part], None
-        n = 1 + max(len(tokens.encode(q.answer)) for q in part)
         with torch.inference_mode(), common.autocast(args):
             if features is None:
                 prompts = [[t for t in prompt if t != tokens.image] for prompt in prompts]
             else:
-                most = max(len(q.images) for q in part)
+                most = max(1, *(len(q.images) for q in part))
                 ids = torch.tensor([q.images + [0] * (most - len(q.images)) for q in part])
                 media = model.project(features[ids.to(features.device)].float())
             texts += [tokens.decode(row).strip() for row in
-                      sample(model, prompts, media, n, tokens.end)]
+                      sample(model, prompts, media, context, tokens.end)]
     return texts
 
 
 def evaluate(args, model, tokens, asked, features):
     """{(row, column): % of the answers that are exactly right}; the row "LM alone" is of all
     captions and questions in a column, without images."""
-    right = {}
+    right, alone = {}, [q for q in asked if q.group[1] in common.SORTS]
     for q, text in zip(asked, answers(args, model, tokens, asked, features)):
         right.setdefault(q.group, []).append(text == q.answer)
-    alone = [q for q in asked if q.group[1] in SORTS]
     for q, text in zip(alone, answers(args, model, tokens, alone)):
         right.setdefault(("LM alone", q.group[1]), []).append(text == q.answer)
     return {group: 100 * sum(found) / len(found) for group, found in right.items()}
 
 
-def own_images(args):
-    """The images of --data, (n, 3, S, S) uint8; None for held-out scenes. Raises UserError."""
-    if args.data == "scenes":
-        return None
-    common.require(args.data.endswith(".npz"), "--data takes scenes, or an .npz with images that "
-                   f"--prompt is about, not {args.data!r}")
-    common.require(args.prompt, f"--data {args.data} needs a --prompt about its images, such as "
-                   '"<image> what colour is it ?"')
-    return common.read_pictures(Path(args.data), args.image_size, args.device)
-
-
-def encode_prompt(args, tokens, context, own):
-    """The tokens of --prompt. Raises UserError where it has more <image> tokens than there are
-    images, or does not fit the context."""
+def own_prompt(args, tokens, context, own):
+    """--prompt as a list of common.Query, about the first of the images; empty if there is none.
+    Raises UserError where it has more <image> tokens than there are images, or is too long."""
     prompt, n = tokens.encode(f"<end> {args.prompt}"), args.tests if own is None else len(own)
     count = prompt.count(tokens.image)
     common.require(count <= n, f"--prompt has {count} <image> tokens, and there are {n} images of "
                    f"--data {args.data}")
     common.require(len(prompt) < context, f"--prompt has {len(prompt)} tokens, and the context of "
                    f"{context} has to hold it and its answer: shorten it")
-    return prompt
-
-
-def reply(args, model, tokens, prompt, features):
-    """The answer to a prompt, whose <image> tokens are the first of features (n, N, E)."""
-    torch.manual_seed(args.seed)
-    with torch.inference_mode(), common.autocast(args):
-        media = model.project(features[None, :max(1, prompt.count(tokens.image))].float())
-        (new,) = sample(model, [prompt], media, 40, tokens.end, args.temperature)
-    return tokens.decode(new).strip()
+    return [common.Query((), args.prompt, list(range(count)))] if args.prompt else []
 
 
 def describe(args, model, tokens, asked, features, images):
     """Writes scenes.png, twelve test images; returns what the model says of each, as lines."""
-    chosen, lines = [], []
+    common.save_png(f"{args.out}/scenes.png", images[:12].float() / 255, 6)
+    chosen = []
     for i in range(12):                              # the caption, and one of the questions
         first, *rest = (q for q in asked if q.images == [i])
         chosen += [(i + 1, first), *(("", q) for q in rest[i % 3:][:1])]
-    texts = answers(args, model, tokens, [q for _, q in chosen], features)
+    texts, lines = answers(args, model, tokens, [q for _, q in chosen], features), []
     for (number, q), text in zip(chosen, texts):
         lines.append(f"{number:>2}  {q.prompt.removeprefix('<image> ')} {text}")
         lines += [f"    WRONG, it is: {q.answer}"] * (text != q.answer)
-    common.save_png(f"{args.out}/scenes.png", images[:12].float() / 255, 6)
     return lines
 
 
@@ -924,22 +793,25 @@ def tables(args, model, right):
     gates = ", ".join(f"{layer.attn_gate.tanh().item():.2f} {layer.mlp_gate.tanh().item():.2f}"
                       for layer in model.gated)
     return "\n\n".join([
-        grid("exactly right, %", ["caption", *common.ABOUT, "LM alone"], SORTS),
+        grid("exactly right, %", ["caption", *common.ABOUT, "LM alone"], common.SORTS),
         grid("examples in the prompt", ["unasked question", "new word"], [*map(str, args.shots)]),
         "From 2 examples on, the new word is one of two: always the same one is right in 50 %.",
         f"tanh of the gates, attention and feed-forward, layer by layer: {gates}"])
 
 
-def show(args, run, model, tokens, prompt, own, statistics):
+def show(args, run, model, tokens, own, statistics):
     """The end of the run: test images and what is said of them, tables, result.json."""
-    *scenes, images = test_scenes(args)
+    asked, scenes = common.queries(args.seed, args.tests, args.shots)
+    context = len(model.lm.pos_embed.weight)
+    fits = lambda q: len(tokens.encode(f"<end> {q.prompt} {q.answer} <end>")) <= context
+    asked = [q for q in asked if q.group[0] != "held-out word" and fits(q)]
+    images = common.paint(scenes, args.seed + 1_000_000, args.image_size, args.device)
     features = encode(args, model, images, statistics)
-    asked = queries(args, *scenes, tokens, len(model.lm.pos_embed.weight))
     lines = describe(args, model, tokens, asked, features, images)
     right = evaluate(args, model, tokens, asked, features)
-    if args.prompt:
+    for q in own_prompt(args, tokens, context, own):
         features = features if own is None else encode(args, model, own, statistics)
-        lines += ["", f"{args.prompt} -> {reply(args, model, tokens, prompt, features)}"]
+        lines += ["", f"{q.prompt} -> {answers(args, model, tokens, [q], features)[0]}"]
     captions = right.get(("caption", "1 figure"), math.nan)             # in bytes none may fit
     common.report(run, f"captions of one figure {captions:.1f} %",
                   dict(lines=lines, right={", ".join(group): x for group, x in right.items()}))
@@ -951,25 +823,32 @@ def show(args, run, model, tokens, prompt, own, statistics):
 
 
 def build_optimizer(args, model):
-    """As in the trainings before, but the resampler does not decay (Flamingo, B.1.2), and the gates
-    have --gate-lr times the learning rate ("times" is read by common.Run): Adam changes a number by
-    about the rate in each step, so a single number, through which all passes, would open too
-    slowly."""
+    """The resampler does not decay (Flamingo, B.1.2), and the gates have --gate-lr times the
+    learning rate: Adam changes a number by about the rate in each step, too slow for a single
+    number through which all passes."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    gates = [p for name, p in named.items() if name.endswith("gate")]
+    gates = {name: p for name, p in named.items() if name.endswith("gate")}
     resampler = {name: p for name, p in named.items() if name.startswith("resampler")}
-    rest = {name: p for name, p in named.items()
-            if name not in resampler and not name.endswith("gate")}
-    optimizer = common.optimizer(args, rest.items())
+    rest = [name for name in named if name not in gates and name not in resampler]
+    optimizer = common.optimizer(args, [(name, named[name]) for name in rest])
     for group in common.groups(args, resampler.items(), weight_decay=0.):
         optimizer.add_param_group(group)
     if gates:
-        optimizer.add_param_group(dict(params=gates, weight_decay=0., times=args.gate_lr))
+        optimizer.add_param_group(dict(params=[*gates.values()], weight_decay=0.,
+                                       times=args.gate_lr))
     return optimizer
 
 
-def check(args, words, own):
-    """Finds the mistakes that would show only after the training of the LM. Raises ValueError."""
+def check(args, words):
+    """Finds the mistakes that would show only after the training of the LM. Returns the images of
+    --data, (n, 3, S, S) uint8, or None for held-out scenes. Raises ValueError."""
+    own = None
+    if args.data != "scenes":
+        common.require(args.data.endswith(".npz"), "--data takes scenes, or an .npz with images "
+                       f"that --prompt is about, not {args.data!r}")
+        common.require(args.prompt, f"--data {args.data} needs a --prompt about its images, such "
+                       'as "<image> what colour is it ?"')
+        own = common.read_pictures(Path(args.data), args.image_size, args.device)
     if args.vit:
         load_vit(args, args.vit)
     else:
@@ -977,29 +856,19 @@ def check(args, words, own):
         common.require(args.vit_batch <= args.images, f"--vit-batch {args.vit_batch} is more than "
                        f"the {args.images} --images")
     if not args.lm:
-        encode_prompt(args, words, args.context, own)
-
-
-def documents(args, tokens, scenes, context):
-    """Short documents, 70 % of them on new words, for the first steps, and long ones, 30 %; and the
-    step at which the long ones begin."""
-    first, most = round(args.short * args.steps), 60_000
-    def make(steps, length, fraction):
-        n = min(max(1, steps * args.batch), most)
-        x, ids = image_documents(args, tokens, scenes, n, length, fraction)
-        return x.to(args.device), ids.to(args.device)
-    short = make(first, min(tokens.short, context), .7)
-    return short, make(args.steps - first, context, .3), first
+        own_prompt(args, words, args.context, own)
+    return own
 
 
 @common.setup
 def main(args):
-    own, words = own_images(args), common.SceneTokens()
-    check(args, words, own)                          # mistakes are better found before the training
+    words = common.SceneTokens()
+    own = check(args, words)
     scenes = common.Scenes(args.seed, args.images, common.SEEN)
     images = common.paint(scenes.all, args.seed, args.image_size, args.device)
     lm, tokens = load_lm(args, args.lm or train_lm(args, words))
-    prompt = encode_prompt(args, tokens, len(lm.pos_embed.weight), own)
+    context = len(lm.pos_embed.weight)
+    own_prompt(args, tokens, context, own)                             # raises now if it is wrong
     vit, patch, statistics = load_vit(args, args.vit or train_vit(args, words, scenes, images))
     torch.manual_seed(args.seed)
     model = Flamingo(lm, vit, patch, tokens.image, args.every, args.latents, args.resampler_depth,
@@ -1009,9 +878,10 @@ def main(args):
     run = common.Run(args, model, optimizer)
     if run.step < args.steps:                        # a finished run may be asked a --prompt alone
         features = encode(args, model, images, statistics)                         # (n, N, E)
-        short, long, first = documents(args, tokens, scenes, len(lm.pos_embed.weight))
+        n = min(args.steps * args.batch, 60_000)
+        x, ids = common.image_documents(args.seed, tokens, scenes, n, context, args.new_words)
+        x, ids = x.to(args.device), ids.to(args.device)                 # (n, 1 + T), (n, M)
     for step in run:                       # sets the seed and the learning rate of this step
-        x, ids = short if step < first else long                        # (n, 1 + T), (n, M)
         i = run.batch(torch.arange(len(x), device=args.device))         # (B,)
         with run.autocast():
             inputs, target = mask(x[i], tokens.image)                   # A. mask
@@ -1025,7 +895,7 @@ def main(args):
         run.log(loss)
 
     model.eval()
-    show(args, run, model, tokens, prompt, own, statistics)
+    show(args, run, model, tokens, own, statistics)
     return model
 
 

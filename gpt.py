@@ -74,7 +74,7 @@ class Args(common.Args):
     top_k: int = 0                  # sample from the k most likely tokens, 0 or more; 0: from all
     top_p: float = 1.0              # sample from the fewest tokens of this total, in (0, 1]
 
-    cpu = dict(steps=2000, batch=16, lr=3e-3, context=128, dim=128, depth=4, heads=4, dropout=0.)
+    cpu = dict(steps=1100, batch=16, lr=3e-3, context=128, dim=128, depth=4, heads=4, dropout=0.)
 
 
 # ------------------------------------------------------------------------------------- the model

@@ -4,12 +4,11 @@ Paper    Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", a
          (IA)^3: Liu et al. 2022 (T-Few), arXiv 2205.05638. BitFit: Ben Zaken et al. 2021, arXiv
          2106.10199
 
-Idea     A GPT knows one text and is to learn another from k short examples. Little should have to
-         be stored, and the base should stay as it was. A matrix is an associative memory:
-         W x = sum_i v_i (k_i . x), for example by its SVD, compares x with keys k_i and adds up the
-         values v_i. To change it "a little bit" is to add a few such pairs: W0 + A B^T, with the
-         columns of B as keys, those of A as values, and W0 (d1, d2) frozen: rank (d1 + d2) numbers
-         instead of d1 d2.
+Idea     A GPT knows one text and is to learn another from k short examples. Each of its matrices is
+         an associative memory: W x = sum_i v_i (k_i . x), for example by its SVD, compares x with
+         keys k_i and adds up the values v_i. To change it "a little bit" is to add a few such
+         pairs: W0 + A B^T, with the columns of B as keys, those of A as values, and W0 (d1, d2)
+         frozen: rank (d1 + d2) numbers to train and to store instead of d1 d2.
 
 Loss     GPT's, L = -1 / T sum_t log p(x_t | BOS, newline, x_1 ... x_{t-1}). What is trained:
          lora    A and B of y = W0 x + (alpha / rank) A B^T x, for each matrix W0 of a block
@@ -32,17 +31,14 @@ Expect   64 examples of pycode, beginnings of lines, bring the loss on others fr
          and 1.38 ± 0.00 (3 seeds; 151 s of training for the base, then a few seconds, on 1 thread,
          beside other jobs; Intel(R) Xeon(R) Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
 Differs  The paper writes W0 + B A, and adapts matrices of the attention only; here it is every
-         matrix of a block. Query, key and value are one matrix, with one B for all three. alpha is
-         the rank unless it is given (the paper's is fixed). (IA)^3 scales biases, too; without
-         T-Few's two other losses and its pre-training of the vectors. The base is pre-trained with
-         Muon and AdamW, as in gpt.py; what adapts it, with AdamW, as in the paper. Learning rates
-         were chosen on the text that is reported.
+         matrix of a block, with one B for query, key and value. alpha is the rank unless it is
+         given (the paper's is fixed). (IA)^3 scales biases, too, and has one loss of T-Few's three.
+         The base is trained with Muon and AdamW, as in gpt.py; what adapts it, with AdamW, as in
+         the paper, at learning rates that were chosen on the text that is reported.
 
-Try      --method full, bitfit, ia3, last: what does each forget?
-         --rank 1: is one pair of key and value enough? And --targets qkv --rank 12, with as many
-         parameters as --rank 3?
-         --lr 0.01, ten times the usual rate: what is forgotten? --k 2: is training better, or
-         are two examples in the prompt? (On a CPU the context has room for four.)
+Try      --method full, bitfit, ia3, last; --lr 0.01, ten times the usual rate: what is forgotten?
+         --rank 1, or --targets qkv --rank 12 (as many parameters as --rank 3): is that enough?
+         --k 2: is training better, or are two examples in the prompt?
          All methods, at k = 1 to 256, three times each: experiments/adapt.py
 """
 import copy
@@ -82,7 +78,6 @@ class Args(common.Args):
     rank: int = 3                   # LoRA: columns of A and of B
     alpha: float = 0.               # LoRA: A B^T is multiplied by alpha / rank; 0: by 1
     dropout: float = 0.             # LoRA: dropout probability of its inputs, in [0, 1)
-    adapter: str = ""               # adapter.pt of a run: evaluate it, instead of training one
     base: str = ""                  # folder of a run of gpt.py or lora.py [trained in <out>/base]
     old: str = ""                   # text that the base knows [pydocs, or the one of --base]
     base_steps: int = 5000          # base: training steps
@@ -111,11 +106,14 @@ class LoRA(nn.Module):
 
     x (..., d2) -> (..., d1); only A (d1, rank) and B (d2, rank) are trained. The paper, loralib and
     peft write W0 + B A, with the names swapped: lora_A is B^T here, and lora_B is A. Raises
-    ValueError where the rank is above min(d1, d2).
+    ValueError where the rank is above min(d1, d2), and for a layer that is no nn.Linear: the weight
+    of transformers' Conv1D, for example, is transposed.
     """
 
     def __init__(self, linear, rank, alpha, dropout=0.):
         super().__init__()
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"LoRA is for nn.Linear, not for {type(linear).__name__}")
         d1, d2 = linear.weight.shape
         if not 1 <= rank <= min(d1, d2):
             raise ValueError(f"rank {rank} of a {d1} x {d2} matrix: it can be 1 to {min(d1, d2)}")
@@ -139,10 +137,21 @@ class LoRA(nn.Module):
         """What is added to the weight: (d1, d2)."""
         return self.scale * self.A @ self.B.T
 
+    @property
+    def weight(self):
+        """W0 and what is added, (d1, d2): some modules, such as nn.MultiheadAttention, read the
+        weight of a layer instead of calling it (then without dropout)."""
+        return self.linear.weight if self.merged else self.linear.weight + self.delta()
+
+    @property
+    def bias(self):
+        """That of the frozen layer."""
+        return self.linear.bias
+
     @torch.no_grad()
     def merge(self):
-        """Adds delta() to the weight: from now on the layer costs what the plain one costs. For
-        use after training; this script does not need it."""
+        """Adds delta() to the weight, after training: the layer then costs what the plain one
+        costs."""
         if not self.merged:
             self.linear.weight += self.delta()
         self.merged = True
@@ -154,6 +163,13 @@ class LoRA(nn.Module):
             self.linear.weight -= self.delta()
         self.merged = False
 
+    def get_extra_state(self):
+        """A part of state_dict(): whether the weight holds delta() already."""
+        return torch.tensor(self.merged)
+
+    def set_extra_state(self, merged):
+        self.merged = bool(merged)
+
 
 class IA3(nn.Module):
     """(IA)^3: multiplies the inputs of a frozen nn.Linear by a trained vector, at first ones; with
@@ -161,6 +177,8 @@ class IA3(nn.Module):
 
     def __init__(self, linear, outputs=0):
         super().__init__()
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"IA3 is for nn.Linear, not for {type(linear).__name__}")
         self.linear = linear.requires_grad_(False)
         self.outputs, self.merged = outputs, False
         self.scale = nn.Parameter(linear.weight.new_ones(outputs or linear.in_features))
@@ -174,14 +192,29 @@ class IA3(nn.Module):
         return self.linear(x) * F.pad(self.scale, (others, 0), value=1.)
 
     @torch.no_grad()
-    def merge(self):
-        """Multiplies the weight: from now on the layer costs what the plain one costs."""
-        if not self.merged and self.outputs:
+    def multiply(self, scale):
+        """Multiplies the frozen layer, in place, as forward() multiplies its inputs or outputs."""
+        if not self.outputs:
+            self.linear.weight *= scale
+        else:
             for tensor in self.linear.parameters():                  # weight (d1, d2), bias (d1)
-                tensor[-self.outputs:] *= self.scale.view(-1, *[1] * (tensor.ndim - 1))
-        elif not self.merged:
-            self.linear.weight *= self.scale
+                tensor[-self.outputs:] *= scale.view(-1, *[1] * (tensor.ndim - 1))
+
+    def merge(self):
+        """Multiplies the weight, after training: the layer then costs what the plain one costs."""
+        if not self.merged:
+            self.multiply(self.scale)
         self.merged = True
+
+    def unmerge(self):
+        """Divides it again. Raises ValueError where it was multiplied by 0."""
+        if self.merged and (self.scale == 0).any():
+            raise ValueError("a weight that was multiplied by 0 cannot be restored")
+        if self.merged:
+            self.multiply(1 / self.scale)
+        self.merged = False
+
+    get_extra_state, set_extra_state = LoRA.get_extra_state, LoRA.set_extra_state
 
 
 def adapt(model, method, targets=("qkv", "proj", "fc1", "fc2"), rank=3, alpha=3., dropout=0.):
@@ -222,8 +255,32 @@ def target_layers(model, targets):
 
 
 def adapter_state(model):
-    """The tensors that require gradients, by name: all that has to be stored beside the base."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """A copy of the tensors that require gradients, by name: all that has to be stored beside the
+    base. Several adapters share one base: load_adapter switches between them."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def load_adapter(model, state):
+    """Puts an adapter_state into a model that was adapted in the same way. Raises ValueError where
+    it does not fit, or where the adapter in the model is merged."""
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if {name: p.shape for name, p in own.items()} != {name: p.shape for name, p in state.items()}:
+        raise ValueError("this adapter is of another model, or of another method, rank or targets")
+    if any(getattr(layer, "merged", False) for layer in model.modules()):
+        raise ValueError("the adapter in this model is merged: unmerge it first")
+    for name, p in own.items():
+        p.copy_(state[name])
+
+
+def merge_and_unload(model):
+    """Merges all LoRA and (IA)^3 layers and puts the plain layers back, in place: the model is of
+    its old class again, as large and as fast as before. Returns it."""
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, (LoRA, IA3)):
+            layer.merge()
+            model.set_submodule(path, layer.linear)
+    return model
 
 
 # gpt.py's GPT, line by line. B batch, T new tokens, L tokens in all, C channels, H heads,
@@ -430,16 +487,13 @@ def choose(train, k, seed):
 
 # -------------------------------------------------------------------------------------- the base
 
-# The settings that make another base.
-SAME = ("steps", "batch", "lr", "optimizer", "muon_lr", "weight_decay", "warmup", "clip", "seed",
-        "dtype", "data", "context", "dim", "depth", "heads", "dropout")
-
 
 def pretrain(args):
     """Trains the base, as gpt.py does, unless it is there already. Returns its folder."""
     how, done = common.stage(
-        args, "base", SAME, steps=args.base_steps, batch=args.base_batch, lr=args.base_lr,
-        dropout=args.base_dropout, weight_decay=.1, warmup=.05, data=args.old or "pydocs")
+        args, "base", ("data", "context", "dim", "depth", "heads", "dropout"),
+        steps=args.base_steps, batch=args.base_batch, lr=args.base_lr, dropout=args.base_dropout,
+        weight_decay=.1, warmup=.05, data=args.old or "pydocs")
     if done:
         return how.out
     train, _ = windows(how, how.data, args.context)
@@ -491,8 +545,6 @@ def recipe(args):
     args.batch = min(args.batch, args.k)
     args.steps = min(args.steps, round(args.epochs * args.k / args.batch))
     args.lr = args.lr or LR[args.method]
-    if args.adapter:                                      # it is there: nothing is trained
-        args.steps, args.resume = 0, False
 
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -527,41 +579,27 @@ def write(args, model):
 
 
 def save_adapter(args, model, about):
-    """Writes adapter.pt: what was trained, and nothing else. Returns its path."""
-    path, how = Path(args.out, "adapter.pt"), ("method", "targets", "rank", "alpha")
-    state = dict(format=common.FORMAT, script=common.script(args), fingerprint=about["fingerprint"],
-                 adapter={name: getattr(args, name) for name in how},
-                 tensors={name: p.detach().clone() for name, p in adapter_state(model).items()})
+    """Writes adapter.pt: what was trained, and how and for which base. Returns its path."""
+    path = Path(args.out, "adapter.pt")
+    how = dict(method=args.method, targets=args.targets, rank=args.rank,
+               alpha=args.alpha or args.rank)
     with common.replacing(path) as f:
-        torch.save(state, f)
+        torch.save(dict(fingerprint=about["fingerprint"], adapter=how,      # of the base
+                        tensors=adapter_state(model)), f)
     return path
-
-
-def load_adapter(args, model, about):
-    """Adapts the base, in place, with what save_adapter wrote; the settings in the file count."""
-    path, ours = args.adapter, about["fingerprint"]
-    state = common.read_saved(path, common.script(args), flag="--adapter")
-    common.require("adapter" in state, f"{path} is a checkpoint: take the adapter.pt beside it")
-    common.require(state["fingerprint"] == ours, f"{path} belongs to another base, "
-                   f"{state['fingerprint']}; the one in {about['base']} is {ours}: choose its "
-                   "--base")
-    for name, value in state["adapter"].items():
-        setattr(args, name, value)
-    build(args, model).load_state_dict(state["tensors"], strict=False)
 
 
 def report(run, about, rows, texts, count):
     """The end of the run, on the terminal and in result.json. count: parameters of the base."""
-    args = run.args
+    args, before, after = run.args, rows["the base"], rows[run.args.method]
     for who, text in texts.items():
         common.say(f"\nSample of {who}:\n\n{text}")
-    table = [["nats per token", "new text", "old text", "trained", "bytes"]]
-    table += [[who, f"{row['new']:.3f}", f"{row['old']:.3f}", f"{row['trained']:,}",
-               f"{row['bytes']:,}"] for who, row in rows.items()]
-    before, after = rows["the base"], rows[args.method]
-    common.say(f"\n{common.table(table)}\n\nNew text: {Path(args.data).name}; old text: "
+    cells = [[who, f"{row['new']:.3f}", f"{row['old']:.3f}", f"{row['trained']:,}",
+              f"{row['bytes']:,}"] for who, row in rows.items()]
+    table = common.table([["nats per token", "new text", "old text", "trained", "bytes"], *cells])
+    common.say(f"\n{table}\n\nNew text: {Path(args.data).name}; old text: "
                f"{Path(about['old']).name}. Trained: {100 * after['trained'] / count:.1f} % of "
-               f"{count:,} parameters, stored in {args.adapter or run.out / 'adapter.pt'}.")
+               f"{count:,} parameters, stored in {run.out / 'adapter.pt'}.")
     common.report(run, f"{args.method}, {args.k} examples: {before['new']:.3f} -> "
                   f"{after['new']:.3f} nats per token, old text {before['old']:.3f} -> "
                   f"{after['old']:.3f}", dict(rows=rows, texts=texts, parameters=count,
@@ -575,8 +613,7 @@ def report(run, about, rows, texts, count):
 def main(args):
     recipe(args)
     train, val = load_examples(args)                                # (n, 1 + T), (m, 1 + T)
-    beside = Path(args.adapter).parent if args.adapter else ""
-    model, about = load_base(args, args.base or beside or pretrain(args))
+    model, about = load_base(args, args.base or pretrain(args))
     count, context = sum(p.numel() for p in model.parameters()), len(model.pos_embed.weight)
     val, old = evenly(val, 400), evenly(windows(args, about["old"], context)[1], 100)
     examples = choose(train, args.k, args.seed)                     # (k, 1 + T)
@@ -587,10 +624,7 @@ def main(args):
             new=evaluate(args, model, val, 1, examples), bytes=examples.numel())
 
     torch.manual_seed(args.seed)
-    if args.adapter:
-        load_adapter(args, model, about)
-    else:
-        build(args, model)                              # in place: freezes the base, adds A and B
+    build(args, model)                                  # in place: freezes the base, adds A and B
     optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)    # of what is trained
     run = common.Run(args, model.train(), optimizer, about=about)
     for step in run:                       # sets the seed and the learning rate of this step
@@ -605,9 +639,9 @@ def main(args):
         run.log(loss)
 
     model.eval()
-    path = args.adapter or save_adapter(args, model, about)
-    size = sum(p.numel() for p in adapter_state(model).values()), Path(path).stat().st_size
-    rows[args.method] = losses(args, model, val, old) | dict(trained=size[0], bytes=size[1])
+    rows[args.method] = losses(args, model, val, old) | dict(
+        trained=sum(p.numel() for p in adapter_state(model).values()),
+        bytes=save_adapter(args, model, about).stat().st_size)
     texts[args.method] = write(args, model)
     report(run, about, rows, texts, count)
     return model

@@ -34,7 +34,7 @@ RATES = dict(lora=(5e-4, 1e-3, 2e-3, 5e-3), ia3=(3e-3, 1e-2, 3e-2), bitfit=(1e-3
              full=(2e-5, 5e-5, 1e-4, 2e-4))                                    # of --search
 QUICK = ("--dim 16 --heads 2 --depth 2 --context 60 --base-steps 20 --base-batch 4 --example 12 "
          "--epochs 2").split()
-FREE = ("device", "save_every", "compile", "method", "adapter", "base", "prompt", "length",
+FREE = ("device", "save_every", "compile", "method", "base", "prompt", "length",
         "temperature", "methods", "k", "repeats")             # settings that change no figure
 
 
@@ -43,7 +43,7 @@ def options(argv=None):
     parser = common.Parser(
         prog="adapt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
         usage="%(prog)s [--flag value ...]", epilog="The other flags are those of lora.py (see "
-        "python lora.py --help), without --method, --adapter and --resume.")
+        "python lora.py --help), without --method and --resume.")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME",
                         help=f"any of {' '.join(METHODS)} [all]")
     parser.add_argument("--k", nargs="+", type=int, default=[1, 4, 16, 64, 256], metavar="N",
@@ -60,7 +60,7 @@ def options(argv=None):
     flags = common.parser_of(lora.Args)
     flags.prog = parser.prog
     given = vars(flags.parse_args(QUICK * own.quick + rest))
-    for name in {"method", "adapter", "resume", *["lr"] * own.search} & set(given):
+    for name in {"method", "resume", *["lr"] * own.search} & set(given):
         parser.error(f"{common.flag(name)} cannot be used here")
     if min(*own.k, own.repeats) < 1 or len(set(own.k)) < len(own.k):
         parser.error("--k and --repeats must be 1 or more, each --k another number")

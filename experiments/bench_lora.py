@@ -49,7 +49,7 @@ def ours():
     """Our GPT with LoRA; A is not zero, so that all gradients can be compared."""
     torch.manual_seed(0)
     model = lora.adapt(lora.GPT(**HOW), "lora", ["qkv"], RANK, ALPHA)
-    for p in lora.adapter_state(model).values():
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
         torch.nn.init.normal_(p, std=.05)
     return model.to(DEVICE)
 
@@ -73,6 +73,8 @@ def copy_weights(mine, other):
     """Gives peft's model our weights."""
     state = {}
     for name, value in mine.state_dict().items():
+        if name.endswith("_extra_state"):
+            continue
         for a, b in RENAMED:
             name = name.replace(a, b)
         name = f"ln_f{name[4:]}" if name.startswith("norm") else name

@@ -15,10 +15,8 @@ Writes   results/<run>.json; with --seeds flamingo-middle-<seed>.json and, for e
 """
 import json
 import math
-import random
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,50 +31,19 @@ WHO = dict(flamingo="Flamingo", captions="LM, captions", lm="LM alone", majority
 EPISODES = {"unasked question": "unasked", "new word": "new", "held-out word": "held-out"}
 
 
-class Query(NamedTuple):
-    """A question, as flamingo.Query, and in_words: the prompt with captions in place of the images,
-    or "" where these do not fit the context."""
-    group: str
-    prompt: str
-    images: list
-    answer: str
-    in_words: str
-
-
-def queries(args, scenes, unseen, others, tokens, context):
-    """All questions that fit the context, sorted by group."""
-    rng, found = random.Random(args.seed + 2), []
-    for i, figures in enumerate([*scenes.all, *unseen.all]):
-        sort = flamingo.SORTS[len(figures) - 1 if i < len(scenes.all) else 3]
-        caption = common.caption(figures)
-        found.append(Query(f"caption, {sort}", "<image> there is", [i], caption,
-                           common.in_words(figures, "caption", "there is")))
-        for about in common.ABOUT:
-            _, question, answer = common.question(rng, figures, about)
-            if question:
-                group = f"{about}, {sort if len(figures) == 1 else '2 or 3 figures'}"
-                found.append(Query(group, f"<image> {question}", [i], answer,
-                                   common.in_words(figures, "question", question)))
-    first = len(scenes.all) + len(unseen.all)
-    held_out, trained = common.NEW_WORDS[:common.HELD_OUT], common.NEW_WORDS[common.HELD_OUT:]
-    for k in args.shots:
-        for _ in range(args.tests):
-            for name, episode in (
-                    ("new word", common.new_words(rng, others, trained, k, 2)),
-                    ("held-out word", common.new_words(rng, others, held_out, k, 2)),
-                    ("unasked question",
-                     common.unasked(rng, others, rng.choice(common.ABOUT[:3]), k))):
-                prompt = " <end> ".join(f"<image> {text}" for _, _, text in episode)
-                words = " <end> ".join(common.in_words(others.all[i], kind, text)
-                                       for i, kind, text in episode)
-                answer = prompt.split()[-1]
-                found.append(Query(f"{name}, {k}", prompt.removesuffix(answer).strip(),
-                                   [first + i for i, _, _ in episode], answer,
-                                   words.removesuffix(answer).strip()))
+def queries(args, tokens, context):
+    """What is asked, as far as it fits the context, and the scenes it is about: common.queries, with
+    names for groups and without words, captions in place of the images, that do not fit."""
+    asked, scenes = common.queries(args.seed, args.tests, args.shots)
     fits = lambda text, q: len(tokens.encode(f"<end> {text} {q.answer} <end>")) <= context
-    found = [q if fits(q.in_words, q) else q._replace(in_words="")
-             for q in found if fits(q.prompt, q)]
-    return sorted(found, key=lambda q: q.group)                   # alike prompts in a batch
+    found = []
+    for q in asked:
+        name, column = q.group
+        if name in common.ABOUT and column in ("2 figures", "3 figures"):
+            column = "2 or 3 figures"
+        if fits(q.prompt, q):
+            found.append(q._replace(group=f"{name}, {column}", words=q.words * fits(q.words, q)))
+    return sorted(found, key=lambda q: q.group), scenes           # alike prompts in a batch
 
 
 def evaluate(args, model, tokens, asked, features):
@@ -84,7 +51,7 @@ def evaluate(args, model, tokens, asked, features):
     found, answers = {}, {}
     seen = lambda q: q.group.startswith("caption") and not q.group.endswith("unseen kind")
     groups = lambda q: [q.group, "caption, all"] if seen(q) else [q.group]
-    in_words = [q._replace(prompt=q.in_words) for q in asked if q.in_words]
+    in_words = [q._replace(prompt=q.words) for q in asked if q.words]
     for who, own, media in (("flamingo", asked, features), ("lm", asked, None),
                             ("captions", in_words, None)):
         parts = [own[i:i + 250] for i in range(0, len(own), 250)]
@@ -112,7 +79,7 @@ def read(path, settings, key="settings"):
         there = found[key] | {}
     except (OSError, ValueError, KeyError, TypeError):
         raise common.UserError(f"{path} cannot be read: delete it, it can be made again") from None
-    free = "device", "data_dir", "compile", "save_every", "data", "prompt", "temperature"
+    free = "device", "data_dir", "compile", "save_every", "data", "prompt"
     differ = [common.flag(name) for name, value in json.loads(json.dumps(settings)).items()
               if name not in free and value not in (there.get(name, value), "auto")]
     common.require(not differ, f"{path} is of another {', '.join(differ)}: choose another --out")
@@ -151,8 +118,8 @@ def measure(folder, path, device):
     """Evaluates a finished run: its result.json with other figures, which is written to path."""
     result = read(folder / "result.json", {})
     args, model, tokens, statistics, seconds = load(folder, device)
-    *scenes, images = flamingo.test_scenes(args)
-    asked = queries(args, *scenes, tokens, len(model.lm.pos_embed.weight))
+    asked, scenes = queries(args, tokens, len(model.lm.pos_embed.weight))
+    images = common.paint(scenes, args.seed + 1_000_000, args.image_size, args.device)
     right = evaluate(args, model, tokens, asked, flamingo.encode(args, model, images, statistics))
     captions = right.get("caption, all", {}).get("flamingo", math.nan)
     result["summary"] = f"captions {captions:.1f} %"
@@ -228,7 +195,7 @@ def options(argv):
 
 def jobs(args):
     """What is to be done: (name, folder of the run, path of its figures, settings) each."""
-    out, runs = Path(args.out or ROOT / "results"), Path(args.out or "runs/few-shot")
+    out, runs = Path(args.out or "results"), Path(args.out or "runs/few-shot")
     for folder in map(Path, args.folders):
         settings = read(folder / "result.json", {})["settings"]
         yield "middle", folder, out / f"{folder.resolve().name}.json", settings

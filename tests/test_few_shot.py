@@ -23,8 +23,8 @@ SMALL = ("--every 1 --lm-steps 60 --lm-batch 32 --lm-lr .01 --dim 32 --heads 2 -
 
 def asked_in_a_test(tests=40, seed=0, shots=(0, 1, 2), context=64, bytes=False):
     args, tokens = flamingo.Args(device="cpu", tests=tests, seed=seed, shots=shots), common.SceneTokens(bytes)
-    *parts, _ = flamingo.test_scenes(args)
-    return [figures for part in parts for figures in part.all], few_shot.queries(args, *parts, tokens, context)
+    asked, scenes = few_shot.queries(args, tokens, context)
+    return scenes, asked
 
 
 def test_what_is_asked():
@@ -76,11 +76,11 @@ def test_the_questions_are_those_of_the_results():
 
 def test_captions_in_place_of_images_have_to_fit():
     _, asked = asked_in_a_test(context=48, shots=(0, 8))
-    lost = {q.group for q in asked if not q.in_words}
+    lost = {q.group for q in asked if not q.words}
     assert "unasked question, 8" in lost and "caption, 1 figure" not in lost
     assert {q.group.split(",")[0] for q in asked} >= {"new word", "unasked question"}
     for q in asked:
-        assert len(common.SceneTokens().encode(f"<end> {q.in_words} {q.answer} <end>")) <= 48
+        assert len(common.SceneTokens().encode(f"<end> {q.words} {q.answer} <end>")) <= 48
     _, asked = asked_in_a_test(context=64, bytes=True)
     assert "caption, 3 figures" not in {q.group for q in asked}                # too long, in bytes
 
@@ -88,8 +88,8 @@ def test_captions_in_place_of_images_have_to_fit():
 def test_right_answers_are_counted(monkeypatch):
     """The figures of the tables, from answers that are given by hand."""
     _, asked = asked_in_a_test(context=48, shots=(0, 1, 2, 8))
-    in_words = {q.in_words for q in asked} - {""}
-    assert any(not q.in_words for q in asked)
+    in_words = {q.words for q in asked} - {""}
+    assert any(not q.words for q in asked)
 
     def answers(args, model, tokens, part, features):
         assert len(part) <= 250
@@ -103,7 +103,7 @@ def test_right_answers_are_counted(monkeypatch):
         own = [q for q in asked if q.group == group or group == "caption, all" and q.group in (
             "caption, 1 figure", "caption, 2 figures", "caption, 3 figures")]
         assert right["flamingo"] == pytest.approx(100 * sum(len(q.answer) % 2 for q in own) / len(own)) and right["lm"] == 0
-        assert right.get("captions", 100) == 100 and ("captions" in right) == any(q.in_words for q in own)
+        assert right.get("captions", 100) == 100 and ("captions" in right) == any(q.words for q in own)
         texts = [q.answer for q in own]
         assert right["majority"] == pytest.approx(100 * max(texts.count(text) for text in texts) / len(own))
 
@@ -126,8 +126,8 @@ def test_figures_equal_one_question_after_another(done):
     weights = torch.load(out / "middle-1/checkpoint.pt", weights_only=True)["model"]
     assert all(torch.equal(model.state_dict()[name], w) for name, w in weights.items())
     assert not model.training and result["figures"]["stages"] == seconds and min(seconds) > 0
-    *parts, images = flamingo.test_scenes(args)
-    asked = few_shot.queries(args, *parts, tokens, 48)
+    asked, scenes = few_shot.queries(args, tokens, 48)
+    images = common.paint(scenes, args.seed + 1_000_000)
     hits = {}
     for q in asked:
         if not q.group.startswith(("number", "colour, unseen", "unasked question, 1", "new word, 1", "held-out word, 0")):
@@ -135,7 +135,7 @@ def test_figures_equal_one_question_after_another(done):
         features = model.encode(flamingo.normalize(images[q.images], **statistics)).bfloat16().float()
         media = model.project(features[None])
         for who, prompt, own in (("flamingo", q.prompt, media), ("lm", q.prompt.replace("<image>", ""), None),
-                                 ("captions", q.in_words, None)):
+                                 ("captions", q.words, None)):
             (answer,) = flamingo.sample(model, [tokens.encode(f"<end> {prompt}")], own, len(q.answer.split()) + 1, tokens.end)
             hits.setdefault((q.group, who), []).append(tokens.decode(answer) == q.answer)
     assert len(hits) == 3 * 7

@@ -21,7 +21,6 @@ import mae
 SMALL = dict(every=1, lm_steps=3, lm_batch=4, dim=16, heads=2, depth=2, vit_steps=3, vit_batch=4, vit_dim=8, vit_heads=2, vit_depth=1,
              steps=3, batch=4, images=500, tests=12, latents=2, dtype="float32", device="cpu")      # seconds instead of minutes
 FLAGS = [word for name, value in SMALL.items() for word in (common.flag(name), value)]
-SHORT = common.SceneTokens().short
 V, CONTEXT, C, DEPTH, IMAGE, END = 30, 24, 16, 3, 1, 0
 TEXT = torch.tensor([[0, 4, 5, 1, 6, 7, 0, 1, 8, 9, 0, 1, 10, 11, 12, 0],
                      [0, 1, 5, 1, 6, 7, 0, 9, 8, 9, 0, 2, 10, 1, 12, 0]])       # three <image> tokens each
@@ -508,10 +507,9 @@ def test_captions_and_questions():
     assert all(len({kind[i] for kind in common.UNSEEN}) == 8 for i in (0, 1))  # each shape, each colour once
 
 
-def documents(n=60, **changes):
-    args = flamingo.Args(device="cpu", context=64, **changes)
+def documents(n=60):
     tokens, scenes = common.SceneTokens(), common.Scenes(0, 1000, common.SEEN)
-    return tokens, scenes, *flamingo.image_documents(args, tokens, scenes, n, 64, .5)
+    return tokens, scenes, *common.image_documents(0, tokens, scenes, n, 64, .5)
 
 
 def test_what_flamingo_reads():
@@ -551,9 +549,8 @@ def test_what_flamingo_reads():
     assert torch.equal(again[2], x) and torch.equal(again[3], ids)
     sizes = set()
     for seed in range(8):                                                      # no more columns than images
-        args = flamingo.Args(device="cpu", context=64, seed=seed)
-        short, shown = flamingo.image_documents(args, tokens, scenes, 1, SHORT, .3)
-        assert short.shape == (1, SHORT + 1) and shown.shape[1] == (short == tokens.image).sum()
+        short, shown = common.image_documents(seed, tokens, scenes, 1, 27)
+        assert short.shape == (1, 28) and shown.shape[1] == (short == tokens.image).sum()
         sizes.add(shown.shape[1])
     assert len(sizes) > 1
 
@@ -564,30 +561,11 @@ def read(tokens, row):
     return [("<image>" in chunk, [word for word in chunk if word != "<image>"]) for chunk in chunks]
 
 
-def test_the_first_documents_of_the_lm_have_no_image():
-    """A new word stands after the words for its kind: always the same in a document."""
-    args, tokens = flamingo.Args(device="cpu", context=64), common.SceneTokens()
-    x = flamingo.text_documents(args, tokens, 200, SHORT, long=False)
-    assert x.shape == (200, SHORT + 1) and (x[:, 0] == tokens.end).all() and not (x == tokens.image).any()
-    text = " ".join(tokens.decode(row) for row in x)
-    assert ". what colour is" in text and "there is a small" in text
-    episodes = 0
-    for row in x:
-        meant = {}
-        chunks = [words for _, words in read(tokens, row)]
-        if len(chunks) > 3 and all(len(words) == 3 and words[-1] in common.NEW_WORDS for words in chunks):
-            episodes += 1
-            for colour, shape, name in chunks[:9]:
-                assert colour in common.COLOURS and shape in common.FIGURES
-                assert meant.setdefault((colour, shape), name) == name
-    assert 90 < episodes < 150
-
-
-def test_the_long_documents_of_the_lm():
+def test_what_the_lm_reads():
     """<image> before all, half or none of the chunks; after some of them the words for the image are missing. New words
     come with a colour, a shape, or both, in a document in one way."""
-    args, tokens = flamingo.Args(device="cpu", context=64), common.SceneTokens()
-    x = flamingo.text_documents(args, tokens, 400, 64, long=True)
+    tokens = common.SceneTokens()
+    x = common.text_documents(0, tokens, 400, 64, .4)
     assert x.shape == (400, 65) and set(tokens.words) <= {w for row in x for w in tokens.decode(row).split()}
     ways, with_image, missing = {}, {}, {}
     for row in x:
@@ -658,20 +636,19 @@ def test_tokens():
 # ----------------------------------------------------------------------------------------- evaluation
 
 
-def asked_in_a_test(tests=40, context=64, bytes=False):
-    args, tokens = flamingo.Args(device="cpu", tests=tests, shots=(0, 1, 2)), common.SceneTokens(bytes)
-    *parts, x = flamingo.test_scenes(args)
-    scenes = [figures for part in parts for figures in part.all]
-    assert len(x) == len(scenes) == 2 * tests + 2000
-    return args, tokens, scenes, flamingo.queries(args, *parts, tokens, context)
+def asked_in_a_test(tests=40):
+    asked, scenes = common.queries(0, tests, (0, 1, 2))
+    assert len(scenes) == 2 * tests + 2000
+    return flamingo.Args(device="cpu", tests=tests), common.SceneTokens(), scenes, asked
 
 
 def test_what_is_asked():
     """Prompts, images and answers belong together; the word asked for was shown, by another image."""
     args, tokens, scenes, asked = asked_in_a_test()
     assert len([q for q in asked if q.group[0] == "new word"]) == 3 * 40
-    for (row, column), prompt, images, answer in asked:
+    for (row, column), prompt, images, answer, words in asked:
         own = [scenes[i] for i in images]
+        assert "<image>" not in words and (words.endswith(".") if row.startswith("unasked") else words)
         assert prompt.startswith("<image>") and prompt.count("<image>") == len(images)
         if row == "caption":
             assert prompt == "<image> there is" and answer == common.caption(own[0])
@@ -682,9 +659,10 @@ def test_what_is_asked():
             assert len(images) == 1 + int(column) == len(set(images)) and min(images) >= 80
             assert prompt.endswith("<image>")
             examples = [chunk.split()[-1] for chunk in prompt.split("<end>")[:-1]]
-            if row == "new word":
+            if row.endswith("word"):
                 shown = dict(zip([figures[0][:2] for figures in own], examples))
-                assert answer in common.NEW_WORDS[common.HELD_OUT:] and len(set(examples)) == len(shown) == min(2, len(examples))
+                assert answer in (common.NEW_WORDS[common.HELD_OUT:] if row == "new word" else common.NEW_WORDS[:common.HELD_OUT])
+                assert words.endswith(common.kind_name(own[-1][0])) and len(set(examples)) == len(shown) == min(2, len(examples))
                 assert not examples or shown[own[-1][0][:2]] == answer
             else:
                 texts = {about: [common.question(random.Random(0), figures, about)[2] for figures in own] for about in common.ABOUT[:3]}
@@ -694,8 +672,6 @@ def test_what_is_asked():
             assert (own[0][0][:2] in common.UNSEEN) == (column == "unseen kind")
     groups = [q.group for q in asked]
     assert groups == sorted(groups) and ("caption", "3 figures") in groups and ("side", "2 figures") in groups
-    *_, asked = asked_in_a_test(bytes=True)
-    assert ("caption", "3 figures") not in [q.group for q in asked] and ("new word", "1") in [q.group for q in asked]
 
 
 def test_exactly_right_answers_are_counted(monkeypatch):
@@ -709,7 +685,7 @@ def test_exactly_right_answers_are_counted(monkeypatch):
         own = [q for q in asked if q.group == group or group[0] == "LM alone" and q.group[1] == group[1]]
         by = 3 if group[0] == "LM alone" else 2
         assert percent == pytest.approx(100 * sum(len(q.answer) % by > 0 for q in own) / len(own))
-    assert set(right) == {q.group for q in asked} | {("LM alone", sort) for sort in flamingo.SORTS}
+    assert set(right) == {q.group for q in asked} | {("LM alone", sort) for sort in common.SORTS}
 
 
 def small_model():
@@ -731,29 +707,18 @@ def test_answers_mix_no_queries():
     """Queries of different lengths and numbers of images in a batch are answered as each alone; without features the LM
     alone answers."""
     args, model, tokens, features = small_model()
-    asked = [flamingo.Query((), "<image> what colour is it ?", [2], "red"), flamingo.Query((), "<image> dax <end> <image>", [0, 3], "dax"),
-             flamingo.Query((), "<image> a", [1], "small red star on the left")] * 90                 # more than one batch
-    n = 1 + max(len(q.answer.split()) for q in asked)
+    asked = [common.Query((), "<image> what colour is it ?", [2], "red"), common.Query((), "<image> dax <end> <image>", [0, 3], "dax"),
+             common.Query((), "<image> a", [1], "small red star on the left")] * 90                 # more than one batch
     together, alone = flamingo.answers(args, model, tokens, asked, features), flamingo.answers(args, model, tokens, asked)
     assert len(together) == len(alone) == 270 and together[:3] == together[3:6] == together[-3:]
     other = flamingo.answers(args, model, tokens, [q._replace(images=[(i + 1) % 4 for i in q.images]) for q in asked[:3]], features)
     assert all(text != text_other for text, text_other in zip(together, other))          # they depend on the images
     for q, text, text_alone in zip(asked[:3], together, alone):
         prompt = tokens.encode(f"<end> {q.prompt}")
-        (new,) = flamingo.sample(model, [prompt], model.project(features[q.images][None].float()), n, tokens.end)
+        (new,) = flamingo.sample(model, [prompt], model.project(features[q.images][None].float()), 64, tokens.end)
         assert text == tokens.decode(new)
-        (new,) = flamingo.sample(model, [[t for t in prompt if t != tokens.image]], None, n, tokens.end)
+        (new,) = flamingo.sample(model, [[t for t in prompt if t != tokens.image]], None, 64, tokens.end)
         assert text_alone == tokens.decode(new)
-
-
-def test_a_reply_is_about_the_images_in_order():
-    args, model, tokens, features = small_model()
-    prompt = tokens.encode("<end> <image> red <end> <image>")
-    (new,) = flamingo.sample(model, [prompt], model.project(features[None, :2].float()), 40, tokens.end)
-    assert flamingo.reply(args, model, tokens, prompt, features) == tokens.decode(new)
-    args.temperature = 1.
-    twice = [flamingo.reply(args, model, tokens, prompt, features) for _ in range(2)]
-    assert twice[0] == twice[1] != tokens.decode(new)                          # by the seed alone
 
 
 def test_statistics_of_the_vit_normalize_images():
@@ -802,13 +767,14 @@ def test_what_a_run_shows(done):
 
 
 def test_how_the_lm_and_the_vit_are_trained(tmp_path, monkeypatch):
-    """The LM reads short documents first and starts from weights for its width; of three batches of the ViT two hold
-    single figures of one colour."""
-    lengths, tokens = [], common.SceneTokens()
-    args = common.resolve(flamingo.Args(**SMALL | dict(lm_steps=4, vit_steps=6, lm_short=.5, lm_lr=0., out=str(tmp_path))))
-    monkeypatch.setattr(flamingo, "mask", lambda x, image: lengths.append(x.shape[1]) or (x[:, :-1], x[:, 1:]))
+    """The LM starts from weights for its width and reads each document once; of three batches of the ViT two hold single
+    figures of one colour."""
+    read, tokens = [], common.SceneTokens()
+    args = common.resolve(flamingo.Args(**SMALL | dict(lm_steps=4, vit_steps=6, lm_new_words=.2, lm_lr=0., out=str(tmp_path))))
+    monkeypatch.setattr(flamingo, "mask", lambda x, image: read.append(x) or (x[:, :-1], x[:, 1:]))
     assert flamingo.train_lm(args, tokens) == f"{tmp_path}/lm"
-    assert lengths == [SHORT + 1] * 2 + [args.context + 1] * 2
+    made = common.text_documents(0, tokens, 16, args.context, .2)
+    assert sorted(torch.cat(read).tolist()) == sorted(made.tolist())
     assert saved(tmp_path / "lm")["model"]["blocks.0.attn.qkv.weight"].std().item() == pytest.approx(.02 * math.sqrt(768 / 16), rel=.1)
     scenes, captions = common.Scenes(0, 500, common.SEEN), []
     forward = flamingo.CLIP.forward
@@ -833,20 +799,19 @@ def test_captions_belong_to_their_images(tmp_path, monkeypatch):
             assert row.tolist() == expected + [0] * (16 - len(expected))
 
 
-def test_short_documents_come_first(tmp_path, monkeypatch):
-    """In the multimodal training, too, most of them on new words; the batches hold only as many images as their documents
-    show; and no image is of an unseen kind."""
-    seen, made, project, image_documents = [], [], flamingo.Flamingo.project, flamingo.image_documents
-    monkeypatch.setattr(flamingo, "image_documents", lambda *how: made.append(how) or image_documents(*how))
+def test_what_a_step_sees(tmp_path, monkeypatch):
+    """The batches hold only as many images as their documents show, and no image is of an unseen kind."""
+    seen, made, project, image_documents = [], [], flamingo.Flamingo.project, common.image_documents
+    monkeypatch.setattr(common, "image_documents", lambda *how: made.append(how) or image_documents(*how))
     monkeypatch.setattr(flamingo, "mask", lambda x, image, mask=flamingo.mask: seen.append(x) or mask(x, image))
     monkeypatch.setattr(flamingo.Flamingo, "project", lambda self, features: seen.append(features.shape[:2]) or project(self, features))
     monkeypatch.setattr(flamingo, "show", lambda *_: None)
-    model = main(tmp_path, steps=5, short=.4, context=64)
+    model = main(tmp_path, steps=5, new_words=.6, context=64)
     assert not model.training
     x, shapes = seen[3:13:2], seen[4:13:2]                                     # after three steps of the LM
-    assert [len(row) for row, *_ in x] == [SHORT + 1] * 2 + [65] * 3
+    assert [rows.shape for rows in x] == [(4, 65)] * 5
     assert all(shape[0] == 4 and shape[1] >= (rows == 1).sum(1).max() for rows, shape in zip(x, shapes))
-    assert [how[-3:] for how in made] == [(8, SHORT, .7), (12, 64, .3)]
+    assert [how[-3:] for how in made] == [(20, 64, .6)]
     assert not any(figure[:2] in common.UNSEEN for how in made for figures in how[2].all for figure in figures)
 
 
@@ -967,12 +932,10 @@ def test_a_gpt_of_bytes_and_the_vit_of_a_mae(tmp_path, monkeypatch):
     (dict(shots=(1500,)), r"--shots must be .*in \[0, 100\], not 1500"),
     (dict(images=100), "--images must be .*500 or more"),
     (dict(tests=5), "--tests must be .*12 or more"),
-    (dict(lm_short=2.), r"--lm-short must be .*in \[0, 1\]"),
     (dict(lm_new_words=2.), r"--lm-new-words must be .*in \[0, 1\]"),
-    (dict(short=-1.), r"--short must be .*in \[0, 1\]"),
+    (dict(new_words=-1.), r"--new-words must be .*in \[0, 1\]"),
     (dict(gate_lr=-1.), "--gate-lr must be .*0 or more"),
     (dict(lm_lr=-1.), "--lm-lr must be .*0 or more"),
-    (dict(temperature=math.inf), "--temperature must be .*0 or more"),
     (dict(attend="none"), "--attend must be one of last, all, not 'none'"),
     (dict(patch=5), "a patch of 5 pixels does not divide images of 32 x 32 pixels"),
     (dict(heads=3), "16 channels cannot be divided among 3 heads"),

@@ -40,11 +40,21 @@ def tokens(n=3, t=CONTEXT):
     return torch.randint(V, (n, t), generator=torch.Generator().manual_seed(5))
 
 
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def plain_state(model):
+    """The weights of an adapted and merged GPT under the names of a plain one."""
+    return {k.replace(".linear.", "."): v for k, v in model.state_dict().items()
+            if k.rsplit(".", 1)[-1] not in ("A", "B", "scale", "_extra_state")}
+
+
 def moved(model, std=.1):
     """The model with its trained tensors moved away from where they start."""
     torch.manual_seed(7)
     with torch.no_grad():
-        for p in lora.adapter_state(model).values():
+        for p in trained(model).values():
             p += std * torch.randn_like(p)
     return model
 
@@ -123,7 +133,7 @@ def test_lora_starts_with_one_factor_at_zero():
 def test_step_zero_moves_what_it_should(base, method):
     model = lora.adapt(base, method, TARGETS, rank=2)
     lora.distance(model(tokens()), tokens()).backward()
-    for name, p in lora.adapter_state(model).items():
+    for name, p in trained(model).items():
         assert p.grad.any() == (not name.endswith(".B")), name
 
 
@@ -139,13 +149,12 @@ def test_merged_equals_unmerged_and_unmerge_restores(base):
     assert not torch.equal(merged, free)                                   # another way to compute it
     torch.testing.assert_close(merged, free, rtol=0, atol=1e-5 * free.abs().max().item())
     plain = lora.GPT(V, CONTEXT, C, DEPTH, 3)                              # the merged weights are a plain GPT's
-    plain.load_state_dict({k.replace(".linear.", "."): v for k, v in model.state_dict().items() if k[-2:] not in (".A", ".B")})
+    plain.load_state_dict(plain_state(model))
     assert torch.equal(plain.eval()(x), merged)
     for layer in layers:
         layer.unmerge(), layer.unmerge()
-    for name, value in model.state_dict().items():
-        if name[-2:] not in (".A", ".B"):
-            torch.testing.assert_close(value, before[name.replace(".linear.", ".")], rtol=0, atol=1e-6)
+    for name, value in plain_state(model).items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
     torch.testing.assert_close(model(x), free, rtol=0, atol=1e-5)
 
 
@@ -196,15 +205,27 @@ def test_ia3_equals_its_definition_in_float64(base):
 
 
 def test_ia3_folds_into_the_weights(base):
+    before = copy.deepcopy(base.state_dict())
     model, x = moved(lora.adapt(base, "ia3"), .3).eval(), tokens()
     free = model(x)
     for m in model.modules():
         if isinstance(m, lora.IA3):
             m.merge(), m.merge()
     plain = lora.GPT(V, CONTEXT, C, DEPTH, 3)
-    plain.load_state_dict({k.replace(".linear.", "."): v for k, v in model.state_dict().items() if not k.endswith(".scale")})
+    plain.load_state_dict(plain_state(model))
     torch.testing.assert_close(plain(x), free, rtol=0, atol=1e-5 * free.abs().max().item())
     assert torch.equal(plain(x), model(x))
+    for m in model.modules():
+        if isinstance(m, lora.IA3):
+            m.unmerge(), m.unmerge()
+    for name, value in plain_state(model).items():
+        torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(x), free, rtol=0, atol=1e-5 * free.abs().max().item())
+    layer = model.blocks[0].mlp.fc2
+    nn.init.zeros_(layer.scale)
+    layer.merge()
+    with pytest.raises(ValueError, match="multiplied by 0 cannot be restored"):
+        layer.unmerge()
 
 
 # ------------------------------------------------------------------------------- what is trained
@@ -233,12 +254,12 @@ def test_training_changes_the_named_tensors_alone(base, method):
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
     assert changed == set(lora.adapter_state(model)) == expected_names(method)
     for name, value in model.state_dict().items():
-        if name not in changed:
+        if name not in changed and not name.endswith("_extra_state"):
             assert torch.equal(value, before[name.replace(".linear.", ".")])
     frozen = [p for name, p in model.named_parameters() if name not in changed]
     assert all(p.grad is None for p in frozen)
     held = {id(p) for p in optimizer.state}
-    assert held == {id(p) for p in lora.adapter_state(model).values()}           # optimizer state for these only
+    assert held == {id(p) for p in trained(model).values()}           # optimizer state for these only
 
 
 @pytest.mark.parametrize("method, formula", [
@@ -402,15 +423,81 @@ def test_an_adapter_comes_back(base, tmp_path):
     for method in METHODS:
         args = lora.Args(method=method, targets=("proj", "fc1"), rank=3, alpha=5., out=str(tmp_path))
         model = moved(lora.build(args, copy.deepcopy(base))).eval()
-        path, state = lora.save_adapter(args, model, about), lora.adapter_state(model)
-        count = sum(p.numel() for p in state.values())
-        assert 4 * count < path.stat().st_size < 4 * count + 600 * len(state) + 3000                # and nothing else
-        other, again = lora.Args(adapter=str(path)), copy.deepcopy(base)
-        lora.load_adapter(other, again, about)
-        assert (other.method, other.targets, other.rank, other.alpha) == (method, ("proj", "fc1"), 3, 5.)
+        path, count = lora.save_adapter(args, model, about), sum(p.numel() for p in trained(model).values())
+        assert 4 * count < path.stat().st_size < 4 * count + 600 * len(trained(model)) + 3000       # and nothing else
+        file = torch.load(path, weights_only=True)
+        assert file["adapter"] == dict(method=method, targets=("proj", "fc1"), rank=3, alpha=5.)
+        again = lora.adapt(copy.deepcopy(base), **file["adapter"])
+        lora.load_adapter(again, file["tensors"])
         assert torch.equal(again.eval()(x), model(x)) and not torch.equal(again(x), base.eval()(x))
-    with pytest.raises(common.UserError, match="belongs to another base, a base; the one in a folder is b base"):
-        lora.load_adapter(lora.Args(adapter=str(path)), base, dict(fingerprint="b base", base="a folder"))
+
+
+def test_adapters_on_one_base_are_switched(base):
+    model, x = lora.adapt(base, "lora", TARGETS, rank=2).eval(), tokens()
+    adapters, outputs = {}, {}
+    for name in "none", "one", "two":
+        adapters[name], outputs[name] = lora.adapter_state(model), model(x)
+        moved(model)
+    assert not torch.equal(outputs["one"], outputs["two"])
+    for name in "two", "none", "one", "two":
+        lora.load_adapter(model, adapters[name])
+        assert torch.equal(model(x), outputs[name]), name
+    for other in lora.adapt(new_base(), "lora", TARGETS, rank=3), lora.adapt(new_base(), "lora", ["qkv"], rank=2), \
+            lora.adapt(new_base(), "ia3"), new_base():
+        with pytest.raises(ValueError, match="another method, rank or targets"):
+            lora.load_adapter(other, adapters["two"])
+    model.blocks[1].mlp.fc1.merge()
+    with pytest.raises(ValueError, match="unmerge it first"):
+        lora.load_adapter(model, adapters["one"])
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_a_merged_state_is_known_as_merged(base, method):
+    fresh, x = lora.adapt(copy.deepcopy(base), method), tokens()
+    model = moved(lora.adapt(base, method)).eval()
+    free = model(x)
+    for merged in True, False:
+        for m in model.modules():
+            if hasattr(m, "merged"):
+                m.merge() if merged else m.unmerge()
+        fresh.load_state_dict(model.state_dict())
+        torch.testing.assert_close(fresh.eval()(x), free, rtol=0, atol=1e-5 * free.abs().max().item())
+        assert {m.merged for m in fresh.modules() if hasattr(m, "merged")} == {merged}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_and_unloaded_it_is_a_plain_gpt(base, method):
+    names, x = [*base.state_dict()], tokens()
+    model = moved(lora.adapt(base, method)).eval()
+    free = model(x)
+    assert lora.merge_and_unload(model) is model and [*model.state_dict()] == names
+    torch.testing.assert_close(model(x), free, rtol=0, atol=1e-5 * free.abs().max().item())
+    assert {type(m) for m in model.modules()} == {type(m) for m in new_base().modules()}
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_inside_torchs_transformer(mode):
+    """A layer of torch reads the weights of out_proj and, in evaluation, of linear1: they are those with the addition."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0., batch_first=True).train(mode)
+    plain, x = copy.deepcopy(layer), torch.randn(2, 5, 16)
+    model = moved(lora.adapt(nn.Sequential(layer), "lora", ["out_proj", "linear1", "linear2"], rank=2))
+    with torch.inference_mode(not mode):
+        for name in "self_attn.out_proj", "linear1", "linear2":
+            plain.get_submodule(name).weight.data += layer.get_submodule(name).delta()
+        y, expected = model(x), plain(x)
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+    if mode:
+        y.square().sum().backward()
+        assert all(p.grad is not None and p.grad.any() for name, p in trained(model).items())
+
+
+def test_layers_that_are_not_linear_are_refused():
+    for layer in nn.Conv1d(4, 4, 1), nn.Embedding(4, 4), nn.Bilinear(2, 2, 2):
+        with pytest.raises(ValueError, match=f"not for {type(layer).__name__}"):
+            lora.LoRA(layer, 1, 1.)
+        with pytest.raises(ValueError, match=f"not for {type(layer).__name__}"):
+            lora.IA3(layer)
 
 
 # ------------------------------------------------------------------------------------- the script
@@ -482,27 +569,23 @@ def test_examples_that_do_not_fit_the_context_have_no_row(done, lora_py, tmp_pat
     assert list(result(tmp_path / "out")["rows"]) == ["the base", "lora"]
 
 
-def test_the_figures_are_those_of_the_adapter(done, lora_py, tmp_path):
-    """Loads what was written, as a user would, and evaluates it again; also with a plain GPT and merged weights."""
+def test_the_figures_are_those_of_the_adapter(done, texts):
+    """What was written, on the base, gives the figures again; so do a plain GPT and merged weights."""
     out, _ = done
-    process = lora_py("--adapter", out / "adapter.pt", "--rank", 1, "--method", "ia3")       # the file's settings count
-    assert process.returncode == 0, process.stderr
-    assert result(tmp_path / "out")["rows"] == result(out)["rows"] and result(tmp_path / "out")["texts"] == result(out)["texts"]
-    assert not (tmp_path / "out/checkpoint.pt").exists() and not (tmp_path / "out/base").exists()
-    args = common.resolve(lora.Args(device="cpu", dtype="float32", example=8, k=3, data=str(lora_args(process)["--data"]),
-                                    old=str(lora_args(process)["--old"])))
+    args = common.resolve(lora.Args(device="cpu", dtype="float32", example=8, k=3, data=str(texts[1]), old=str(texts[3])))
     model, about = lora.load_base(args, out)
     assert about["base"] == str(out / "base") and about["old"] == args.old
-    state = torch.load(out / "adapter.pt", weights_only=True)["tensors"]
-    with torch.no_grad():
-        for path, linear in lora.target_layers(model, TARGETS).items():
-            linear.weight += state[f"{path}.A"] @ state[f"{path}.B"].T
+    file, plain = torch.load(out / "adapter.pt", weights_only=True), copy.deepcopy(model)
+    assert file["fingerprint"] == about["fingerprint"]
+    lora.load_adapter(lora.adapt(model, **file["adapter"]), file["tensors"])
     val = lora.evenly(lora.load_examples(args)[1], 400)
-    assert lora.evaluate(args, model, val, given=1) == pytest.approx(result(out)["rows"]["lora"]["new"], abs=1e-5)
-
-
-def lora_args(process):
-    return dict(zip(process.args[2::2], process.args[3::2]))
+    old = lora.evenly(lora.windows(args, args.old, 40)[1], 100)
+    row = result(out)["rows"]["lora"]
+    assert lora.losses(args, model, val, old) == {name: row[name] for name in ("new", "old")}
+    with torch.no_grad():
+        for path, linear in lora.target_layers(plain, TARGETS).items():
+            linear.weight += file["tensors"][f"{path}.A"] @ file["tensors"][f"{path}.B"].T
+    assert lora.evaluate(args, plain, val, given=1) == pytest.approx(row["new"], abs=1e-5)
 
 
 def test_from_python(texts, done, tmp_path):
@@ -626,12 +709,6 @@ def test_a_base_from_gpt(done, texts, lora_py, tmp_path):
     gpts = json.loads((tmp_path / "gpt/result.json").read_text())["figures"]["loss"]
     assert result(tmp_path / "lora")["rows"]["the base"]["old"] == pytest.approx(gpts, rel=.02)       # the same text, measured alike
     assert not (tmp_path / "lora/base").exists()
-    other = lora_py("--adapter", tmp_path / "lora/adapter.pt", "--base", done[0])
-    refused(other, 1, "adapter.pt belongs to another base", f"the one in {done[0] / 'base'} is", "--base", script="lora.py")
-    (tmp_path / "alone").mkdir()
-    (tmp_path / "lora/adapter.pt").rename(tmp_path / "alone/adapter.pt")
-    refused(lora_py("--adapter", tmp_path / "alone/adapter.pt"), 1, "there is no", "alone/checkpoint.pt", "--base", script="lora.py")
-    assert lora_py("--adapter", tmp_path / "alone/adapter.pt", "--base", tmp_path / "gpt").returncode == 0
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -673,7 +750,6 @@ def test_bad_flags(flags, words, capsys):
     (["--old", "nowhere.txt"], ["no text 'nowhere.txt'", "--old takes"]),
     (["--context", "9999"], ["the last tenth of --old", "a context of 9999 needs"]),
     (["--base", "nowhere"], ["there is no nowhere/checkpoint.pt", "--base"]),
-    (["--adapter", "nowhere/adapter.pt"], ["there is no nowhere/checkpoint.pt", "--base"]),
     (["--resume"], ["there is no", "leave out --resume"])])
 def test_bad_input_before_anything_is_trained(flags, words, lora_py, tmp_path):
     process = lora_py(*flags)
@@ -696,9 +772,6 @@ def test_foreign_and_broken_files(done, lora_py, tmp_path):
     state = torch.load(out / "base/checkpoint.pt", weights_only=True)
     torch.save(state | dict(script="mae.py"), broken / "checkpoint.pt")
     refused(lora_py("--base", broken), 1, "written by mae.py, not by gpt.py or lora.py", "--base", script="lora.py")
-    refused(lora_py("--base", out, "--adapter", broken / "checkpoint.pt"), 1, "written by mae.py", "--adapter", script="lora.py")
-    refused(lora_py("--base", out, "--adapter", out / "checkpoint.pt"), 1, "is a checkpoint: take the adapter.pt", script="lora.py")
-    refused(lora_py("--base", out, "--adapter", "nowhere.pt"), 1, "nowhere.pt", "--adapter", script="lora.py")
     torch.save(state | dict(args=state["args"] | dict(data="shapes")), broken / "checkpoint.pt")
     refused(lora_py("--base", broken), 1, "trained on images (shapes)", "--base", script="lora.py")
     diverged = lora_py("--base", out, "--method", "full", "--lr", "1e30", "--epochs", 9)
@@ -712,8 +785,8 @@ def test_dropout_is_there_in_training_alone(done, lora_py, texts, tmp_path, monk
     assert made.returncode == plain.returncode == 0, made.stderr
     rows, other = (result(tmp_path / out)["rows"]["lora"] for out in ("out", "plain"))
     assert abs(rows["new"] - other["new"]) > 1e-6                           # in training
-    again = lora_py("--adapter", tmp_path / "out/adapter.pt", "--base", done[0], out="again")
-    assert result(tmp_path / "again")["rows"]["lora"] == rows, again.stderr                  # not when it is measured
+    again = run("--resume", "--out", tmp_path / "out", script="lora.py")
+    assert again.returncode == 0 and result(tmp_path / "out")["rows"]["lora"] == rows, again.stderr    # not when it is measured
     seen = []
     monkeypatch.setattr(lora.F, "dropout", lambda x, p, training=True, **_: seen.append((p, training)) or x)
     model = lora.adapt(lora.load_base(lora.Args(device="cpu"), done[0])[0], "lora", dropout=.25)

@@ -43,6 +43,7 @@ TRIALS = {   # a training step with what was pasted: it must give a finite loss 
             loss = loss + distance(model(*inputs), target)
         segments = (torch.arange(24) > 9).long().expand_as(x)
         loss = loss + model.pool(x, segments=segments).square().mean()
+        loss = loss + F.cross_entropy(Classifier(model, 3)(x), torch.arange(3))
     """,
     "gpt.py": """
         model = GPT(vocab=50, context=12, dim=16, depth=2, heads=2)
@@ -58,7 +59,9 @@ TRIALS = {   # a training step with what was pasted: it must give a finite loss 
         loss = sum(distance(model(inputs), target) for model in models)
         x = in_context(torch.randint(49, (2, 3)), torch.tensor([[1, 2]]))
         assert x.shape == (1, 8) and sample(models[0].eval(), x, 4).shape == (1, 4)
-        model = nn.ParameterList(p for model in models for p in adapter_state(model).values())
+        model = nn.ParameterList(p for model in models for p in model.parameters() if p.requires_grad)
+        load_adapter(other := adapt(GPT(vocab=50, context=12, dim=16, depth=2, heads=2), "ia3"), adapter_state(models[1]))
+        assert not adapter_state(merge_and_unload(other))
     """,
     "flamingo.py": """
         lm, vit = GPT(vocab=50, context=12, dim=16, depth=2, heads=2), ViT(image_size=8, patch=4, dim=8, depth=1, heads=2)

@@ -1,4 +1,4 @@
-"""experiments/fine_tune.py and experiments/while_training.py: their figures are those of the scripts themselves, the
+"""experiments/fine_tune.py, while_training.py and search.py: their figures are those of the scripts themselves, the
 training is not changed, and what is done is kept."""
 import copy
 import json
@@ -17,7 +17,7 @@ import common
 import mae
 
 sys.path.insert(0, str(ROOT / "experiments"))
-import fine_tune, while_training  # noqa: E402
+import fine_tune, repeat, search, while_training  # noqa: E402
 
 BERT = dict(steps=3, batch=4, context=12, dim=16, depth=2, heads=2, passage=8, classes=2, labels=(1, 2), tune_steps=2,
             tune_lr=.01, dtype="float32", device="cpu")
@@ -53,12 +53,10 @@ def test_fine_tune(finished, tmp_path, capsys):
     assert [len(row) for row in rows.values()] == [2] * 8 and all(len(cell) == 2 for row in rows.values() for cell in row)
 
     args, model, passages, figures = fine_tune.load(fine_tune.options([str(folder)]))
-    f = bert.Pooled(copy.deepcopy(model).requires_grad_(False))
-    for part in f.model.blocks[-1], f.model.pooler:
+    model.requires_grad_(False)
+    for part in model.blocks[-1], model.pooler:
         part.requires_grad_(True)
-    i = common.k_shot(passages.labels, 2, 1)
-    assert rows["BERT, tune last"][1][1] == common.finetune(args, f, passages, passages.train[i], passages.labels[i],
-                                                            passages.test_labels, args.tune_steps, args.tune_lr, seed=1)
+    assert rows["BERT, tune last"][1][1] == bert.finetune(args, model, passages, 2, seed=1)
     shown = capsys.readouterr().out
     assert f"{figures['majority']:.1f}" in shown and common.mean_std(rows["BERT, tune all"][0]) in shown
 
@@ -67,7 +65,7 @@ def test_what_is_probed_and_what_is_tuned(finished, monkeypatch):
     """Features, one passage at a time; and the parts of the model that take gradients."""
     args, model, passages, _ = fine_tune.load(fine_tune.options([str(finished[0])]))
     monkeypatch.setattr(common, "probe", lambda *given: given)
-    monkeypatch.setattr(common, "finetune", lambda args, f, *_, **how: (f.model, how["seed"]))
+    monkeypatch.setattr(bert, "finetune", lambda args, model, passages, k, seed: (model, seed))
     fits = fine_tune.methods(args, model, passages)
     torch.manual_seed(args.seed)
     untrained = bert.build(args, len(model.mlm_bias))
@@ -245,3 +243,40 @@ def test_while_training_refuses(tiny):
     refuse(2, "mae.py", "--at", 5, "--", "--steps", 4, "--device", "cpu", words=["from 0 to --steps, 4"])
     refuse(2, "mae.py", "--", "--out", "x", words=["cannot come after"])
     refuse(1, "mae.py", "--labels", 60, "--out", "runs/none/w.json", "--", "--data", tiny, words=["too many"])
+
+
+# ------------------------------------------------------------------------------------------- search.py
+
+
+def test_search(tmp_path, monkeypatch):
+    """Each row with each seed, once; the figures are those of the runs; no text that a script tests on is read."""
+    start, ran = repeat.run, []
+    monkeypatch.setattr(repeat, "run", lambda script, out, flags: ran.append((out.relative_to(tmp_path), flags)) or start(script, out, flags))
+
+    def searched(*more):
+        search.main(search.options(["gpt.py", "--quick", "--out", tmp_path, "--seeds", *more]))
+        return json.loads((tmp_path / "search-gpt.json").read_text())["figures"]
+    first = searched(10, "--try", "--muon-lr 0.5 --batch 4")
+    assert list(first) == ["usual settings", "--muon-lr 0.5 --batch 4"] and len(ran) == 2
+    again = searched(10, 11, "--try", "--muon-lr 0.5 --batch 4", "--weight-decay 0")
+    assert len(ran) == 6 and [len(found["loss"]) for found in again.values()] == [2, 2, 2]
+    assert all(again[row]["loss"][0] == first[row]["loss"][0] for row in first)
+    for out, flags in ran:
+        path = tmp_path / out / "result.json"
+        result = json.loads(path.read_text())
+        assert result["settings"]["seed"] == int(out.name) and result["settings"]["steps"] == 2
+        row = dict({"usual": "usual settings", "weight-decay-0": "--weight-decay 0"}).get(out.parts[-2], "--muon-lr 0.5 --batch 4")
+        assert result["settings"]["batch"] == (4 if "batch" in row else 16)
+        assert result["figures"]["loss"] in again[row]["loss"]
+    whole, own = common.load_text("pydocs"), common.load_text(str(tmp_path / "data/pydocs"))
+    assert sorted(a + b for a, b in zip(own.train, own.val)) == sorted(whole.train)
+
+
+def test_search_of_images_and_scenes(tmp_path):
+    args = search.options(["mae.py", "--out", tmp_path])
+    assert args.file == search.Path("results/search-mae.json") and args.seeds == [10, 11, 12]
+    (_, path) = search.validation(args)
+    with np.load(path) as file:
+        x, labels = common.shapes(20_000)
+        assert np.array_equal(file["x_test"], x[:2000].permute(0, 2, 3, 1)) and np.array_equal(file["y_train"], labels["shape"][2000:])
+    assert search.validation(search.options(["flamingo.py"])) == []
