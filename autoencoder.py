@@ -70,6 +70,7 @@ class Args(common.Args):
     noise: float = 1.0              # variational: scale of the noise in z, 1 as in a VAE
     beta: float = 0.1               # variational: weight of the KL beside the summed squared error
     corrupt: float = 0.0            # fraction of the input's pixels set to 0 (denoising), in [0, 1)
+    skip_broken: bool = False       # leave out pictures of a folder that cannot be read
     image_size: int = 32            # side in pixels of drawn shapes, and of a folder's pictures
     width: int = 48                 # channels of the first convolution, doubled in each next
     labels: tuple[int, ...] = (1, 5, 20, 0)   # labelled images per class, 0 or more (0: all)
@@ -249,7 +250,7 @@ def probes(args, model, images):
 def main(args):
     images = common.load_images(args)
     most = max(args.labels)
-    common.k_shot(images.class_labels()[0], most)                            # raises now if too few
+    images.check(args.labels)                                                # raises now if too few
     model = build(args, images.size)
     optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)
     run = common.Run(args, model, optimizer, about=images.about())
@@ -266,11 +267,14 @@ def main(args):
         run.log(loss)
 
     model.eval()
-    error, rows = reconstruct(args, model, images), probes(args, model, images)
-    what, score = next(iter(images.names)), rows["autoencoder"][args.labels.index(most)]
-    how = f"{most} labels per class" if most else "all labels"
-    common.report(run, f"{args.bottleneck}: error {error:.3f}, {what}: {score:.1f} % from {how}",
-                  dict(error=error, labels=args.labels, accuracy=rows))
+    error = reconstruct(args, model, images)
+    rows = probes(args, model, images) if images.names else {}
+    summary = f"{args.bottleneck}: error {error:.3f}"
+    if rows:
+        what, score = next(iter(images.names)), rows["autoencoder"][args.labels.index(most)]
+        how = f"{most} labels per class" if most else "all labels"
+        summary += f", {what}: {score:.1f} % from {how}"
+    common.report(run, summary, dict(error=error, labels=args.labels, accuracy=rows))
     common.say(f"\n{common.label_table(args, images, rows)}\n\nSquared error on new images: "
                f"{error:.3f}.\nPictures: {args.out}/reconstructions.png "
                f"({'corrupted | ' * (args.corrupt > 0)}reconstructed | original), "

@@ -368,9 +368,9 @@ def windows(args, words, text):
     if unknown > .1:
         common.say(f"{100 * unknown:.0f} % of the words of --data {args.data} are rare: the model "
                    "gets [UNK] for them.")
-    span_ids = pmi_spans(train) if args.strategy == "pmi" else torch.arange(len(train))
-    train = torch.stack([train, span_ids], 1).to(args.device)
-    val = val.to(args.device).unfold(0, size, size)
+    span_ids = pmi_spans(train.long()) if args.strategy == "pmi" else torch.arange(len(train))
+    train = torch.stack([train, span_ids.int()], 1).to(args.device)
+    val = common.evenly(val.long().to(args.device).unfold(0, size, size), 4000)
     common.require((val >= FIRST_WORD).any(), f"the last tenth of --data {args.data} has no word "
                    "that the rest has twice: take a longer text")
     return train.unfold(0, size, 1), val
@@ -378,7 +378,7 @@ def windows(args, words, text):
 
 def examples(args, rows):
     """Training windows (B, 2, T - 2) -> texts x and their span ids, each (B, T)."""
-    x, span_ids = rows.unbind(1)
+    x, span_ids = rows.long().unbind(1)
     x = add_special_tokens(x)
     if args.strategy == "span":
         return x, spans(*x.shape, device=x.device)
@@ -393,7 +393,7 @@ def evaluate(args, model, train, val, repeats=4):
     vocab, found = len(model.mlm_bias), []
     for repeat in range(repeats):
         torch.manual_seed(repeat)
-        for x in map(add_special_tokens, val.split(100)):
+        for x in map(add_special_tokens, common.progress(val.split(100), "evaluating")):
             single = torch.arange(x.shape[1], device=x.device).expand_as(x)
             inputs, target = mask(x, single, vocab)
             with common.autocast(args):
@@ -459,8 +459,8 @@ class Passages:
                        f"--context {args.context}: take a shorter passage")
         longest = sorted(range(len(text.train)), key=lambda i: -len(text.train[i]))[:args.classes]
         self.names, size = [text.names[i] for i in longest], args.passage - 2
-        train, test = ([words.encode(documents[i].decode()) for i in longest]
-                       for documents in (text.train, text.val))
+        train, test = ([words.encode(documents[i][:2 ** 20].decode(errors="ignore"))
+                        for i in longest] for documents in (text.train, text.val))
         common.require(len(longest) > 1 and min(map(len, train + test)) >= size, f"--data "
                        f"{args.data} has no {args.classes} parts that are long enough to classify "
                        "passages: take fewer --classes, or a shorter --passage")
@@ -544,6 +544,8 @@ def main(args):
     masked, unigram = evaluate(args, model, train[:, 0, 0], val)   # the first word of each window
     rows = few_labels(args, model, passages)
     result = f"{masked['accuracy']:.1f} % of masked words, perplexity {masked['perplexity']:.1f}"
+    if (unknown := (val == UNK).float().mean().item()) > 1 / 3:
+        result = f"{100 * unknown:.0f} % of the new text is [UNK], so this says little: {result}"
     common.report(run, result, dict(
         masked=masked, unigram=unigram, vocab=words.vocab, filled=filled, parts=passages.names,
         labels=args.labels, accuracy=rows))

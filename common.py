@@ -43,6 +43,7 @@ import threading
 import time
 import traceback
 import typing
+import unicodedata
 import urllib.error
 import urllib.request
 import zipfile
@@ -375,7 +376,7 @@ def autocast(args, dtype=None):
 
 @dataclass
 class Images:
-    """A labelled set of images on the device, as uint8; `labels` has a row of ids per attribute."""
+    """A set of images on the device, as uint8, with their labels, if there are any."""
     train: torch.Tensor                       # (n, 3, S, S) uint8
     test: torch.Tensor                        # (m, 3, S, S) uint8
     train_labels: dict[str, torch.Tensor]     # attribute -> (n,) int64
@@ -402,11 +403,17 @@ class Images:
         what = next(iter(self.names))
         return self.train_labels[what], self.test_labels[what]
 
+    def check(self, labels, pool=None):
+        """Raises UserError where there are fewer than max(labels) of each class, of the first
+        `pool` images; images without labels will not be probed."""
+        if self.names:
+            k_shot(self.class_labels()[0][:pool], max(labels))
+
     def about(self):
         """What a model has to know of its images: size in pixels, mean and std of the channels in
         [0, 1], names of the classes."""
         return dict(image_size=self.size, mean=self.mean.flatten().tolist(),
-                    std=self.std.flatten().tolist(), classes=next(iter(self.names.values())))
+                    std=self.std.flatten().tolist(), classes=next(iter(self.names.values()), []))
 
 
 SHAPES = "circle ring half square bar triangle star cross heart moon".split()
@@ -794,11 +801,9 @@ def load_images(args):
     """The data set args.data -> Images on args.device.
 
     `shapes` is drawn at args.image_size pixels. `fashion-mnist`, `mnist` and `cifar10` are read
-    from args.data_dir, and fetched there first if they are missing. `x.npz` holds x_train, y_train,
-    x_test, y_test, with images (n, S, S) or (n, S, S, 3) uint8. A folder holds one folder of
-    pictures per class, or train/ and test/ of that form; without these, every fifth picture is for
-    the test. These two are shuffled. Raises UserError for what is missing, broken or of another
-    form.
+    from args.data_dir, and fetched there first if they are missing. Own images are an `x.npz`, see
+    read_npz, or a folder, see read_folder; they are shuffled, and may have no labels. Raises
+    UserError for what is missing, broken or of another form.
     """
     name, size, device = args.data, args.image_size, args.device
     if name == "shapes":
@@ -814,13 +819,12 @@ def load_images(args):
     elif name.endswith(".npz"):
         *arrays, classes = read_npz(Path(name))
     elif Path(name).is_dir():
-        *arrays, classes = read_folder(Path(name), size)
+        *arrays, classes = read_folder(Path(name), size, getattr(args, "skip_broken", False))
     else:
         raise UserError(f"there is no data set {name!r}: --data takes {', '.join(IMAGE_SETS)}, "
-                        "shapes, an .npz file, or a folder with one folder of pictures per class")
-    check_arrays(name, *arrays, classes)
+                        "shapes, an .npz file, or a folder of pictures")
     x_train, y_train, x_test, y_test = arrays
-    if name not in IMAGE_SETS:
+    if name not in IMAGE_SETS:          # often sorted by class; the first few should be like all
         x_train, y_train, x_test, y_test = *shuffled(x_train, y_train), *shuffled(x_test, y_test)
 
     def images(x):
@@ -829,30 +833,16 @@ def load_images(args):
             return x[:, None].expand(-1, 3, -1, -1)       # grey is stored once and read three times
         return x.permute(0, 3, 1, 2).contiguous()
 
+    if len(classes) < 2:                # nothing to tell apart
+        return Images(images(x_train), images(x_test), {}, {}, {})
     labels = [{"class": torch.from_numpy(y.astype(np.int64)).to(device)} for y in (y_train, y_test)]
     return Images(images(x_train), images(x_test), *labels, {"class": [str(c) for c in classes]})
 
 
-def check_arrays(name, x_train, y_train, x_test, y_test, classes):
-    """Raises UserError unless these are images and labels that can be used."""
-    for split, x, y in ("train", x_train, y_train), ("test", x_test, y_test):
-        x_name, y_name = f"{name}: x_{split} is {x.dtype} {x.shape}", f"y_{split}"
-        require(x.dtype == np.uint8 and x.ndim in (3, 4) and x.shape[3:] in ((), (3,))
-                and x.shape[1] == x.shape[2],
-                f"{x_name}, not square uint8 images (n, S, S) or (n, S, S, 3)")
-        require(len(x) > 0 and y.shape == (len(x),) and y.dtype.kind in "iu",
-                f"{x_name}, and {y_name} is {y.dtype} {y.shape}, not one integer for each image")
-        require(0 <= y.min() and y.max() < len(classes), f"{name}: labels of {y_name} range from "
-                f"{y.min()} to {y.max()}, but there are {len(classes)} classes")
-    require(x_train.shape[1] == x_test.shape[1], f"{name}: train and test differ in size")
-    require(len(set(y_train.tolist())) > 1, f"{name}: all training images are of one class")
-
-
 def shuffled(x, y):
-    """Images and labels in another order, always the same: often they are sorted by class, and the
-    first few thousand should be like all."""
+    """Images and labels (or None) in another order, always the same."""
     order = np.random.default_rng(0).permutation(len(x))
-    return x[order], y[order]
+    return x[order], None if y is None else y[order]
 
 
 IMAGE_SETS = "fashion-mnist", "mnist", "cifar10"
@@ -979,7 +969,7 @@ def read_cifar10(name, data_dir):
     try:
         with tarfile.open(path) as tar:
             for member in sorted(tar, key=lambda m: m.name):
-                if member.name.endswith(".bin"):
+                if member.isfile() and member.name.endswith(".bin"):
                     raw = np.frombuffer(tar.extractfile(member).read(), np.uint8)
                     parts[Path(member.name).name[:4]].append(raw.reshape(-1, 3073))
         train, test = (np.concatenate(parts[key]) for key in ("data", "test"))
@@ -991,36 +981,77 @@ def read_cifar10(name, data_dir):
 
 
 def read_arrays(path, *names):
-    """{name: array} of an .npz with these and perhaps `classes`. Nothing is ever unpickled. Raises
-    UserError for what is missing or broken."""
-    require(path.exists(), f"there is no file {path}")
+    """{name: array} of an .npz, of these names. Nothing is ever unpickled. Raises UserError where
+    it is broken or has none of them."""
+    require(path.is_file(), f"there is no file {path}")
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {key: file[key] for key in file.files if key in (*names, "classes")}
+            found = {key: file[key] for key in file.files if key in names}
             held = ", ".join(file.files)
     except Exception as error:                          # NumPy raises many kinds for a broken file
         pickled = "Object arrays" in str(error)
         why = "it holds pickled objects" if pickled else "it is truncated or no .npz"
         raise UserError(f"cannot read {path}: {why}; write plain arrays with np.savez") from None
-    require(set(names) <= set(found), f"{path} holds {held}, not {', '.join(names)}")
+    require(found, f"{path} holds {held}, not {names[0]}")
     return found
 
 
 def read_npz(path):
-    """x_train, y_train, x_test, y_test and the names of the classes, of an .npz."""
-    names = "x_train", "y_train", "x_test", "y_test"
-    found = read_arrays(path, *names)
-    classes = found["classes"] if "classes" in found else np.unique(found["y_train"])
-    return *(found[name] for name in names), classes.tolist()
+    """x_train, y_train, x_test, y_test and the names of the classes, of an .npz.
+
+    Its arrays have these names, or MedMNIST's (train_images, train_labels, ...). Images are uint8,
+    or floats in [0, 1], (n, S, S), (n, S, S, 1) or (n, S, S, 3); labels anything that can be told
+    apart, (n,) or (n, 1). Without test images every fifth is one; without labels y is None.
+    """
+    ours = "x_train", "y_train", "x_test", "y_test"
+    theirs = "train_images", "train_labels", "test_images", "test_labels"
+    found = read_arrays(path, *ours, *theirs, "classes")
+    x, y, x_test, y_test = (found.get(a, found.get(b)) for a, b in zip(ours, theirs))
+    require(x is not None, f"{path} has no x_train")
+    if x_test is None:
+        fifth = np.arange(len(x)) % 5 == 4
+        y, y_test = (None, None) if y is None else (y[~fifth], y[fifth])
+        x, x_test = x[~fifth], x[fifth]
+    x, x_test = as_images(f"{path}: x_train", x), as_images(f"{path}: x_test", x_test)
+    require(x.shape[1:] == x_test.shape[1:], f"{path}: train and test differ in size")
+    require((y is None) == (y_test is None), f"{path} has labels of one part alone")
+    if y is None:
+        return x, None, x_test, None, []
+    for part, images, labels in ("train", x, y), ("test", x_test, y_test):
+        require(labels.size == len(images), f"{path}: y_{part} is {labels.dtype} {labels.shape}, "
+                f"not one label for each of {len(images)} images")
+    names, ids = np.unique(y.ravel(), return_inverse=True)
+    test_ids = np.searchsorted(names, y_test.ravel()).clip(max=len(names) - 1)
+    require((names[test_ids] == y_test.ravel()).all(), f"{path}: y_test has labels that y_train "
+            "lacks")
+    given = found.get("classes", names)
+    if names.dtype.kind in "iu" and names.min() >= 0 and names.max() < len(given) != len(names):
+        given = given[names]                            # some classes have no image
+    names = given if len(given) == len(names) else names
+    return x, ids, x_test, test_ids, names.tolist()
+
+
+def as_images(what, x):
+    """Images of an .npz as (n, S, S) or (n, S, S, 3) uint8. Raises UserError for other arrays."""
+    if x.ndim == 4 and x.shape[3] == 1:
+        x = x[..., 0]
+    require(x.ndim in (3, 4) and x.shape[3:] in ((), (3,)) and x.shape[1] == x.shape[2] and x.size,
+            f"{what} is {x.dtype} {x.shape}, not square images (n, S, S), (n, S, S, 1) or "
+            "(n, S, S, 3)")
+    if x.dtype.kind == "f":
+        require(0 <= x.min() and x.max() <= 1, f"{what} has floats from {x.min():g} to "
+                f"{x.max():g}: scale them to [0, 1], or take uint8")
+        x = (x * 255).round().astype(np.uint8)
+    require(x.dtype == np.uint8, f"{what} is {x.dtype}: take uint8, or floats in [0, 1]")
+    return x
 
 
 def read_pictures(path, size, device="cpu"):
-    """`images` (n, size, size, 3) uint8 of an .npz -> (n, 3, size, size). Raises UserError for what
+    """`images` (n, size, size, 3) of an .npz -> (n, 3, size, size) uint8. Raises UserError for what
     is missing, broken or of another form."""
-    x = read_arrays(Path(path), "images")["images"]
-    require(x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] == (size, size, 3) and len(x) > 0,
-            f"{path}: images is {x.dtype} {x.shape}, not (n, {size}, {size}, 3) uint8: "
-            "scale them, or take another --image-size")
+    x = as_images(f"{path}: images", read_arrays(Path(path), "images")["images"])
+    require(x.shape[1:] == (size, size, 3), f"{path}: images is {x.shape}, not (n, {size}, {size}, "
+            "3): scale them, or take another --image-size")
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().to(device)
 
 
@@ -1031,47 +1062,92 @@ def files_below(folder, ending=""):
             and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
-def read_folder(path, size):
-    """folder/<class>/<picture>, or folder/train/<class>/<picture> and the same in test or val,
-    cropped to squares and scaled; what is transparent becomes white."""
+def square(file, size):
+    """A picture, cropped to the square in its middle and scaled to size x size: (size, size, 3)
+    uint8, and its own width and height. What is transparent becomes white."""
+    from PIL import Image, ImageOps
+    picture = Image.open(file)
+    own = picture.size
+    picture.draft("RGB", (2 * size, 2 * size))                   # a large JPEG is read at a part
+    picture = ImageOps.exif_transpose(picture)                   # held upright
+    if picture.mode[0] in "IF":                                  # grey: 16 bits, 32 bits, floats
+        grey = np.asarray(picture)
+        if picture.mode == "F" or grey.max() > 65535:
+            raise ValueError("save it with 8 or 16 bits a channel")
+        picture = Image.fromarray((grey // 256).astype(np.uint8))
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    picture = picture.convert("RGB")
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    box = left, top, left + side, top + side
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box)), own
+
+
+def list_pictures(path, known):
+    """The pictures below a folder, of known endings: [(file, "train", "test" or "", name of its
+    class or "")], and how many other files there are, {ending: n}."""
+    files = files_below(path)
+    others = collections.Counter(file.suffix.lower() or file.name for file in files
+                                 if file.suffix.lower() not in known)
+    found = [(file, file.relative_to(path).parts[:-1]) for file in files
+             if file.suffix.lower() in known]
+    tops = {parts[0].lower() for _, parts in found if parts}
+    tests = [name for name in ("test", "val", "valid", "validation") if name in tops]
+    part = {"train": "train", tests[0]: "test"} if tests and "train" in tops else {}
+    if part:
+        found = [(file, parts) for file, parts in found if parts and parts[0].lower() in part]
+    inner = [parts[bool(part):] for _, parts in found]
+    classes = {parts[0] if parts else "" for parts in inner}
+    labelled = len(classes) > 1 and "" not in classes
+    return [(file, part[parts[0].lower()] if part else "", own[0] if labelled else "")
+            for (file, parts), own in zip(found, inner)], others
+
+
+def read_folder(path, size, skip_broken=False):
+    """x_train, y_train, x_test, y_test and the names of the classes, of a folder of pictures; says
+    what was found.
+
+    Folders in it are classes, if there are two or more, and no picture lies beside them; else there
+    are no labels, and y is None. train/ and test/ (or val, valid, validation) hold the two parts;
+    without them every fifth picture (of each class) is for the test. Raises UserError for a picture
+    that cannot be read, unless skip_broken.
+    """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError:
         raise UserError("a folder of pictures is read with Pillow: pip install pillow") from None
-
-    def square(file):
+    found, others = list_pictures(path, Image.registered_extensions())
+    x, y, sizes = {"train": [], "test": []}, {"train": [], "test": []}, []
+    count = collections.Counter()
+    for file, part, name in progress(found, "reading pictures"):
         try:
-            picture = ImageOps.exif_transpose(Image.open(file))          # held upright
-            if picture.mode.startswith("I"):                             # 16-bit greys
-                picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
-            if "A" in picture.getbands() or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            picture = picture.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            raise UserError(f"cannot read the picture {file}: mend it or move it away") from None
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        box = left, top, left + side, top + side
-        return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box))
-
-    folders = {"": ""}          # {split: its folder}; without them every fifth is for the test
-    for test in "val", "test":
-        if (path / "train").is_dir() and (path / test).is_dir():
-            folders = {"train": "train", "test": test}
-    classes = sorted(p.name for p in (path / folders.get("train", "")).iterdir()
-                     if p.is_dir() and p.name[0] != ".")
-    x, y = {"train": [], "test": []}, {"train": [], "test": []}
-    for part, folder in folders.items():
-        for label, name in enumerate(classes):
-            for i, file in enumerate(files_below(path / folder / name)):
-                split = part or ("test" if i % 5 == 4 else "train")
-                x[split].append(square(file))
-                y[split].append(label)
-    require(len(classes) > 1 and x["train"] and x["test"], f"{path} needs two or more folders, one "
-            "per class, with at least five pictures each")
-    return *(np.array(a) for a in (x["train"], y["train"], x["test"], y["test"])), classes
+            picture, own = square(file, size)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            why = getattr(error, "strerror", None) or str(error).split(" '")[0]
+            require(skip_broken, f"cannot read the picture {file} ({why}): mend it, move it away, "
+                    "or leave such pictures out with --skip-broken")
+            others["broken"] += 1
+            continue
+        part = part or ("test" if count[name] % 5 == 4 else "train")
+        count[name] += 1
+        x[part].append(picture), y[part].append(name), sizes.append(own)
+    require(x["train"] and x["test"], f"{path} has {len(x['train'])} pictures to train on and "
+            f"{len(x['test'])} to test on: it needs five or more, or some in train and in test")
+    classes = sorted(set(y["train"]))
+    missing = sorted(set(y["test"]) - set(classes))
+    require(not missing, f"{path}: no picture to train on is of the class {', '.join(missing)}")
+    kinds = [f"{name} {n:,}" for name, n in sorted(count.items())] if len(classes) > 1 else []
+    kinds = kinds[:12] + [f"{len(kinds) - 12} more classes"] * (len(kinds) > 12)
+    least, most = (" x ".join(map(str, map(pick, zip(*sizes)))) for pick in (min, max))
+    left = ", ".join(f"{n:,} {ending}" for ending, n in others.most_common(8))
+    say(f"{path}: {len(sizes):,} pictures ({', '.join(kinds) or 'without labels'}) of {least}"
+        + f" to {most}" * (least != most) + f" pixels, {len(x['test']):,} of them to test on"
+        + f"; left out: {left}" * bool(left) + ".")
+    ids = {part: np.array([*map(classes.index, names)]) for part, names in y.items()}
+    return np.array(x["train"]), ids["train"], np.array(x["test"]), ids["test"], classes
 
 
 @dataclass
@@ -1088,7 +1164,8 @@ def load_text(name, data_dir="data", parts=1, utf8=False, flag="--data"):
 
     `pydocs` is the reference manual inside every Python, `pycode` the modules of its standard
     library, `shakespeare` the 1.1 MB of char-rnn, fetched to data_dir if it is not there. Else a
-    file, or a folder of .txt files. Raises UserError for what is missing, unreadable or empty.
+    file, or a folder of .txt and .md files; what is found there is said. Raises UserError for what
+    is missing, unreadable or empty.
     """
     if name == "pydocs":
         documents = manual()
@@ -1100,23 +1177,32 @@ def load_text(name, data_dir="data", parts=1, utf8=False, flag="--data"):
         path = Path(name)
         if name == "shakespeare":
             path = fetch(name, "input.txt", Path(data_dir), "tinyshakespeare.txt")
-        files = files_below(path, ".txt") if path.is_dir() else [path]
+        files = files_below(path) if path.is_dir() else [path]
         require(name and path.exists(), f"there is no text {name!r}: {flag} takes pydocs, pycode, "
                 "shakespeare, a file, or a folder of .txt files; for images gpt.py takes shapes, "
                 f"{', '.join(IMAGE_SETS)} or an .npz")
-        require(files, f"{path} holds no .txt file")
+        require(path.is_dir() or path.is_file(), f"{path} is no regular file")
+        if path.is_dir():
+            known = [file for file in files if file.suffix.lower() in (".txt", ".md")]
+            others = collections.Counter(file.suffix or file.name for file in set(files) - {*known})
+            left = ", ".join(f"{n:,} {ending}" for ending, n in others.most_common(8))
+            require(known, f"{path} holds no .txt or .md file")
+            files, size = known, sum(file.stat().st_size for file in known)
+            say(f"{path}: {len(files):,} documents, {size:,} bytes"
+                + f"; left out: {left}" * bool(left) + ".")
         try:
             documents = {file.stem if len(files) == 1 else str(file.relative_to(path)):
                          file.read_bytes() for file in files}
         except OSError as error:
             raise UserError(f"cannot read {error.filename} ({error.strerror})") from None
-    documents = {name: raw for name, raw in documents.items() if raw.strip()}
+    documents = {name: raw for name, raw in documents.items() if raw and not raw.isspace()}
     require(documents, f"the text of {flag} {name} is empty")
     for document, raw in documents.items() if utf8 else ():
         try:
-            raw.decode()
+            all(pieces(raw))
         except UnicodeDecodeError as error:
-            why = f"(byte {raw[error.start]:#x} at {error.start})"
+            at = raw.find(error.object) + error.start
+            why = f"(byte {raw[at]:#x} at {at})"
             raise UserError(f"{document} of {flag} {name} is not UTF-8 {why}: save it as UTF-8; "
                             "gpt.py takes any bytes") from None
     if len(documents) == 1 and parts > 1:
@@ -1126,6 +1212,16 @@ def load_text(name, data_dir="data", parts=1, utf8=False, flag="--data"):
     cut = [boundary(raw, len(raw) * 9 // 10) for raw in documents.values()]
     return Text(list(documents), [raw[:at] for raw, at in zip(documents.values(), cut)],
                 [raw[at:] for raw, at in zip(documents.values(), cut)])
+
+
+def pieces(raw, size=2 ** 20):
+    """Some bytes, UTF-8, as texts of about a megabyte each, cut after a line or a word."""
+    start = 0
+    while start < len(raw):
+        at = start + size
+        end = raw.find(b"\n", at) + 1 or raw.find(b" ", at) + 1 or len(raw)
+        yield raw[start:end].decode()
+        start = end
 
 
 def boundary(raw, at):
@@ -1175,9 +1271,12 @@ class Bytes:
         return printable(bytes(t for t in map(int, tokens) if t < 256).decode(errors="replace"))
 
     def stream(self, documents):
-        """All documents one after another, BOS before each: (n,) int64."""
-        bos = torch.tensor([self.BOS])
-        return torch.cat([part for raw in documents for part in (bos, self.encode(raw))])
+        """All documents one after another, BOS before each: (n,) int16, a quarter of int64."""
+        parts = [part for raw in documents for part in ([self.BOS], np.frombuffer(raw, np.uint8))]
+        return torch.from_numpy(np.concatenate(parts, dtype=np.int16))
+
+
+HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"     # Chinese characters
 
 
 class Words:
@@ -1193,25 +1292,31 @@ class Words:
     def of(cls, documents, most):
         """The tokenizer of some documents (bytes, UTF-8): at most `most` tokens, each seen twice.
         Raises UserError where no word was."""
-        count = collections.Counter(w for raw in documents for w in cls.split(raw.decode()))
+        count = collections.Counter(w for raw in documents for text in pieces(raw)
+                                    for w in cls.split(text))
         usual = sorted((word for word in count if count[word] > 1), key=lambda w: (-count[w], w))
         require(usual, "no word of this text occurs twice: take a longer text")
         return cls(usual[:most - len(cls.SPECIAL)])
 
     @staticmethod
     def split(text):
-        """The words and the marks of a text; a run of the same mark, such as >>>, is one."""
+        """The words and the marks of a text, one by one. A run of the same mark, such as >>>, is
+        one; accents and vowel signs stay with their letter; as in BERT, each Chinese character is a
+        word."""
         text = text.removeprefix("\ufeff").lower()                     # Windows' mark of UTF-8
-        return [m[0] for m in re.finditer(r"\w+|([^\w\s])\1*", text)]
+        signs = "".join(c for c in set(text) if unicodedata.category(c)[0] == "M")
+        word = f"(?:[^\\W{HAN}][{signs}]*)+" if signs else f"[^\\W{HAN}]+"
+        return (m[0] for m in re.finditer(rf"{word}|[{HAN}]|([^\w\s])\1*", text))
 
-    def encode(self, text):
+    def encode(self, text, dtype=np.int64):
         """str -> (n,) int64; of the special tokens a text can yield [UNK] alone."""
-        return torch.tensor([self.ids.get(word, 1) for word in self.split(text)], dtype=torch.int64)
+        return torch.from_numpy(np.fromiter((self.ids.get(w, 1) for w in self.split(text)), dtype))
 
     def stream(self, documents):
-        """All documents (bytes, UTF-8) one after another, [SEP] before each: (n,) int64."""
-        sep = torch.tensor([self.ids["[SEP]"]])
-        return torch.cat([part for raw in documents for part in (sep, self.encode(raw.decode()))])
+        """All documents (bytes, UTF-8) one after another, [SEP] before each: (n,) int32."""
+        sep = torch.tensor([self.ids["[SEP]"]], dtype=torch.int32)
+        return torch.cat([part for raw in documents for part in (
+            sep, *(self.encode(text, np.int32) for text in pieces(raw)))])
 
     def decode(self, tokens):
         """(n,) -> str."""
@@ -1395,6 +1500,8 @@ class Run:
         """The next args.batch rows of data, (B, ...): each row once per epoch, in a new order."""
         n, size = len(data), self.args.batch
         require(size <= n, f"--batch {size} is more than the {n} training examples")
+        if n > 2 ** 21:                        # more than a run sees: any rows, without an order
+            return data[torch.randint(n, (size,), device=data.device)]
         epoch, i = divmod(self.step, n // size)
         if self.epoch != (epoch, n):
             g = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
@@ -1631,6 +1738,11 @@ def fingerprint(weights):
 # -------------------------------------------------------------------------------- evaluation
 
 
+def evenly(x, n):
+    """n rows of x at equal distances (all if there are fewer)."""
+    return x[torch.linspace(0, len(x) - 1, min(n, len(x))).long()]
+
+
 def k_shot(labels, k, seed=0):
     """Indices of k random examples of each class (all if k is 0): (k * classes,) on labels' device.
     Raises UserError where a class has fewer."""
@@ -1686,11 +1798,17 @@ def linear_probe(args, f, images):
 
 def label_table(args, images, rows):
     """The table of {encoder: accuracies in %}, and of chance, at each of args.labels and, if all
-    rows have one more, of the colour from all labels."""
+    rows have one more, of the colour from all labels. Where one class is much more frequent than
+    others, a row shows what it gives to say that it is always this one."""
+    if not images.names:
+        return "Without labels there is nothing to probe or to fine-tune."
     what, wide = next(iter(images.names)), min(map(len, rows.values()))
     head = [str(k or "all") for k in args.labels] + ["colour, all"]
     names = [what] * len(args.labels) + ["colour"] * ("colour" in images.names)
-    rows = {"chance": [100 / len(images.names[name]) for name in names], **rows}
+    chance, ids = [100 / len(images.names[name]) for name in names], images.test_labels
+    most = [100 * (ids[name].bincount().max() / len(ids[name])).item() for name in names]
+    same = {f"always the same {what}": most} if most[0] > 1.25 * chance[0] else {}
+    rows = {"chance": chance, **same, **rows}
     return table([[f"{what}, accuracy in % by labels per class", *head[:wide]],
                   *([name, *(f"{x:.1f}" for x in row[:wide])] for name, row in rows.items())])
 

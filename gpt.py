@@ -74,7 +74,8 @@ class Args(common.Args):
     top_k: int = 0                  # sample from the k most likely tokens, 0 or more; 0: from all
     top_p: float = 1.0              # sample from the fewest tokens of this total, in (0, 1]
 
-    cpu = dict(steps=1100, batch=16, lr=3e-3, context=128, dim=128, depth=4, heads=4, dropout=0.)
+    cpu = dict(steps=1100, batch=16, lr=3e-3, muon_lr=0.04, context=128, dim=128, depth=4, heads=4,
+               dropout=0.)
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -301,7 +302,7 @@ def windows(args):
 def evaluate(args, model, val):
     """Loss on the validation tokens (m, T): nats per token, and bits per byte."""
     nats, count = 0., 0                                         # count: tokens that are bytes
-    for x in val.split(max(1, 8192 // val.shape[1])):
+    for x in common.progress(val.split(max(1, 8192 // val.shape[1])), "evaluating"):
         inputs, target = mask(x.long(), BOS)
         with common.autocast(args):
             nats += distance(model(inputs), target).item() * x.numel()
@@ -351,6 +352,7 @@ def complete(args, model, val):
 def main(args):
     images = common.is_images(args.data)
     train, val = pixels(args) if images else windows(args)                     # (n, T), (m, T)
+    val = common.evenly(val, 4000)
     prompt = None if images else prompt_tokens(args)
     model = GPT(BYTES.vocab, train.shape[1], args.dim, args.depth, args.heads, args.dropout)
     model.to(args.device)

@@ -454,7 +454,7 @@ def windows(args, name, T):
     common.require(len(val) >= T <= len(train), f"the last tenth of --old {name} has {len(val)} "
                    f"tokens, the rest {len(train)}, and a context of {T} needs as many in both: "
                    "take a longer text or a shorter --context")
-    return train.unfold(0, T, 1), val.unfold(0, T, T)
+    return train.unfold(0, T, 1), val.long().unfold(0, T, T)
 
 
 def load_examples(args):
@@ -465,24 +465,19 @@ def load_examples(args):
     def line_starts(documents):
         x = BYTES.stream(documents).to(args.device)
         i = ((x[:-1] == NEWLINE) & (x[1:] != NEWLINE)).nonzero().flatten()
-        rows = x[i[i < len(x) - T, None] + torch.arange(T + 1, device=x.device)]
+        rows = F.pad(x, (0, T)).unfold(0, T + 1, 1)[i[i < len(x) - T]]
         return rows[(rows != BOS).all(1)]                            # none of two documents
     train, val = line_starts(text.train), line_starts(text.val)
     common.require(args.k <= len(train) and len(val), f"--k {args.k} is more than the {len(train)} "
                    f"examples of {T} bytes that --data {args.data} has ({len(val)} in its last "
                    "tenth, to test on): take a longer text, or a smaller --k or --example")
-    return train, val
-
-
-def evenly(x, n):
-    """n rows of x at equal distances (all if there are fewer)."""
-    return x[torch.linspace(0, len(x) - 1, min(n, len(x))).long()]
+    return train, val.long()
 
 
 def choose(train, k, seed):
     """k of the examples (n, T) at random, the same ones first for every k: (k, T)."""
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    return train[order[:k].to(train.device)]
+    return train[order[:k].to(train.device)].long()
 
 
 # -------------------------------------------------------------------------------------- the base
@@ -506,7 +501,7 @@ def pretrain(args):
     run = common.Run(how, model, optimizer, uniform=math.log(BYTES.vocab))
     for step in run:
         with run.autocast():
-            inputs, target = mask(run.batch(train), BOS)                # A. mask
+            inputs, target = mask(run.batch(train).long(), BOS)         # A. mask
             prediction = model(inputs)                                  # B. predict
             loss = distance(prediction, target)                         # C. compare
         loss.backward()
@@ -615,7 +610,7 @@ def main(args):
     train, val = load_examples(args)                                # (n, 1 + T), (m, 1 + T)
     model, about = load_base(args, args.base or pretrain(args))
     count, context = sum(p.numel() for p in model.parameters()), len(model.pos_embed.weight)
-    val, old = evenly(val, 400), evenly(windows(args, about["old"], context)[1], 100)
+    val, old = common.evenly(val, 400), common.evenly(windows(args, about["old"], context)[1], 100)
     examples = choose(train, args.k, args.seed)                     # (k, 1 + T)
     base = losses(args, model, val, old) | dict(trained=0, bytes=0)
     rows, texts = {"the base": base}, {"the base": write(args, model)}

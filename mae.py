@@ -69,7 +69,8 @@ class Args(common.Args):
     weight_decay: float = 0.1       # decay, of matrices only (MAE, table 8: 0.05)
     mask_ratio: float = 0.75        # fraction of the patches that are masked, in (0, 1)
     norm_pix: bool = False          # predict each patch normalised by its own mean and variance
-    image_size: int = 32            # side in pixels of drawn shapes, and of a folder's pictures
+    image_size: int = 32            # side of shapes, and of a folder's pictures, cropped, in pixels
+    skip_broken: bool = False       # leave out pictures of a folder that cannot be read
     patch: int = 4                  # side of a patch in pixels
     dim: int = 192                  # channels of the encoder (ViT-Tiny)
     depth: int = 12                 # blocks of the encoder
@@ -380,7 +381,7 @@ def few_labels(args, model, images):
 @common.setup
 def main(args):
     images = common.load_images(args)
-    common.k_shot(images.class_labels()[0][:POOL], max(args.labels))   # raises now if too few
+    images.check(args.labels, POOL)                                    # raises now if too few
     model = build(args, images.size)
     optimizer = common.optimizer(args, model.named_parameters())
     run = common.Run(args, model, optimizer, about=images.about())
@@ -397,11 +398,12 @@ def main(args):
         run.log(loss)
 
     model.eval()
-    error, rows = reconstruct(args, model, images), few_labels(args, model, images)
+    error = reconstruct(args, model, images)
+    rows = few_labels(args, model, images) if images.names else {}
+    summary = f"error {error:.3f}"
     how = "linear probe" if args.tune == "linear" else f"tune {args.tune}"
-    ours, untrained = rows[f"MAE, {how}"][-1], rows[f"untrained ViT, {how}"][-1]
-    summary = (f"{ours:.1f} % from {args.labels[-1]} labels per class ({how}), "
-               f"untrained {untrained:.1f} %")
+    for name in ("MAE", "untrained ViT") if rows else ():
+        summary += f", {name} {rows[f'{name}, {how}'][-1]:.1f} %"
     common.report(run, summary, dict(error=error, labels=args.labels, accuracy=rows))
     common.say(f"\n{common.label_table(args, images, rows)}\n\nSquared error on masked patches of "
                f"new images: {error:.3f}.\nPicture: {args.out}/reconstructions.png (masked | "

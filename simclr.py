@@ -70,6 +70,7 @@ class Args(common.Args):
     jitter: float = 1.0             # strength of jitter in brightness, contrast and saturation
     hue: float = 0.5                # largest change of the hue, 1 the whole circle, in [0, 0.5]
     blur: bool = False              # blur half of the views (SimCLR, app. A; not for CIFAR-10)
+    skip_broken: bool = False       # leave out pictures of a folder that cannot be read
     image_size: int = 32            # side in pixels of drawn shapes, and of a folder's pictures
     depth: Literal[10, 18] = 18     # layers of the ResNet
     # below 8, PyTorch 2.13 gets wrong gradients on some CPUs (AVX2): those of the convolutions with
@@ -310,12 +311,13 @@ def build(args, image_size):
 def neighbours(args, model, images, k):
     """Writes neighbours.png: test images, each with its k nearest by h, and its k nearest in raw
     pixels, among the first 2,000. Returns for both how many, in %, are of the image's class."""
-    x, labels = images.test[:2000], images.class_labels()[1][:2000]
-    groups, same = [], []
+    x, groups, same = images.test[:2000], [], []
     for f in model.encoder, nn.Flatten():
         h = F.normalize(common.encode(args, f, images, x), dim=1)                   # (n, C)
         nearest = (h @ h.T).fill_diagonal_(-2).topk(k, 1).indices                   # (n, k)
-        same.append(100 * (labels[nearest] == labels[:, None]).float().mean().item())
+        if images.names:
+            labels = images.class_labels()[1][:2000]
+            same.append(100 * (labels[nearest] == labels[:, None]).float().mean().item())
         groups.append(torch.cat([torch.arange(len(x), device=x.device)[:, None], nearest], 1)[:12])
     sheet = x[torch.stack(groups, 1).flatten()].float() / 255                # rows of 2 (1 + k)
     common.save_png(f"{args.out}/neighbours.png", sheet, 2 * (1 + k), group=1 + k, zoom=2)
@@ -338,7 +340,7 @@ def probes(args, model, images):
 def main(args):
     images = common.load_images(args)
     most, k = max(args.labels), min(5, len(images.test) - 1)
-    common.k_shot(images.class_labels()[0], most)                            # raises now if too few
+    images.check(args.labels)                                                # raises now if too few
     common.require(k > 0, "one test image has no neighbours: 2 or more are needed")
     model = build(args, images.size)
     optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)
@@ -360,15 +362,18 @@ def main(args):
         run.log(loss)
 
     model.eval()
-    same, rows = neighbours(args, model, images, k), probes(args, model, images)
-    what, score = next(iter(images.names)), rows["SimCLR"][args.labels.index(most)]
-    how = f"{most} labels per class" if most else "all labels"
-    common.report(run, f"{what}: {score:.1f} % from {how}",
-                  dict(neighbours=same, labels=args.labels, accuracy=rows))
-    common.say(f"\n{common.label_table(args, images, rows)}\n\nOf a test image's {k} nearest "
-               f"neighbours {same[0]:.0f} % are of its {what} by SimCLR's features, {same[1]:.0f} "
-               f"% in raw pixels.\nPicture: {args.out}/neighbours.png (image | nearest by features "
-               "|| image | nearest in pixels)")
+    same = neighbours(args, model, images, k)
+    rows = probes(args, model, images) if images.names else {}
+    summary, shown = "no labels", common.label_table(args, images, rows)
+    if rows:
+        what, score = next(iter(images.names)), rows["SimCLR"][args.labels.index(most)]
+        how = f"{most} labels per class" if most else "all labels"
+        summary = f"{what}: {score:.1f} % from {how}"
+        shown += (f"\n\nOf a test image's {k} nearest neighbours {same[0]:.0f} % are of its {what} "
+                  f"by SimCLR's features, {same[1]:.0f} % in raw pixels.")
+    common.report(run, summary, dict(neighbours=same, labels=args.labels, accuracy=rows))
+    common.say(f"\n{shown}\nPicture: {args.out}/neighbours.png (image | nearest by features || "
+               "image | nearest in pixels)")
     return model
 
 

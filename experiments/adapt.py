@@ -213,7 +213,7 @@ def main(own):
     torch.manual_seed(args.seed)
     base, about = lora.load_base(args, args.base or lora.pretrain(args))
     context = len(base.pos_embed.weight)
-    val, old = lora.evenly(val, 400), lora.evenly(lora.windows(args, about["old"], context)[1], 100)
+    val, old = common.evenly(val, 400), common.evenly(lora.windows(args, about["old"], context)[1], 100)
     result = continued(own, new_result(own, args, about, base))
     figures = result["figures"]
     figures["start"] = start = list(lora.losses(args, base, val, old).values())

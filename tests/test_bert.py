@@ -686,3 +686,12 @@ def test_rare_words_are_said(texts, tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"20 % of the words of --data {tmp_path}/x.txt are rare" in text.replace("\n", " ")
     assert "Some words of --fill are not in the vocabulary" in text and "\none [1] [UNK]\n" in text
+
+
+def test_a_text_of_unknown_words_is_no_success(tmp_path, capsys):
+    """More than a third of the new text is [UNK]: it is said where the score stands, and in the table of all runs."""
+    (tmp_path / "x.txt").write_text("".join(f"{i}a the {i}b {i}c of . " for i in range(900)))
+    bert.main(settings(tmp_path / "x.txt", tmp_path / "run"))
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "Correct in new text: 50 % of the new text is [UNK], so this says little: " in said
+    assert json.loads((tmp_path / "run/result.json").read_text())["summary"].startswith("50 % of the new text is [UNK]")

@@ -7,10 +7,13 @@ import http.server
 import io
 import json
 import math
+import re
 import socket
 import struct
+import sys
 import tarfile
 import threading
+import types
 import zlib
 from dataclasses import dataclass
 
@@ -181,16 +184,17 @@ def test_npz(tmp_path):
     good = dict(x_train=x, y_train=y, x_test=x, y_test=y)
     np.savez(path, **good, classes=np.array(["a", "b", "c"]))
     assert load(path).names == {"class": ["a", "b", "c"]}
-    bad = [(dict(x=x, y=y), "holds x, y, not x_train, y_train, x_test, y_test"),
+    bad = [(dict(x=x, y=y), "holds x, y, not x_train"), (dict(y_train=y), "has no x_train"),
            (good | dict(x_train=np.array([{}, "pickled"], object)), "it holds pickled objects"),
-           (good | dict(x_train=x.astype(np.float32)), "float32 .* not square uint8 images"),
+           (good | dict(x_train=x.astype(np.int32)), "x_train is int32: take uint8, or floats"),
+           (good | dict(x_train=x + 1.5), "x_train has floats from 1.5 to 1.5: scale them"),
+           (good | dict(x_train=x[0, 0]), r"x_train is uint8 \(8, 3\), not square images"),
+           (good | dict(x_test=x[..., :2]), r"x_test is uint8 \(6, 8, 8, 2\), not square images"),
            (good | dict(x_train=x[:, :, :5]), r"\(6, 8, 5, 3\), not square"),
-           (good | dict(y_train=y[:3]), "and y_train is int64 .3,., not one integer for each image"),
-           (good | dict(y_test=y + 5), "labels of y_test range from 5 to 7, but there are 3 classes"),
-           (good | dict(y_train=y + 1), "labels of y_train range from 1 to 3, but there are 3 classes"),
-           (good | dict(y_train=y * 4), "labels of y_train range from 0 to 8, but there are 3 classes"),
-           (good | dict(y_train=np.array(list("abcabc"))), "y_train is <U1 .6,., not one integer for each image"),
-           (good | dict(y_train=0 * y, y_test=0 * y), "all training images are of one class"),
+           (good | dict(y_train=y[:3]), "y_train is int64 .3,., not one label for each of 6 images"),
+           (good | dict(y_test=y + 1), "y_test has labels that y_train lacks"),
+           (good | dict(y_test=np.array(list("abcabc"))), "y_test has labels that y_train lacks"),
+           ({k: v for k, v in good.items() if k != "y_test"}, "labels of one part alone"),
            (good | dict(x_test=np.zeros((6, 4, 4, 3), np.uint8)), "train and test differ in size")]
     for arrays, message in bad:
         np.savez(path, **arrays)
@@ -203,6 +207,138 @@ def test_npz(tmp_path):
             load(path)
     with pytest.raises(UserError, match="there is no file"):
         load(tmp_path / "none.npz")
+
+
+def test_arrays_of_others(tmp_path):
+    """Labels in any form are renumbered and keep their names; images in any usual form are the same."""
+    r = np.random.default_rng(0)
+    path, x, y = tmp_path / "x.npz", r.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8), np.arange(40) % 3
+
+    def loaded(x, y, x_test=x[:10], y_test=None, **more):
+        np.savez(path, x_train=x, y_train=y, x_test=x_test, y_test=y[:10] if y_test is None else y_test, **more)
+        return load(path)
+    usual = loaded(x, y)
+    same = {"(n, 1)": y[:, None], "from 1": y + 1, "gaps": np.array([-4, 5, 9])[y], "strings": np.array(["a", "b", "c"])[y],
+            "floats": y * 1., "bytes": y.astype(np.uint8), "bools": y > 0}
+    names = {"(n, 1)": ["0", "1", "2"], "from 1": ["1", "2", "3"], "gaps": ["-4", "5", "9"], "strings": ["a", "b", "c"],
+             "floats": ["0.0", "1.0", "2.0"], "bytes": ["0", "1", "2"], "bools": ["False", "True"]}
+    for name, labels in same.items():
+        images = loaded(x, labels)
+        expected = [part["class"].clamp(max=1 if name == "bools" else 2) for part in (usual.train_labels, usual.test_labels)]
+        assert images.names == {"class": names[name]} and torch.equal(images.train, usual.train), name
+        assert torch.equal(images.train_labels["class"], expected[0]) and torch.equal(images.test_labels["class"], expected[1]), name
+    assert loaded(x, y, classes=np.array(["cat", "dog", "owl"])).names == {"class": ["cat", "dog", "owl"]}
+    assert loaded(x, 2 * y, classes=np.array(list("abcde"))).names == {"class": ["a", "c", "e"]}
+    assert loaded(x, y, classes=np.array(list("ab"))).names == {"class": ["0", "1", "2"]}      # these cannot be theirs
+    floats = loaded((x / 255).astype(np.float32), y, (x[:10] / 255).astype(np.float32))
+    assert torch.equal(floats.train, usual.train)
+    grey, column = loaded(x[..., 0], y, x[:10, ..., 0]), loaded(x[..., :1], y, x[:10, ..., :1])
+    assert torch.equal(grey.train, column.train) and grey.train.shape == (40, 3, 8, 8)
+    np.savez(path, train_images=x, train_labels=y[:, None], test_images=x[:10], test_labels=y[:10, None], val_images=x, val_labels=y)
+    assert torch.equal(load(path).train, usual.train) and load(path).names == usual.names                   # MedMNIST's names
+    np.savez(path, x_train=x)
+    alone = load(path)
+    assert alone.names == alone.train_labels == alone.test_labels == {}
+    assert sorted(alone.test.flatten(1).tolist()) == sorted(torch.tensor(x[4::5]).permute(0, 3, 1, 2).flatten(1).tolist())
+    assert len(alone.train) == 32 and alone.about()["classes"] == []
+    assert load_of_one_class(path, x).names == {}
+
+
+def load_of_one_class(path, x):
+    np.savez(path, x_train=x, y_train=np.zeros(40), x_test=x, y_test=np.zeros(40))
+    return load(path)
+
+
+def test_the_table_says_what_the_most_frequent_class_gives():
+    x = torch.zeros(20, 3, 2, 2, dtype=torch.uint8)
+    table = lambda y: common.label_table(common.Args.__new__(Labels), common.Images(
+        x, x, {"class": y}, {"class": y}, {"class": ["cat", "dog"]}), {"pixels": [50.]})
+    assert "always" not in table(torch.arange(20) % 2)
+    rare = table((torch.arange(20) == 3).long())
+    assert [line.split()[-1] for line in rare.splitlines()] == ["all", "50.0", "95.0", "50.0"] and "always the same class" in rare
+
+
+class Labels(common.Args):
+    labels = (0,)
+
+
+@pytest.fixture
+def album(tmp_path, monkeypatch):
+    """album(*paths) makes pictures, files that say their grey value, and loads the folder: Pillow need not be there."""
+    image = types.SimpleNamespace(registered_extensions=lambda: {".jpg": "JPEG", ".png": "PNG"}, DecompressionBombError=ZeroDivisionError)
+    monkeypatch.setitem(sys.modules, "PIL", types.SimpleNamespace(Image=image))
+
+    def square(file, size):
+        return np.full((size, size, 3), int(file.read_text()), np.uint8), (40, 30 if "9" in file.read_text() else 60)
+    monkeypatch.setattr(common, "square", square)
+
+    def made(*paths, skip=False):
+        for i, name in enumerate(paths):
+            (tmp_path / "album" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "album" / name).write_text("no" if "broken" in name else str(i))
+        return common.load_images(types.SimpleNamespace(data=str(tmp_path / "album"), image_size=4, device="cpu", skip_broken=skip))
+    return made
+
+
+def greys(images):
+    return sorted(images.train[:, 0, 0, 0].tolist()), sorted(images.test[:, 0, 0, 0].tolist())
+
+
+def test_pictures_without_labels(album, capsys):
+    """Lying flat, at any depth, or in one folder: every fifth is for the test."""
+    images = album(*(f"{i:02}.jpg" for i in range(12)))
+    assert images.names == {} and greys(images) == ([0, 1, 2, 3, 5, 6, 7, 8, 10, 11], [4, 9])
+    assert "album: 12 pictures (without labels) of 40 x 30 to 40 x 60 pixels, 2 of them to test on." in capsys.readouterr().out.replace("\n", " ")
+    images = album("2024/May/a.jpg", "2024/June/b.PNG", "c/d/e/f.jpg")              # beside those that lie flat
+    assert images.names == {} and sum(map(len, greys(images))) == 15
+
+
+def test_a_folder_of_one_class_has_no_labels(album):
+    images = album(*(f"cat/{i}.jpg" for i in range(6)))
+    assert images.names == {} and greys(images) == ([0, 1, 2, 3, 5], [4])
+
+
+def test_class_folders_and_what_is_left_out(album, capsys):
+    images = album(*(f"cat/{i}.jpg" for i in range(5)), *(f"dog/deep/{i}.png" for i in range(10)), "dog/notes.txt", "list.csv",
+                   "more.csv", "Thumbs.db", ".hidden/x.jpg", "cat/.x.jpg")
+    assert images.names == {"class": ["cat", "dog"]} and greys(images)[1] == [4, 9, 14]
+    assert images.test_labels["class"].bincount().tolist() == [1, 2] and images.train_labels["class"].bincount().tolist() == [4, 8]
+    assert torch.equal((images.train[:, 0, 0, 0] > 4).long(), images.train_labels["class"])
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "15 pictures (cat 5, dog 10)" in said and "left out: 2 .csv, 1 .db, 1 .txt." in said
+
+
+@pytest.mark.parametrize("train, test", [("train", "val"), ("Train", "TEST"), ("train", "Validation"), ("TRAIN", "valid")])
+def test_parts_of_any_name(album, train, test):
+    images = album(*(f"{train}/{c}/{i}.jpg" for c in "ab" for i in range(3)), *(f"{test}/{c}/{i}.jpg" for c in "ab" for i in range(2)),
+                   "readme.jpg", "other/x.jpg")
+    assert images.names == {"class": ["a", "b"]} and greys(images) == ([*range(6)], [*range(6, 10)])
+    assert torch.equal(images.test_labels["class"], (images.test[:, 0, 0, 0] > 7).long())
+
+
+def test_parts_without_labels(album):
+    images = album(*(f"train/{i}.jpg" for i in range(3)), "test/0.jpg")
+    assert images.names == {} and greys(images) == ([0, 1, 2], [3])
+
+
+def test_a_class_that_is_in_the_test_alone(album):
+    with pytest.raises(UserError, match="no picture to train on is of the class c"):
+        album("train/a/0.jpg", "train/b/0.jpg", "test/c/0.jpg", "test/a/1.jpg")
+
+
+def test_broken_pictures_are_named_or_skipped(album, capsys):
+    names = [*(f"{i}.jpg" for i in range(9)), "broken.jpg"]
+    with pytest.raises(UserError, match="cannot read the picture .*broken.jpg .*--skip-broken"):
+        album(*names)
+    assert greys(album(*names, skip=True)) == ([0, 1, 2, 3, 5, 6, 7, 8], [4])
+    assert "9 pictures" in (said := capsys.readouterr().out) and "left out: 1 broken." in said.replace("\n", " ")
+
+
+def test_too_few_pictures(album):
+    with pytest.raises(UserError, match="has 0 pictures to train on and 0 to test on: it needs five or more"):
+        album("readme.txt")
+    with pytest.raises(UserError, match="has 4 pictures"):
+        album(*(f"{i}.jpg" for i in range(4)))
 
 
 def test_no_such_data():
@@ -326,21 +462,88 @@ def test_the_manual_has_no_paragraph_twice_and_no_tables():
     assert any("The \"assert\" statement" in raw.decode() or "assert_stmt" in raw.decode() for raw in text.train)
 
 
-def test_nine_tenths_of_each_document_are_for_training(tmp_path):
+def test_nine_tenths_of_each_document_are_for_training(tmp_path, capsys):
     (tmp_path / "sub").mkdir()
     (tmp_path / "b.txt").write_bytes(b"0123456789" * 3)
     (tmp_path / "sub/a.txt").write_bytes(b"x" * 17 + "\N{EURO SIGN}".encode() + b"y")      # 9/10 fall into the sign
     (tmp_path / "empty.txt").write_bytes(b" \n")
-    (tmp_path / "other.md").write_bytes(b"not this one")
+    (tmp_path / "other.pdf").write_bytes(b"not this one")
     (tmp_path / "sub/UPPER.TXT").write_bytes(b"0123456789")
     text = common.load_text(str(tmp_path))
     assert text.names == ["b.txt", "sub/UPPER.TXT", "sub/a.txt"]
     assert text.train == [b"0123456789" * 2 + b"0123456", b"012345678", b"x" * 17 + "\N{EURO SIGN}".encode()]
     assert text.val == [b"789", b"9", b"y"]
-    one = common.load_text(str(tmp_path / "other.md"))
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "4 documents, 63 bytes; left out: 1 .pdf." in said
+    one = common.load_text(str(tmp_path / "other.pdf"))
     assert (one.names, one.train, one.val) == (["other"], [b"not this o"], [b"ne"])
     parts = common.load_text(str(tmp_path / "b.txt"), parts=3)
     assert parts.names == ["part 1", "part 2", "part 3"] and parts.train == [b"012345678"] * 3 and parts.val == [b"9"] * 3
+
+
+def test_documents_in_markdown_are_read(tmp_path):
+    for name in "a.md", "b.MD", "c.txt", "d.Txt", "e.rst", ".hidden.txt":
+        (tmp_path / name).write_bytes(b"0123456789")
+    assert common.load_text(str(tmp_path)).names == ["a.md", "b.MD", "c.txt", "d.Txt"]
+
+
+def test_pieces_of_a_text():
+    """Cut after a line, else after a word, never in a letter; together they are the text."""
+    raw = "a line\n".encode() * 40 + "w\N{EURO SIGN} ".encode() * 60 + "\N{EURO SIGN}".encode() * 50
+    parts = list(common.pieces(raw, 50))
+    assert "".join(parts).encode() == raw and len(parts) > 8
+    assert all(part.endswith("\n") for part in parts[:5]) and all(part[-1] in "\n " for part in parts[:-1])
+    assert list(common.pieces(b"")) == [] and list(common.pieces(b"abc")) == ["abc"]
+
+
+def test_words_of_many_scripts():
+    """A vowel sign or an accent stays with its letter; each Chinese character is a word."""
+    split = lambda text: list(common.Words.split(text))
+    assert split("मौसम बहुत अच्छा है।") == ["मौसम", "बहुत", "अच्छा", "है", "।"]
+    assert split("今天天气很好,OK了") == [*"今天天气很好", ",", "ok", "了"]
+    assert split("Cafe\N{COMBINING ACUTE ACCENT}s") == ["cafe\N{COMBINING ACUTE ACCENT}s"]
+    assert split("ひらがな 한국어 ไม่มี") == ["ひらがな", "한국어", "ไม่มี"]
+    assert split("it's >>> x_1 -- 3.5!!") == ["it", "'", "s", ">>>", "x_1", "--", "3", ".", "5", "!!"]
+
+
+def test_the_words_of_the_embedded_texts_are_what_they_were():
+    """In ASCII and in what the manual has beside it, a word is a run of letters, digits and underscores."""
+    for name in "pydocs", "pycode":
+        text = common.load_text(name)
+        for raw in text.train + text.val:
+            whole = raw.decode(errors="replace")
+            plain = [m[0] for m in re.finditer(r"\w+|([^\w\s])\1*", whole.removeprefix("\ufeff").lower())]
+            assert [w for piece in common.pieces(whole.encode()) for w in common.Words.split(piece)] == plain
+
+
+def test_streams_are_small():
+    documents = [b"red green red", b"green blue " * 3]
+    words = common.Words.of(documents, 20)
+    stream = words.stream(documents)
+    assert stream.dtype == torch.int32 and stream.tolist() == [
+        t for raw in documents for t in [3, *words.encode(raw.decode()).tolist()]]
+    stream = common.Bytes().stream(documents)
+    assert stream.dtype == torch.int16 and stream.tolist() == [t for raw in documents for t in (256, *raw)]
+
+
+def test_batches_of_a_very_long_text(tmp_path):
+    """More rows than a run sees come in any order, the same for a step, and no order of all of them is made."""
+    data, args = torch.arange(2 ** 21 + 1, dtype=torch.int32), settings(steps=3, batch=2000, out=str(tmp_path))
+    model = nn.Linear(1, 1)
+    run, seen = common.Run(args, model, common.adamw(model.parameters(), 1e-3, 0.)), []
+    for step in run:
+        seen.append(run.batch(data))
+        run.log(torch.zeros(()))
+        assert run.order is None
+    rows = torch.cat(seen)
+    assert len(rows.unique()) > 5980 and 0 <= rows.min() < 2000 and rows.max() > 2 ** 21 - 2000
+    torch.manual_seed(args.seed * 1_000_003 + 1)
+    assert torch.equal(seen[1], data[torch.randint(len(data), (2000,))])
+
+
+def test_evenly():
+    assert common.evenly(torch.arange(101), 5).tolist() == [0, 25, 50, 75, 100]
+    assert common.evenly(torch.arange(3), 5).tolist() == [0, 1, 2]
 
 
 def test_the_source_of_the_standard_library():
@@ -354,7 +557,8 @@ def test_texts_that_cannot_be_had(tmp_path, monkeypatch):
     (tmp_path / "empty.txt").write_bytes(b"\n\n")
     (tmp_path / "none").mkdir()
     for name, words in ("no-such", ["there is no text 'no-such'", "--data takes pydocs, pycode"]), \
-            ("", ["there is no text"]), (str(tmp_path / "empty.txt"), ["is empty"]), (str(tmp_path / "none"), ["holds no .txt file"]):
+            ("", ["there is no text"]), (str(tmp_path / "empty.txt"), ["is empty"]), (str(tmp_path / "none"), ["holds no .txt or .md file"]), \
+            ("/dev/zero", ["/dev/zero is no regular file"]):
         with pytest.raises(UserError) as e:
             common.load_text(name)
         assert all(word in str(e.value) for word in words)
@@ -397,7 +601,7 @@ def test_words():
     assert words.encode("The bird. [MASK]").tolist() == [5, 1, 6, 8, 12, 9]               # a text cannot forge a special token
     assert common.Words.of(documents, 7).words[5:] == ["the", "."]
     text = "a (small) dog, well-known: it's 3.5 long, isn't it? and/or"
-    assert common.Words.join(common.Words.split(text)) == text
+    assert common.Words.join([*common.Words.split(text)]) == text
     assert "\x1b" not in common.Words.join(["a", "\x1b"])
     with pytest.raises(UserError, match="no word of this text occurs twice"):
         common.Words.of([b"one two three"], 9)

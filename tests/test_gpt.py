@@ -364,7 +364,7 @@ def test_windows_and_the_loss_on_them(tmp_path):
     torch.manual_seed(0)
     model = gpt.GPT(257, 3, 8, 1, 2)
     nats, bits = gpt.evaluate(args, model, val)
-    losses = [F.cross_entropy(model(torch.tensor([[BOS, *row[:t]]]))[0, -1], row[t]).item() for row in val for t in range(3)]
+    losses = [F.cross_entropy(model(torch.tensor([[BOS, *row[:t]]]))[0, -1], row[t]).item() for row in val.long() for t in range(3)]
     assert abs(nats - np.mean(losses)) < 1e-5 and abs(bits - sum(losses) / math.log(2) / 7) < 1e-5    # 7 bytes, 2 BOS
 
 

@@ -379,11 +379,6 @@ def test_examples_begin_where_lines_do(tmp_path):
     assert len(lora.choose(train, len(train), 3).unique(dim=0)) == len(train.unique(dim=0))
 
 
-def test_evenly():
-    assert lora.evenly(torch.arange(100), 4).tolist() == [0, 33, 66, 99]
-    assert lora.evenly(torch.arange(3), 4).tolist() == [0, 1, 2]
-
-
 def test_recipe():
     args = lora.Args(batch=16, epochs=20, steps=100)
     for k, batch, steps in (1, 1, 20), (16, 16, 20), (64, 16, 80), (256, 16, 100):
@@ -578,8 +573,8 @@ def test_the_figures_are_those_of_the_adapter(done, texts):
     file, plain = torch.load(out / "adapter.pt", weights_only=True), copy.deepcopy(model)
     assert file["fingerprint"] == about["fingerprint"]
     lora.load_adapter(lora.adapt(model, **file["adapter"]), file["tensors"])
-    val = lora.evenly(lora.load_examples(args)[1], 400)
-    old = lora.evenly(lora.windows(args, args.old, 40)[1], 100)
+    val = common.evenly(lora.load_examples(args)[1], 400)
+    old = common.evenly(lora.windows(args, args.old, 40)[1], 100)
     row = result(out)["rows"]["lora"]
     assert lora.losses(args, model, val, old) == {name: row[name] for name in ("new", "old")}
     with torch.no_grad():

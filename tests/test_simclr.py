@@ -424,7 +424,8 @@ def test_the_whole_script(tiny, tmp_path, loss):
 
 
 def test_the_table_at_the_sizes_of_a_gpu_fits_80_columns(capsys):
-    images = common.Images(*[torch.zeros(10, 3, 2, 2, dtype=torch.uint8)] * 2, {}, {},
+    ids = dict(shape=torch.arange(10), colour=torch.arange(10) % 8)
+    images = common.Images(*[torch.zeros(10, 3, 2, 2, dtype=torch.uint8)] * 2, ids, ids,
                            dict(shape=common.SHAPES, colour=list(common.COLOURS)))
     rows = {name: [12.3] * 5 for name in ("raw pixels", "untrained ResNet", "SimCLR")}
     table = common.label_table(simclr.Args(), images, rows)
