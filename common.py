@@ -884,6 +884,7 @@ SHA256 = {    # of each file or, for Fashion-MNIST, of what its gzip holds: mirr
     "shakespeare": {"input.txt":
                     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}}
 EMBEDDED = {"shakespeare": "pydocs"}    # what to take instead without a network; else the shapes
+MOST_BYTES, PATIENCE = 300_000_000, 60  # of a download; seconds until a slow mirror is given up
 
 
 def fetch(name, file, data_dir, kept=None):
@@ -899,7 +900,8 @@ def fetch(name, file, data_dir, kept=None):
             with open(part, "wb") as f:
                 try:
                     download(mirror + file, f)
-                except (urllib.error.URLError, http.client.HTTPException, TimeoutError) as error:
+                except (urllib.error.URLError, http.client.HTTPException, ConnectionError,
+                        TimeoutError) as error:
                     wrong.append(f"{mirror}: {getattr(error, 'reason', error)}")
                     continue
             if SHA256[name][file] in digests(part, inside=file.endswith(".gz")):
@@ -918,21 +920,28 @@ def fetch(name, file, data_dir, kept=None):
 
 def download(url, file):
     """Copies a page into an open file, under a progress bar. Raises URLError where the connection
-    fails, and OSError where the file cannot be written."""
+    fails, is too slow or sends too much, and OSError where the file cannot be written."""
+    began = time.monotonic()
+
     def read():
         try:
-            return source.read(1 << 16)
+            return source.read1(1 << 16)         # what is there: it does not wait for all of them
         except (OSError, EOFError, zlib.error) as error:
             raise urllib.error.URLError(error) from None
 
     with urllib.request.urlopen(url, timeout=20) as page:
         packed = page.headers.get("Content-Encoding") == "gzip" and not url.endswith(".gz")
         source = gzip.GzipFile(fileobj=page) if packed else page
-        size = None if packed else int(page.headers.get("Content-Length") or 0) or None
+        length = page.headers.get("Content-Length") or ""
+        size = int(length) if length.isdecimal() and not packed else None
         with tqdm(desc=url.split("/")[-1], total=size, unit="B", unit_scale=True, ncols=80) as bar:
             while chunk := read():
                 file.write(chunk)
                 bar.update(len(chunk))
+                if file.tell() > MOST_BYTES:
+                    raise urllib.error.URLError(f"it sends more than {MOST_BYTES:,} bytes")
+                if time.monotonic() - began > PATIENCE + file.tell() / 20_000:
+                    raise urllib.error.URLError("it sends less than 20,000 bytes a second")
 
 
 def digests(path, inside=True):
@@ -950,7 +959,8 @@ def read_idx(name, data_dir):
     for file in IDX:
         path, dims = fetch(name, file, data_dir), 3 if "images" in file else 1
         try:
-            raw = gzip.decompress(path.read_bytes())
+            with gzip.open(path) as f:
+                raw = f.read(1 << 26)                             # MNIST's largest is 47 MB
             require(raw[:4] == bytes([0, 0, 8, dims]),
                     f"{path} is not an IDX file of {dims} dimensions: delete it to fetch it anew")
             shape = np.frombuffer(raw, ">u4", dims, 4)            # after the magic number
@@ -969,7 +979,7 @@ def read_cifar10(name, data_dir):
     try:
         with tarfile.open(path) as tar:
             for member in sorted(tar, key=lambda m: m.name):
-                if member.isfile() and member.name.endswith(".bin"):
+                if member.isfile() and member.name.endswith(".bin") and member.size < 1 << 26:
                     raw = np.frombuffer(tar.extractfile(member).read(), np.uint8)
                     parts[Path(member.name).name[:4]].append(raw.reshape(-1, 3073))
         train, test = (np.concatenate(parts[key]) for key in ("data", "test"))
@@ -1195,7 +1205,7 @@ def load_text(name, data_dir="data", parts=1, utf8=False, flag="--data"):
                          file.read_bytes() for file in files}
         except OSError as error:
             raise UserError(f"cannot read {error.filename} ({error.strerror})") from None
-    documents = {name: raw for name, raw in documents.items() if raw and not raw.isspace()}
+    documents = {name: raw for name, raw in documents.items() if raw.strip(b" \t\r\n\0")}
     require(documents, f"the text of {flag} {name} is empty")
     for document, raw in documents.items() if utf8 else ():
         try:
@@ -1304,7 +1314,8 @@ class Words:
         one; accents and vowel signs stay with their letter; as in BERT, each Chinese character is a
         word."""
         text = text.removeprefix("\ufeff").lower()                     # Windows' mark of UTF-8
-        signs = "".join(c for c in set(text) if unicodedata.category(c)[0] == "M")
+        signs = "".join(c for c in set(text)                           # and joiners in a word
+                        if unicodedata.category(c)[0] == "M" or c in "\u200c\u200d")
         word = f"(?:[^\\W{HAN}][{signs}]*)+" if signs else f"[^\\W{HAN}]+"
         return (m[0] for m in re.finditer(rf"{word}|[{HAN}]|([^\w\s])\1*", text))
 
@@ -1500,8 +1511,8 @@ class Run:
         """The next args.batch rows of data, (B, ...): each row once per epoch, in a new order."""
         n, size = len(data), self.args.batch
         require(size <= n, f"--batch {size} is more than the {n} training examples")
-        if n > 2 ** 21:                        # more than a run sees: any rows, without an order
-            return data[torch.randint(n, (size,), device=data.device)]
+        if n > 2 ** 23:                        # more than a run sees: any rows, without an order
+            return data[torch.randint(n, (size,)).to(data.device)]
         epoch, i = divmod(self.step, n // size)
         if self.epoch != (epoch, n):
             g = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)

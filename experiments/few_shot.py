@@ -9,8 +9,8 @@ of the images, as far as they fit its context; and the most frequent answer of t
 Run      python experiments/few_shot.py runs/flamingo          evaluates a finished run, or several
          python experiments/few_shot.py --seeds 0 1 2 --ablate -- --lm-steps 900
                                        trains and evaluates; after -- any settings of flamingo.py
-Writes   results/<run>.json; with --seeds flamingo-middle-<seed>.json and, for each ablation,
-         flamingo-ablation-<name>-<seed>.json. What is there is not done again. The runs of a seed
+Writes   results/<run>.json; with --seeds flamingo-plain-<seed>.json and, for each ablation,
+         flamingo-ablated-<name>-<seed>.json. What is there is not done again. The runs of a seed
          use the same LM and the same ViT.
 """
 import json
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common, flamingo                                                            # noqa: E402
 
-MIDDLE = dict(steps=650, tests=300, lm_steps=900, vit_steps=500)      # on a CPU: minutes per run
+PLAIN = dict(tests=300)                              # beside the usual settings
 QUICK = dict(steps=20, tests=24, lm_steps=20, vit_steps=20, images=2000)
 ABLATIONS = {"all": dict(attend="all"), "every-2": dict(every=2), "every-4": dict(every=4),
              "latents-0": dict(latents=0), "no-freeze": dict(freeze=False),
@@ -158,14 +158,14 @@ def tables(results):
 
 def ablations(results):
     """{name: results of all seeds} as a table of a few figures, a row per ablation."""
-    shots = results["middle"][0]["figures"]["shots"]
+    shots = results["plain"][0]["figures"]["shots"]
     k = 4 if 4 in shots else shots[-1]
     columns = {"caption": ("caption, 1 figure", "flamingo"),
                "LM, captions": ("caption, 1 figure", "captions"),
                "shape": ("shape, unseen kind", "flamingo"),
                **{title: (f"{name}, {k}", "flamingo") for name, title in EPISODES.items()}}
     return [["exactly right, %", *columns]] + [
-        [name.removeprefix("ablation-"), *(cell(seeds, *of, digits=0) for of in columns.values())]
+        [name.removeprefix("ablated-"), *(cell(seeds, *of, digits=0) for of in columns.values())]
         for name, seeds in results.items()]
 
 
@@ -198,10 +198,10 @@ def jobs(args):
     out, runs = Path(args.out or "results"), Path(args.out or "runs/few-shot")
     for folder in map(Path, args.folders):
         settings = read(folder / "result.json", {})["settings"]
-        yield "middle", folder, out / f"{folder.resolve().name}.json", settings
+        yield "plain", folder, out / f"{folder.resolve().name}.json", settings
     device = common.find_device(args.given.get("device", "auto"))
-    usual = QUICK if args.quick else MIDDLE if device.startswith("cpu") else {}
-    names = {"middle": {}} | {f"ablation-{name}": how for name, how in ABLATIONS.items()
+    usual = QUICK if args.quick else PLAIN if device.startswith("cpu") else {}
+    names = {"plain": {}} | {f"ablated-{name}": how for name, how in ABLATIONS.items()
                               if args.ablate}
     for seed in () if args.folders else args.seeds or [0]:
         for name, how in names.items():
@@ -221,11 +221,11 @@ def main(args):
                 train(folder, settings)
             result = measure(folder, path, args.given.get("device", "auto"))
         results.setdefault(name, []).append(result)
-    both = [*tables(results["middle"])] + [ablations(results)] * args.ablate
+    both = [*tables(results["plain"])] + [ablations(results)] * args.ablate
     common.say("".join(f"\n{common.table(rows)}\n" for rows in both))
     common.say("LM, captions: the LM alone, with captions in place of the images. From 2 examples "
                "on, the new word is one of two: always the same one is right in 50 %."
-               + " Means ± standard deviations." * (len(results["middle"]) > 1))
+               + " Means ± standard deviations." * (len(results["plain"]) > 1))
 
 
 if __name__ == "__main__":

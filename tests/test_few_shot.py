@@ -120,10 +120,10 @@ def done(tmp_path_factory):
 def test_figures_equal_one_question_after_another(done):
     """From the checkpoint, one prompt at a time, without the batches."""
     out, text = done
-    result = json.loads((out / "flamingo-middle-1.json").read_text())
+    result = json.loads((out / "flamingo-plain-1.json").read_text())
     right = result["figures"]["right"]
-    args, model, tokens, statistics, seconds = few_shot.load(out / "middle-1", "cpu")
-    weights = torch.load(out / "middle-1/checkpoint.pt", weights_only=True)["model"]
+    args, model, tokens, statistics, seconds = few_shot.load(out / "plain-1", "cpu")
+    weights = torch.load(out / "plain-1/checkpoint.pt", weights_only=True)["model"]
     assert all(torch.equal(model.state_dict()[name], w) for name, w in weights.items())
     assert not model.training and result["figures"]["stages"] == seconds and min(seconds) > 0
     asked, scenes = few_shot.queries(args, tokens, 48)
@@ -158,14 +158,14 @@ def test_what_is_done_is_kept(done, tmp_path):
     assert tables(again.stdout) == tables(text)
     refused(run("--seeds", 1, "--out", out, "--", *SMALL, "--latents", 3, script=SCRIPT), 1, "is of another --latents: choose another --out",
             script="few_shot.py")
-    kept, path = (out / "flamingo-middle-1.json").read_text(), tmp_path / "middle-1.json"
-    folder = run(out / "middle-1", "--out", tmp_path, script=SCRIPT)           # a finished run gives the same figures
+    kept, path = (out / "flamingo-plain-1.json").read_text(), tmp_path / "plain-1.json"
+    folder = run(out / "plain-1", "--out", tmp_path, script=SCRIPT)           # a finished run gives the same figures
     assert folder.returncode == 0 and path.read_text() == kept and tables(folder.stdout) == tables(text)
     path.write_text(kept.replace('"majority": ', '"majority": 1'))
-    again = run(out / "middle-1", "--out", tmp_path, script=SCRIPT)
+    again = run(out / "plain-1", "--out", tmp_path, script=SCRIPT)
     assert again.returncode == 0 and tables(again.stdout) != tables(text)      # nothing was evaluated again
     path.write_text(kept[:100])
-    refused(run(out / "middle-1", "--out", tmp_path, script=SCRIPT), 1, "cannot be read", script="few_shot.py")
+    refused(run(out / "plain-1", "--out", tmp_path, script=SCRIPT), 1, "cannot be read", script="few_shot.py")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -188,21 +188,21 @@ def test_a_run_that_was_stopped_continues(done, tmp_path, monkeypatch):
             few_shot.main(options)
     monkeypatch.undo()
     monkeypatch.setattr(few_shot, "ABLATIONS", {"no-gate": dict(gate_start=math.inf)})
-    assert (tmp_path / "flamingo-middle-1.json").exists() and not (tmp_path / "flamingo-ablation-no-gate-1.json").exists()
+    assert (tmp_path / "flamingo-plain-1.json").exists() and not (tmp_path / "flamingo-ablated-no-gate-1.json").exists()
     few_shot.main(options)
-    figures, run_result = (tmp_path / name for name in ("flamingo-middle-1.json", "middle-1/result.json"))
+    figures, run_result = (tmp_path / name for name in ("flamingo-plain-1.json", "plain-1/result.json"))
     before, text = run_result.stat().st_mtime_ns, figures.read_text()
     figures.unlink()
     few_shot.main(options)                                                     # the run is not done again
     assert figures.read_text() == text and run_result.stat().st_mtime_ns == before
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert set(results) == {"flamingo-middle-1", "flamingo-ablation-no-gate-1"}
-    assert sorted(path.parent.name for path in tmp_path.glob("*/lm")) == ["middle-1"]
-    assert sorted(path.parent.name for path in tmp_path.glob("*/vit")) == ["middle-1"]
-    assert results["flamingo-ablation-no-gate-1"]["figures"]["gates"] == [[1., 1.]]
-    first = json.loads((out / "flamingo-middle-1.json").read_text())
-    assert results["flamingo-middle-1"]["figures"]["right"] == first["figures"]["right"]
-    assert results["flamingo-ablation-no-gate-1"]["figures"]["trained"] == first["figures"]["trained"] - 2
+    assert set(results) == {"flamingo-plain-1", "flamingo-ablated-no-gate-1"}
+    assert sorted(path.parent.name for path in tmp_path.glob("*/lm")) == ["plain-1"]
+    assert sorted(path.parent.name for path in tmp_path.glob("*/vit")) == ["plain-1"]
+    assert results["flamingo-ablated-no-gate-1"]["figures"]["gates"] == [[1., 1.]]
+    first = json.loads((out / "flamingo-plain-1.json").read_text())
+    assert results["flamingo-plain-1"]["figures"]["right"] == first["figures"]["right"]
+    assert results["flamingo-ablated-no-gate-1"]["figures"]["trained"] == first["figures"]["trained"] - 2
 
 
 def test_tables_are_means_and_fit_80_columns():
@@ -214,8 +214,8 @@ def test_tables_are_means_and_fit_80_columns():
     assert one[1] == ["caption, 1 figure", "95.0 ±5.0", "100.0 ±0.0", "0.0 ±0.0", "12.0 ±0.0"] and len(one) == 4
     assert two[5] == ["new word", "", "", "", "", ""] and two[6] == ["  Flamingo"] + ["95.0 ±5.0"] * 5
     assert two[2] == ["  Flamingo", "-", "-", "-", "95.0 ±5.0", "-"]
-    three = few_shot.ablations({"middle": results, "ablation-latents-0": results[:2]})
-    assert three[1] == ["middle", "95 ±5", "100 ±0", "95 ±5", "95 ±5", "95 ±5", "95 ±5"] and three[2][:2] == ["latents-0", "92 ±4"]
+    three = few_shot.ablations({"plain": results, "ablated-latents-0": results[:2]})
+    assert three[1] == ["plain", "95 ±5", "100 ±0", "95 ±5", "95 ±5", "95 ±5", "95 ±5"] and three[2][:2] == ["latents-0", "92 ±4"]
     for rows in one, two, three:
         assert max(map(len, common.table(rows).splitlines())) <= 80
 
@@ -224,25 +224,25 @@ def test_ablations_and_settings(tmp_path):
     """Each ablation is one setting that flamingo.py has; what comes after -- wins over the usual sizes."""
     args = few_shot.options(["--ablate", "--seeds", "0", "4", "--out", str(tmp_path), "--", "--steps", "7", "--device", "cpu", "--shots", "1", "2"])
     jobs = list(few_shot.jobs(args))
-    assert len(jobs) == 2 * 8 and jobs[0][0] == "middle"
+    assert len(jobs) == 2 * 8 and jobs[0][0] == "plain"
     usual = jobs[0][3]
-    assert usual == few_shot.MIDDLE | dict(steps=7, device="cpu", shots=(1, 2), seed=0)
+    assert usual == few_shot.PLAIN | dict(steps=7, device="cpu", shots=(1, 2), seed=0)
     for name, folder, path, settings in jobs[1:8]:
         ((key, value),) = settings.items() - (usual | {}).items()
-        assert getattr(flamingo.Args(), key) != value and name.startswith("ablation-")
+        assert getattr(flamingo.Args(), key) != value and name.startswith("ablated-")
         common.check(flamingo.Args(**settings))
         assert path.name == f"flamingo-{name}-0.json" and folder.name == f"{name}-0"
     assert jobs[8][3] == usual | dict(seed=4)
     quick = list(few_shot.jobs(few_shot.options(["--quick"])))
-    assert len(quick) == 1 and quick[0][3]["steps"] == 20 and str(quick[0][1]) == "runs/few-shot-quick/middle-0"
+    assert len(quick) == 1 and quick[0][3]["steps"] == 20 and str(quick[0][1]) == "runs/few-shot-quick/plain-0"
     (plain,) = few_shot.jobs(few_shot.options([]))
-    assert plain[2] == ROOT / "results/flamingo-middle-0.json" and str(plain[1]) == "runs/few-shot/middle-0"
+    assert str(plain[2]) == "results/flamingo-plain-0.json" and str(plain[1]) == "runs/few-shot/plain-0"
 
 
 def test_bad_input(done, tmp_path):
     no = lambda status, *flags, words: refused(run(*flags, script=SCRIPT), status, *words, script="few_shot.py")
     no(1, tmp_path / "nothing", words=["there is no", "holds no finished run of flamingo.py"])
-    no(1, done[0] / "middle-1/lm", words=["holds no finished run of flamingo.py"])
+    no(1, done[0] / "plain-1/lm", words=["holds no finished run of flamingo.py"])
     no(2, tmp_path, "--ablate", words=["--seeds, --ablate and --quick train runs"])
     no(2, "--", "--seed", 3, words=["take --seeds and --out"])
     no(2, "--seed", 3, words=["unknown flag --seed", "did you mean --seeds?"])

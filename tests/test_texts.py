@@ -1,0 +1,139 @@
+"""Texts that are large, broken or no files; and downloads that go wrong."""
+import gzip
+import hashlib
+import http.server
+import os
+import socket
+import struct
+import tarfile
+import threading
+import time
+
+import pytest
+import torch
+
+import bert
+import common
+import gpt
+from common import UserError
+
+
+def args_of(script, data, out, **more):
+    small = dict(steps=1, batch=4, context=12, dim=8, depth=1, heads=1, device="cpu", dtype="float32")
+    return script.Args(data=str(data), out=str(out), **{**small, **more})
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in str(tmp_path / "pipe"), "/dev/zero":
+        for utf8 in True, False:
+            with pytest.raises(UserError, match="is no regular file"):
+                common.load_text(path, utf8=utf8)
+
+
+def test_a_text_of_nul_bytes_is_empty(tmp_path):
+    (tmp_path / "x.txt").write_bytes(bytes(5000))
+    with pytest.raises(UserError, match="is empty"):
+        common.load_text(str(tmp_path / "x.txt"))
+
+
+def test_the_byte_that_is_no_utf8_is_named_in_a_large_text(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"fine words " * 200_000 + b"caf\xe9 " + b"fine " * 9)
+    with pytest.raises(UserError, match="byte 0xe9 at 2200003"):
+        common.load_text(str(tmp_path / "x.txt"), utf8=True)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_an_archive_of_links_or_devices_is_refused(kind, tmp_path):
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
+        member = tarfile.TarInfo("data_1.bin")
+        member.type, member.linkname = kind, "/etc/passwd"
+        tar.addfile(member)
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "x.tar.gz").rename(tmp_path / "cifar10/cifar-10-binary.tar.gz")
+    with pytest.raises(UserError, match="truncated or not CIFAR-10's binary archive"):
+        common.read_cifar10("cifar10", tmp_path)
+
+
+def test_no_more_of_a_gzip_is_unpacked_than_mnist_holds(tmp_path, monkeypatch):
+    (tmp_path / "mnist").mkdir()
+    bomb = struct.pack(">IIII", 0x803, 1 << 18, 16, 32) + bytes(1 << 27)           # 128 MB, as declared
+    (tmp_path / "mnist" / common.IDX[0]).write_bytes(gzip.compress(bomb, 1))
+    with pytest.raises(UserError, match="truncated or broken"):
+        common.read_idx("mnist", tmp_path)
+
+
+def test_closing_evaluations_are_capped(tmp_path, monkeypatch):
+    raw = b"the cat sat on the mat. " * 100_000                                                # 2.4 MB
+    text = common.Text(["x"], [raw[:24_000]], [raw])
+    monkeypatch.setattr(common, "load_text", lambda *a, **k: text)
+    words = common.Words.of(text.train, 100)
+    _, val = bert.windows(args_of(bert, "x", tmp_path), words, text)
+    whole = words.stream(text.val).long().unfold(0, 10, 10)
+    assert val.shape == (4000, 10) and val[0].equal(whole[0]) and val[-1].equal(whole[-1])
+    seen = []
+    monkeypatch.setattr(gpt, "evaluate", lambda args, model, val: seen.append(val) or (1., 1.))
+    gpt.main(args_of(gpt, "x", tmp_path / "run", length=3))
+    assert seen[0].shape == (4000, 12)
+
+
+# ------------------------------------------------------------------------------------ downloads
+
+
+@pytest.fixture
+def mirrors(monkeypatch):
+    """Mirrors whose answers are the functions of the dict; the second has the right file."""
+    content, answers = b"the right one" * 1000, {}
+    answers["/second/x.gz"] = lambda h: h.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + content)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            answers[self.path](self)
+            self.close_connection = True
+
+        def log_message(self, *_):
+            pass
+
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    at = f"http://127.0.0.1:{web.server_port}"
+    monkeypatch.setitem(common.MIRRORS, "mnist", [f"{at}/first/", f"{at}/second/"])
+    monkeypatch.setitem(common.SHA256["mnist"], "x.gz", hashlib.sha256(content).hexdigest())
+    yield content, answers
+    web.shutdown()
+
+
+def reset(handler):
+    """Resets the connection."""
+    handler.wfile.flush()
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+
+
+def drip(handler):
+    """A byte at a time, until the other side has enough."""
+    handler.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 13000\r\n\r\n")
+    try:
+        for _ in range(200):
+            handler.wfile.write(b"x")
+            time.sleep(.02)
+    except OSError:
+        pass
+
+
+@pytest.mark.parametrize("answer, why", [
+    (reset, "reset"),                                                   # before a single header
+    (lambda h: h.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: many\r\n\r\nx"), "SHA-256"),
+    (lambda h: h.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + bytes(200_000)), "it sends more than 100,000 bytes"),
+    (drip, "it sends less than 20,000 bytes a second"),
+    (lambda h: h.wfile.write(b"nonsense\r\n\r\n"), "nonsense")])
+def test_a_mirror_that_fails_is_named_with_its_cause_and_the_next_is_asked(mirrors, answer, why, tmp_path, monkeypatch):
+    content, answers = mirrors
+    monkeypatch.setattr(common, "MOST_BYTES", 100_000)
+    monkeypatch.setattr(common, "PATIENCE", .2)
+    right, answers["/first/x.gz"], answers["/second/x.gz"] = answers["/second/x.gz"], answer, answer
+    with pytest.raises(UserError, match=f"could not download x.gz .http://.*first/: .*{why}"):
+        common.fetch("mnist", "x.gz", tmp_path)
+    answers["/second/x.gz"] = right
+    assert common.fetch("mnist", "x.gz", tmp_path).read_bytes() == content
+    assert [path.name for path in (tmp_path / "mnist").iterdir()] == ["x.gz"]
