@@ -81,7 +81,7 @@ class Args(common.Args):
     tune_steps: int = 200           # steps of each fine-tuning, 0 or more
     tune_lr: float = 5e-4           # peak learning rate of fine-tuning
 
-    cpu = dict(steps=2200, batch=64, context=32, dim=128, depth=2, heads=8, dropout=0.,
+    cpu = dict(steps=2500, batch=64, context=32, dim=128, depth=2, heads=8, dropout=0.,
                tune_steps=60)
 
 

@@ -22,7 +22,7 @@ Flow     tokens x (B, T): bytes of a text, or the pixels of a small grey image, 
          sample       prompt -> cache (prefill); then one token at a time
 
 Run      python gpt.py --prompt "The "
-Expect   1.375 ± 0.014 nats per token on new text, 1.99 ± 0.02 bits per byte (3 seeds; 271 s of
+Expect   1.347 ± 0.003 nats per token on new text, 1.95 ± 0.00 bits per byte (3 seeds; 162 s of
          training on 1 thread, beside other jobs; Intel(R) Xeon(R) Processor, 2 cores, Python
          3.11.7, torch 2.13.0+cpu)
 Differs  A token is a byte (257 with BOS), not one of 50,257 pieces of words (byte-pair encoding).

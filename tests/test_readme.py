@@ -213,6 +213,27 @@ def energy(pattern):
         f"{len(runs)} bases, at k = {max(runs[0]['settings']['k'])}.")
 
 
+TRIED = {   # script: what a search of its settings shows
+    "bert.py": [("masked words right, %", "masked, accuracy", 1), ("tuned on 20 labels, %", "accuracy, BERT, tune all, 2", 1)],
+    "gpt.py": [("nats per token", "loss", 3)],
+    "mae.py": [("error", "error", 3), ("tuned on 100 labels, %", "accuracy, MAE, tune all, 0", 1)],
+    "flamingo.py": [("captions of two figures, %", "right, caption, 2 figures", 1), ("new word from 4 images, %", "right, new word, 4", 1)]}
+
+
+def tried(pattern):
+    """The settings that experiments/search.py compared, on validation data."""
+    rows = []
+    for r in load(pattern):
+        script = r["command"].split()[2]
+        usual = f"`--muon-lr {r['settings']['muon_lr']:g} --weight-decay {r['settings']['weight_decay']:g}`"
+        for row, found in r["figures"].items():
+            rows.append([f"`{script}`", usual if row == "usual settings" else f"`{row}`", ", ".join(
+                f"{what} {number(found[name], digits)}" for what, name, digits in TRIED[script])])
+    return table(["", "settings", "what came out"], rows, "---") + (
+        f"\n\nMean ± standard deviation over seeds {', '.join(map(str, r['seeds']))}; a row differs from the first of its script "
+        f"in what it says; {where(r)}.")
+
+
 WHO = {"flamingo": "Flamingo", "captions": "the LM, captions in place of images", "lm": "the LM alone",
        "majority": "most frequent answer"}
 EPISODES = "new word", "held-out word", "unasked question"
@@ -305,6 +326,7 @@ def expect(name):
     if name == "lora":
         time = f"{seconds(lambda r: r['figures']['base_seconds'])} of training for the base, then a few seconds,"
     if name == "flamingo":
+        runs = load("flamingo-plain-*.json")                # of the same runs, with the times of their first two trainings
         time = (f"{seconds(lambda r: sum(r['figures']['stages']))} of training for the LM and the ViT, then "
                 f"{seconds(lambda r: r['seconds'])},")
     text = f"Expect   {texts(name)} ({len(runs)} seeds; {time} on {most} thread{'s' if most > 1 else ', beside other jobs'}; {where(runs[0])})"
@@ -312,7 +334,7 @@ def expect(name):
     return textwrap.fill(whole, 100, subsequent_indent=" " * 9).replace("\a", " ")
 
 
-BLOCKS = {f.__name__: f for f in (accuracies, variants, shown, adapted, searched, energy, answered, shots, compared,
+BLOCKS = {f.__name__: f for f in (accuracies, variants, shown, adapted, searched, energy, tried, answered, shots, compared,
                                   speed, memory, fastest, texts)}
 
 
