@@ -1187,24 +1187,10 @@ def load_text(name, data_dir="data", parts=1, utf8=False, flag="--data"):
         path = Path(name)
         if name == "shakespeare":
             path = fetch(name, "input.txt", Path(data_dir), "tinyshakespeare.txt")
-        files = files_below(path) if path.is_dir() else [path]
         require(name and path.exists(), f"there is no text {name!r}: {flag} takes pydocs, pycode, "
                 "shakespeare, a file, or a folder of .txt files; for images gpt.py takes shapes, "
                 f"{', '.join(IMAGE_SETS)} or an .npz")
-        require(path.is_dir() or path.is_file(), f"{path} is no regular file")
-        if path.is_dir():
-            known = [file for file in files if file.suffix.lower() in (".txt", ".md")]
-            others = collections.Counter(file.suffix or file.name for file in set(files) - {*known})
-            left = ", ".join(f"{n:,} {ending}" for ending, n in others.most_common(8))
-            require(known, f"{path} holds no .txt or .md file")
-            files, size = known, sum(file.stat().st_size for file in known)
-            say(f"{path}: {len(files):,} documents, {size:,} bytes"
-                + f"; left out: {left}" * bool(left) + ".")
-        try:
-            documents = {file.stem if len(files) == 1 else str(file.relative_to(path)):
-                         file.read_bytes() for file in files}
-        except OSError as error:
-            raise UserError(f"cannot read {error.filename} ({error.strerror})") from None
+        documents = read_documents(path)
     documents = {name: raw for name, raw in documents.items() if raw.strip(b" \t\r\n\0")}
     require(documents, f"the text of {flag} {name} is empty")
     for document, raw in documents.items() if utf8 else ():
@@ -1222,6 +1208,25 @@ def load_text(name, data_dir="data", parts=1, utf8=False, flag="--data"):
     cut = [boundary(raw, len(raw) * 9 // 10) for raw in documents.values()]
     return Text(list(documents), [raw[:at] for raw, at in zip(documents.values(), cut)],
                 [raw[at:] for raw, at in zip(documents.values(), cut)])
+
+
+def read_documents(path):
+    """{name: bytes} of a file, or of a folder, of which it says what was found."""
+    require(path.is_dir() or path.is_file(), f"{path} is no regular file")
+    below = files_below(path) if path.is_dir() else []
+    files = [file for file in below if file.suffix.lower() in (".txt", ".md")] or [path]
+    others = collections.Counter(file.suffix or file.name for file in set(below) - set(files))
+    require(path.is_file() or files != [path], f"{path} holds no .txt or .md file")
+    try:
+        documents = {file.stem if len(files) == 1 else str(file.relative_to(path)):
+                     file.read_bytes() for file in files}
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename} ({error.strerror})") from None
+    if below:
+        left = ", ".join(f"{n:,} {ending}" for ending, n in others.most_common(8))
+        say(f"{path}: {len(files):,} documents, {sum(map(len, documents.values())):,} bytes"
+            + f"; left out: {left}" * bool(left) + ".")
+    return documents
 
 
 def pieces(raw, size=2 ** 20):

@@ -92,20 +92,23 @@ class Args(common.Args):
 
 
 class MAE(nn.Module):
-    """An encoder of the visible patches, and a smaller decoder of the masked ones (MAE, fig. 1)."""
+    """An encoder of the visible patches, and a smaller decoder of the masked ones (MAE, fig. 1).
+
+    image_size: the side in pixels, or (height, width).
+    """
 
     def __init__(self, image_size, patch, dim, depth, heads, decoder_dim, decoder_depth,
-                 decoder_heads):
+                 decoder_heads, channels=3):
         super().__init__()
-        self.encoder = ViT(image_size, patch, dim, depth, heads)
+        self.encoder = ViT(image_size, patch, dim, depth, heads, channels)
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_dim) * .02)
-        position = sincos_pos_embed(image_size // patch, decoder_dim)
+        position = sincos_pos_embed(*self.encoder.grid, decoder_dim)
         self.register_buffer("decoder_pos_embed", position, persistent=False)
         blocks = (Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
         self.decoder_blocks = nn.ModuleList(blocks)
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_dim, 3 * patch ** 2)
+        self.decoder_pred = nn.Linear(decoder_dim, channels * patch ** 2)
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -137,17 +140,20 @@ class ViT(nn.Module):
 
     ids (B, n) are the positions of the patches in the image, row by row; without them the patches
     are all N, in order. Token 0 of the output is the cls token, which is no patch: an image can be
-    classified by it. Here, as in the paper, pre-training gives it no target.
+    classified by it. Here, as in the paper, pre-training gives it no target. image_size: the side
+    in pixels, or (height, width).
     """
 
-    def __init__(self, image_size, patch, dim, depth, heads):
+    def __init__(self, image_size, patch, dim, depth, heads, channels=3):
         super().__init__()
-        if image_size % patch:
-            raise ValueError(f"a patch of {patch} pixels does not divide images of {image_size} x "
-                             f"{image_size} pixels")
-        self.patch_embed = nn.Linear(3 * patch ** 2, dim)
+        height, width = [image_size] * 2 if isinstance(image_size, int) else image_size
+        if height % patch or width % patch:
+            raise ValueError(f"a patch of {patch} pixels does not divide images of {height} x "
+                             f"{width} pixels")
+        self.grid = height // patch, width // patch          # rows and columns of patches
+        self.patch_embed = nn.Linear(channels * patch ** 2, dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * .02)
-        position = sincos_pos_embed(image_size // patch, dim)
+        position = sincos_pos_embed(*self.grid, dim)
         self.register_buffer("pos_embed", position, persistent=False)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -167,8 +173,8 @@ class ViT(nn.Module):
         return self.norm(x)
 
 
-def sincos_pos_embed(side, dim):
-    """Fixed 2-D sin-cos position embedding of side x side patches: (1, 1 + side^2, dim).
+def sincos_pos_embed(rows, columns, dim):
+    """Fixed 2-D sin-cos position embedding of N = rows x columns patches: (1, 1 + N, dim).
 
     Half of the channels encode the column, half the row, each by sines, then cosines, of frequency
     10000^(-4 i / dim). Row 0 is for the cls token: zeros.
@@ -177,9 +183,9 @@ def sincos_pos_embed(side, dim):
         raise ValueError(f"{dim} channels cannot hold sines and cosines of x and y: take a "
                          "multiple of 4")
     frequency = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) * 4 / dim)
-    angle = torch.arange(side)[:, None] * frequency                         # (side, dim / 4)
+    angle = torch.arange(max(rows, columns))[:, None] * frequency           # (side, dim / 4)
     code = torch.cat([angle.sin(), angle.cos()], 1)                         # (side, dim / 2)
-    column, row = code.repeat(side, 1), code.repeat_interleave(side, 0)     # each (side^2, dim / 2)
+    column, row = code[:columns].repeat(rows, 1), code[:rows].repeat_interleave(columns, 0)
     return F.pad(torch.cat([column, row], 1), (0, 0, 1, 0)).float()[None]
 
 
@@ -277,19 +283,22 @@ def gather(x, ids):
 
 
 def patchify(x, p):
-    """Images (B, 3, S, S) -> patches (B, N, P), row by row; inside a patch: row, column, colour."""
-    B, C, S, W = x.shape
-    if C != 3 or S != W or S % p:
-        raise ValueError(f"images are (B, 3, S, S), S a multiple of {p}, not {tuple(x.shape)}")
-    s = S // p                                                     # patches per side, N = s^2
-    return x.reshape(B, 3, s, p, s, p).permute(0, 2, 4, 3, 5, 1).reshape(B, s * s, 3 * p * p)
+    """Images (B, C, H, W) -> patches (B, N, P), row by row; inside a patch: row, column, colour."""
+    B, C, H, W = x.shape
+    if H % p or W % p:
+        raise ValueError(f"a patch of {p} pixels does not divide images of {H} x {W} pixels")
+    h, w = H // p, W // p                                          # patches: N = h w
+    return x.reshape(B, C, h, p, w, p).permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, p * p * C)
 
 
-def unpatchify(patches, p):
-    """The inverse: (B, N, P) -> (B, 3, S, S)."""
-    B, N, _ = patches.shape
-    s = math.isqrt(N)
-    return patches.reshape(B, s, s, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(B, 3, s * p, s * p)
+def unpatchify(patches, p, rows=None):
+    """The inverse: (B, N, P) -> (B, C, H, W), of as many rows of patches; None: a square image."""
+    B, N, P = patches.shape
+    h, C = rows or math.isqrt(N), P // p ** 2
+    if N % h or rows is None and h * h != N:
+        raise ValueError(f"{N} patches are not {h} rows")
+    x = patches.reshape(B, h, N // h, p, p, C).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(B, C, h * p, N // h * p)
 
 
 def normalize_patches(patches):
