@@ -340,7 +340,7 @@ def add_special_tokens(x):
 # ------------------------------------------------------------------------------------ evaluation
 
 
-MOST = 1000      # passages of each part of the text, at most
+MOST = 500       # passages of each part of the text, at most
 
 
 def build(args, vocab):
@@ -390,7 +390,7 @@ def evaluate(args, model, train, val, repeats=4):
     """Masks single words, 15 %, of new texts (m, T - 2), other ones in each repeat. Returns
     dict(accuracy in %, perplexity) of the model, and of the unigram baseline, which predicts the
     frequencies of the words in the training text (N,) at all positions."""
-    vocab, found = len(model.mlm_bias), []
+    vocab, words, guesses, costs = len(model.mlm_bias), [], [], []
     for repeat in range(repeats):
         torch.manual_seed(repeat)
         for x in map(add_special_tokens, common.progress(val.split(100), "evaluating")):
@@ -399,10 +399,12 @@ def evaluate(args, model, train, val, repeats=4):
             with common.autocast(args):
                 logits = model(*inputs).float()[target >= 0]
             target = target[target >= 0]
-            found.append((target, logits.argmax(1) == target,
-                          F.cross_entropy(logits, target, reduction="none")))
-    target, right, nats = map(torch.cat, zip(*found))
-    count = 1. + train[train >= FIRST_WORD].bincount(minlength=vocab)
+            words += target.tolist()         # lists: small tensors would keep the heap from shrinking
+            guesses += logits.argmax(1).tolist()
+            costs += F.cross_entropy(logits, target, reduction="none").tolist()
+    target, right = torch.tensor(words), torch.tensor(words) == torch.tensor(guesses)
+    nats = torch.tensor(costs)
+    count = 1. + train[train >= FIRST_WORD].bincount(minlength=vocab).cpu()
     unigram = (count / count.sum()).log()
     score = lambda right, nats: dict(accuracy=100 * right.float().mean().item(),
                                      perplexity=math.exp(min(nats.mean().item(), 100)))
