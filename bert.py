@@ -399,7 +399,7 @@ def evaluate(args, model, train, val, repeats=4):
             with common.autocast(args):
                 logits = model(*inputs).float()[target >= 0]
             target = target[target >= 0]
-            words += target.tolist()         # lists: small tensors would keep the heap from shrinking
+            words += target.tolist()     # lists: small tensors would keep the heap from shrinking
             guesses += logits.argmax(1).tolist()
             costs += F.cross_entropy(logits, target, reduction="none").tolist()
     target, right = torch.tensor(words), torch.tensor(words) == torch.tensor(guesses)

@@ -996,8 +996,12 @@ def read_arrays(path, *names):
     require(path.is_file(), f"there is no file {path}")
     try:
         with np.load(path, allow_pickle=False) as file:
+            large = sum(info.file_size for info in file.zip.infolist())
+            require(large < 2 ** 36, f"{path} declares {large:,} bytes: that is more than fits")
             found = {key: file[key] for key in file.files if key in names}
             held = ", ".join(file.files)
+    except UserError:
+        raise
     except Exception as error:                          # NumPy raises many kinds for a broken file
         pickled = "Object arrays" in str(error)
         why = "it holds pickled objects" if pickled else "it is truncated or no .npz"
@@ -1015,8 +1019,9 @@ def read_npz(path):
     """
     ours = "x_train", "y_train", "x_test", "y_test"
     theirs = "train_images", "train_labels", "test_images", "test_labels"
-    found = read_arrays(path, *ours, *theirs, "classes")
+    found = read_arrays(path, *ours, *theirs, "images", "classes")
     x, y, x_test, y_test = (found.get(a, found.get(b)) for a, b in zip(ours, theirs))
+    x = found.get("images") if x is None else x
     require(x is not None, f"{path} has no x_train")
     if x_test is None:
         fifth = np.arange(len(x)) % 5 == 4
@@ -1077,14 +1082,13 @@ def square(file, size):
     uint8, and its own width and height. What is transparent becomes white."""
     from PIL import Image, ImageOps
     picture = Image.open(file)
-    own = picture.size
+    own, form = picture.size, picture.format
     picture.draft("RGB", (2 * size, 2 * size))                   # a large JPEG is read at a part
     picture = ImageOps.exif_transpose(picture)                   # held upright
-    if picture.mode[0] in "IF":                                  # grey: 16 bits, 32 bits, floats
-        grey = np.asarray(picture)
-        if picture.mode == "F" or grey.max() > 65535:
-            raise ValueError("save it with 8 or 16 bits a channel")
-        picture = Image.fromarray((grey // 256).astype(np.uint8))
+    if picture.mode == "F" or picture.mode == "I" and form != "PNG":
+        raise ValueError("it has 32 bits a channel: save it with 8 or 16")
+    if picture.mode[0] == "I":                                   # grey of 16 bits
+        picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -1108,12 +1112,19 @@ def list_pictures(path, known):
     tests = [name for name in ("test", "val", "valid", "validation") if name in tops]
     part = {"train": "train", tests[0]: "test"} if tests and "train" in tops else {}
     if part:
-        found = [(file, parts) for file, parts in found if parts and parts[0].lower() in part]
-    inner = [parts[bool(part):] for _, parts in found]
-    classes = {parts[0] if parts else "" for parts in inner}
-    labelled = len(classes) > 1 and "" not in classes
-    return [(file, part[parts[0].lower()] if part else "", own[0] if labelled else "")
-            for (file, parts), own in zip(found, inner)], others
+        own = [(file, parts) for file, parts in found if parts and parts[0].lower() in part]
+        others["pictures in other folders"] += len(found) - len(own)
+        found = own
+    rows = [(file, part[parts[0].lower()] if part else "", (*parts[bool(part):], "")[0])
+            for file, parts in found]
+    classes = {name for _, split, name in rows if split != "test"}
+    if len(classes) < 2 or "" in classes:
+        return [(file, split, "") for file, split, _ in rows], +others
+    if "" in {name for _, split, name in rows if split == "test"}:       # these cannot test it
+        flat = sum(split == "test" for _, split, _ in rows)
+        others["test pictures without a class"] = flat
+        rows = [(file, "", name) for file, split, name in rows if split == "train"]
+    return rows, +others
 
 
 def read_folder(path, size, skip_broken=False):
@@ -1135,7 +1146,7 @@ def read_folder(path, size, skip_broken=False):
     for file, part, name in progress(found, "reading pictures"):
         try:
             picture, own = square(file, size)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:                      # Pillow raises many kinds for a broken file
             why = getattr(error, "strerror", None) or str(error).split(" '")[0]
             require(skip_broken, f"cannot read the picture {file} ({why}): mend it, move it away, "
                     "or leave such pictures out with --skip-broken")
@@ -1773,7 +1784,9 @@ def k_shot(labels, k, seed=0):
 def encode(args, f, images, x, batch=500):
     """f of every image of x (n, 3, S, S) uint8, normalised, without gradients: (n, C) float."""
     with autocast(args):
-        return torch.cat([f(images.normalize(part)).float() for part in x.split(batch)])
+        h = torch.cat([f(images.normalize(part)).float() for part in x.split(batch)])
+    require(h.abs().max() < 1e15, "the features have no bounds any more: try a smaller --lr")
+    return h
 
 
 def probe(train, labels, test, test_labels, k=0, seed=0, decay=1e-2):
@@ -1823,7 +1836,7 @@ def label_table(args, images, rows):
     names = [what] * len(args.labels) + ["colour"] * ("colour" in images.names)
     chance, ids = [100 / len(images.names[name]) for name in names], images.test_labels
     most = [100 * (ids[name].bincount().max() / len(ids[name])).item() for name in names]
-    same = {f"always the same {what}": most} if most[0] > 1.25 * chance[0] else {}
+    same = {f"always the same {what}": most} if most[0] > 1.15 * chance[0] else {}
     rows = {"chance": chance, **same, **rows}
     return table([[f"{what}, accuracy in % by labels per class", *head[:wide]],
                   *([name, *(f"{x:.1f}" for x in row[:wide])] for name, row in rows.items())])

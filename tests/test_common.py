@@ -236,6 +236,8 @@ def test_arrays_of_others(tmp_path):
     assert torch.equal(grey.train, column.train) and grey.train.shape == (40, 3, 8, 8)
     np.savez(path, train_images=x, train_labels=y[:, None], test_images=x[:10], test_labels=y[:10, None], val_images=x, val_labels=y)
     assert torch.equal(load(path).train, usual.train) and load(path).names == usual.names                   # MedMNIST's names
+    np.savez(path, images=x)
+    assert load(path).names == {} and len(load(path).test) == 8
     np.savez(path, x_train=x)
     alone = load(path)
     assert alone.names == alone.train_labels == alone.test_labels == {}
@@ -319,6 +321,13 @@ def test_parts_of_any_name(album, train, test):
 def test_parts_without_labels(album):
     images = album(*(f"train/{i}.jpg" for i in range(3)), "test/0.jpg")
     assert images.names == {} and greys(images) == ([0, 1, 2], [3])
+
+
+def test_test_pictures_without_classes_do_not_take_those_of_training_away(album, capsys):
+    images = album(*(f"train/{c}/{i}.jpg" for c in "ab" for i in range(5)), *(f"test/{i}.jpg" for i in range(3)), "val/a/0.jpg")
+    assert images.names == {"class": ["a", "b"]} and greys(images) == ([0, 1, 2, 3, 5, 6, 7, 8], [4, 9])
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "left out: 3 test pictures without a class, 1 pictures in other folders." in said
 
 
 def test_a_class_that_is_in_the_test_alone(album):
@@ -418,15 +427,22 @@ def test_pictures_of_all_kinds_of_files(pictures):
     turned[0x0112] = 6
     disc = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     disc.paste((0, 0, 0, 255), (2, 2, 6, 6))
-    cases = {"grey": (Image.fromarray(ramp), {}), "turned": (half, dict(exif=turned)), "clear": (disc, {}), "palette": (grey(77).quantize(4), {})}
+    cases = {"grey": (Image.fromarray(ramp), {}), "turned": (half, dict(exif=turned)), "clear": (disc, {}), "palette": (grey(77).quantize(4), {}),
+             "inks": (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), {})}
     for name, (image, how) in cases.items():
-        folder = pictures(f"{name}/a", image, **how)
-        pictures(f"{name}/b", image, **how)
+        ending = "jpg" if name == "inks" else "png"
+        folder = pictures(f"{name}/a", image, ending, **how)
+        pictures(f"{name}/b", image, ending, **how)
     found = {name: load(folder / name, size=8).train[0] for name in cases}
     assert np.abs(found["grey"][0, 0].numpy() - np.linspace(0, 255, 8)).max() < 1
     assert found["turned"][0, :, 0].tolist() == [0] * 8 and found["turned"][0, :, 7].tolist() == [255] * 8
     assert found["clear"][:, 0, 0].tolist() == [255] * 3 and found["clear"][:, 3, 3].tolist() == [0] * 3
     assert (found["palette"] == 77).all()
+    assert (found["inks"][0] > 200).all() and (found["inks"][1:] < 60).all()
+    for mode, values in ("F", np.linspace(0, 1, 64, dtype=np.float32)), ("I", np.arange(64, dtype=np.int32)):
+        folder = pictures(f"deep{mode}", Image.fromarray(values.reshape(8, 8), mode), "tif")
+        with pytest.raises(UserError, match="cannot read the picture .*tif .it has 32 bits a channel: save it with 8 or 16"):
+            load(folder / f"deep{mode}", size=8)
 
 
 def test_folder_without_pillow(tmp_path, monkeypatch):
