@@ -83,8 +83,8 @@ class Args(common.Args):
     tune_steps: int = 1000          # steps of each fine-tuning, 0 or more
     tune_lr: float = 1e-3           # peak learning rate of fine-tuning
 
-    cpu = dict(steps=1700, batch=64, lr=3e-3, muon_lr=0.01, dim=128, depth=4, heads=2,
-               decoder_dim=64, decoder_depth=2, decoder_heads=2, labels=(100,), tune_steps=150)
+    cpu = dict(steps=2000, batch=64, lr=3e-3, dim=128, depth=4, heads=2, decoder_dim=64,
+               decoder_depth=2, decoder_heads=2, labels=(100,), tune_steps=150)
 
 
 # ------------------------------------------------------------------------------------- the model
