@@ -31,8 +31,9 @@ Differs  80 % of the masked words show as [MASK] and 20 % as random words, as in
          punctuation mark, not a piece of a word; rare ones are [UNK], never masked. No
          next-sentence prediction (later work found it needless), so no loss trains the output at
          [CLS] before fine-tuning. Muon trains the matrices of the blocks (its steps are
-         orthogonalised: common.py), AdamW the rest; the paper has Adam for all. A cosine schedule.
-         span: without SpanBERT's second loss. pmi: all n-grams above a threshold.
+         orthogonalised: common.py), AdamW the rest; the paper has Adam for all. A cosine schedule;
+         larger initial weights in narrow models. span: without SpanBERT's second loss. pmi: all
+         n-grams above a threshold.
 
 Try      --strategy span, pmi: is a whole phrase harder to predict than as many single words? (See
          log.jsonl: the score at the end is always of single words.)

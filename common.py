@@ -824,6 +824,9 @@ def load_images(args):
         raise UserError(f"there is no data set {name!r}: --data takes {', '.join(IMAGE_SETS)}, "
                         "shapes, an .npz file, or a folder of pictures")
     x_train, y_train, x_test, y_test = arrays
+    for x, y in ((x_train, y_train), (x_test, y_test)) if name in IMAGE_SETS else ():
+        require(len(x) == len(y) and y.max() < len(classes), f"the labels of {name} in "
+                f"{args.data_dir} are not those of its images: delete them to fetch them anew")
     if name not in IMAGE_SETS:          # often sorted by class; the first few should be like all
         x_train, y_train, x_test, y_test = *shuffled(x_train, y_train), *shuffled(x_test, y_test)
 

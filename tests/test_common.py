@@ -179,6 +179,14 @@ def test_cifar10_binary_archive(tmp_path):
         load("cifar10", tmp_path)
 
 
+def test_labels_of_other_images_are_refused(tmp_path, monkeypatch):
+    x, y = np.zeros((6, 28, 28), np.uint8), np.arange(6, dtype=np.uint8)
+    for labels in y[:4], y + 9:
+        monkeypatch.setattr(common, "read_idx", lambda *_: (x, labels, x, y, common.MNIST))
+        with pytest.raises(UserError, match="the labels of mnist in .* are not those of its images"):
+            load("mnist", tmp_path)
+
+
 def test_npz(tmp_path):
     path, x, y = tmp_path / "x.npz", np.zeros((6, 8, 8, 3), np.uint8), np.arange(6) % 3
     good = dict(x_train=x, y_train=y, x_test=x, y_test=y)
