@@ -1731,7 +1731,8 @@ def stage(args, name, same, **settings):
             state = read_checkpoint(path, script(args))
         except (UserError, OSError):
             continue
-        differ = [flag(key) for key in same if state["args"].get(key) != getattr(how, key)]
+        differ = [flag(key) for key in same
+                  if state["args"].get(key) != getattr(how, key, None)]
         if not differ and state["step"] == how.steps:
             return dataclasses.replace(how, out=str(path)), True
         if path == own:

@@ -887,7 +887,7 @@ def test_a_finished_run_answers_a_prompt(done, tmp_path):
     np.savez(tmp_path / "one.npz", images=x[:1])
     (tmp_path / "broken.npz").write_bytes(b"no zip")
     resume = lambda **how: flamingo.main(flamingo.Args(resume=True, steps=0, out=str(out), **how))
-    for name, words in (("large", "large.npz: images is uint8 .3, 64, 64, 3., not .n, 32, 32, 3. uint8"), ("none", "holds pictures, not images"),
+    for name, words in (("large", "large.npz: images is .3, 64, 64, 3., not .n, 32, 32, 3.: scale them"), ("none", "holds pictures, not images"),
                         ("broken", "truncated,? or no .npz"), ("missing", "there is no file"),
                         ("one", "--prompt has 2 <image> tokens, and there are 1 images")):
         with pytest.raises(common.UserError, match=words):

@@ -135,7 +135,7 @@ def main(args):
     build = lambda: nn.Sequential(nn.Linear(3, args.width), nn.Dropout(.5), nn.Linear(args.width, 2))
     data = torch.arange(60.).view(20, 3) / 60
     if args.first_steps:
-        how, done = common.stage(args, "first", ("lr", "width", "seed"), steps=args.first_steps, lr=args.first_lr)
+        how, done = common.stage(args, "first", ("width",), steps=args.first_steps, lr=args.first_lr)
         if not done:
             train(how, build())
         first = common.read_checkpoint(how.out, "test_run.py")["model"]
