@@ -2,6 +2,7 @@ import dataclasses
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ SMALL = ("--dim 16 --heads 2 --depth 1 --decoder-dim 8 --decoder-heads 2 --decod
 def command(*flags, script="mae.py"):
     return [sys.executable, str(ROOT / script), *map(str, flags)]
 
+
+signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job ignores it
 
 # Importing torch takes seconds, and there are hundreds of runs: a server that has it forks for each. (Optimizers import
 # torch._dynamo.)
