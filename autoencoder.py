@@ -71,7 +71,7 @@ class Args(common.Args):
     beta: float = 0.1               # variational: weight of the KL beside the summed squared error
     corrupt: float = 0.0            # fraction of the input's pixels set to 0 (denoising), in [0, 1)
     skip_broken: bool = False       # leave out pictures of a folder that cannot be read
-    image_size: int = 32            # side of shapes, and of a folder's pictures, cropped, in pixels
+    image_size: int = 32            # side in pixels; a folder's pictures are cropped to squares
     width: int = 48                 # channels of the first convolution, doubled in each next
     labels: tuple[int, ...] = (1, 5, 20, 0)   # labelled images per class, 0 or more (0: all)
 

@@ -146,8 +146,8 @@ class BERT(nn.Module):
 class Classifier(nn.Module):
     """A BERT to be fine-tuned, with a new linear layer on pool(): texts (B, T) -> (B, classes).
 
-    Between them is a BatchNorm, as in MAE's probes (MAE, A.1): the scale of pool() depends on how
-    long BERT was trained. At first all classes get the same score.
+    Between them is a BatchNorm, as in MAE's probes (MAE, A.1), so that the scale of pool() does not
+    matter. At first all classes get the same score.
     """
 
     def __init__(self, bert, classes):

@@ -579,7 +579,7 @@ def save_adapter(args, model, about):
     how = dict(method=args.method, targets=args.targets, rank=args.rank,
                alpha=args.alpha or args.rank)
     with common.replacing(path) as f:
-        torch.save(dict(fingerprint=about["fingerprint"], adapter=how,      # of the base
+        torch.save(dict(fingerprint=about["fingerprint"], adapter=how,
                         tensors=adapter_state(model)), f)
     return path
 

@@ -69,7 +69,7 @@ class Args(common.Args):
     weight_decay: float = 0.1       # decay, of matrices only (MAE, table 8: 0.05)
     mask_ratio: float = 0.75        # fraction of the patches that are masked, in (0, 1)
     norm_pix: bool = False          # predict each patch normalised by its own mean and variance
-    image_size: int = 32            # side of shapes, and of a folder's pictures, cropped, in pixels
+    image_size: int = 32            # side in pixels; a folder's pictures are cropped to squares
     skip_broken: bool = False       # leave out pictures of a folder that cannot be read
     patch: int = 4                  # side of a patch in pixels
     dim: int = 192                  # channels of the encoder (ViT-Tiny)

@@ -71,7 +71,7 @@ class Args(common.Args):
     hue: float = 0.5                # largest change of the hue, 1 the whole circle, in [0, 0.5]
     blur: bool = False              # blur half of the views (SimCLR, app. A; not for CIFAR-10)
     skip_broken: bool = False       # leave out pictures of a folder that cannot be read
-    image_size: int = 32            # side of shapes, and of a folder's pictures, cropped, in pixels
+    image_size: int = 32            # side in pixels; a folder's pictures are cropped to squares
     depth: Literal[10, 18] = 18     # layers of the ResNet
     # below 8, PyTorch 2.13 gets wrong gradients on some CPUs (AVX2): those of the convolutions with
     # a 1 x 1 kernel and stride 2 in channels_last

@@ -1,4 +1,6 @@
 import dataclasses
+import hashlib
+import http.server
 import multiprocessing
 import os
 import runpy
@@ -6,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -94,3 +97,27 @@ def scripts():
     """The scripts of the seven that are there."""
     names = "simclr autoencoder mae bert gpt lora flamingo".split()
     return [f"{name}.py" for name in names if (ROOT / f"{name}.py").exists()]
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(answer, content): answer(handler) answers for two mirrors of a file x.gz of MNIST, whose content is known."""
+    import common
+    servers = []
+
+    def begin(answer, content):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                answer(self)
+
+            def log_message(self, *_):
+                pass
+        web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(web)
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        at = f"http://127.0.0.1:{web.server_port}"
+        monkeypatch.setitem(common.MIRRORS, "mnist", [f"{at}/first/", f"{at}/second/"])
+        monkeypatch.setitem(common.SHA256["mnist"], "x.gz", hashlib.sha256(content).hexdigest())
+    yield begin
+    for web in servers:
+        web.shutdown()

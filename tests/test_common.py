@@ -3,7 +3,6 @@ signals is in test_run.py."""
 import dataclasses
 import gzip
 import hashlib
-import http.server
 import io
 import json
 import math
@@ -12,7 +11,6 @@ import socket
 import struct
 import sys
 import tarfile
-import threading
 import types
 import zlib
 from dataclasses import dataclass
@@ -650,34 +648,24 @@ def test_hidden_files_are_no_text(tmp_path):
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
+def server(serve):
     """A mirror on this machine, and a file to be had from it."""
     content, pages = b"the right one" * 1000, {}
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            page = pages.get(self.path, b"")
-            page, headers = page if isinstance(page, tuple) else (page, {})
-            self.send_response(200 if self.path in pages else 404)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(page)
-            if "Content-Length" in headers:                              # of more than it sends: reset the connection
-                self.wfile.flush()
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.connection.close()
-
-        def log_message(self, *_):
-            pass
-
-    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=web.serve_forever, daemon=True).start()
-    at = f"http://127.0.0.1:{web.server_port}"
-    monkeypatch.setitem(common.MIRRORS, "mnist", [f"{at}/first/", f"{at}/second/"])
-    monkeypatch.setitem(common.SHA256["mnist"], "x.gz", hashlib.sha256(content).hexdigest())
-    yield content, pages
-    web.shutdown()
+    def answer(handler):
+        page = pages.get(handler.path, b"")
+        page, headers = page if isinstance(page, tuple) else (page, {})
+        handler.send_response(200 if handler.path in pages else 404)
+        for name, value in headers.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(page)
+        if "Content-Length" in headers:                                  # of more than it sends: reset the connection
+            handler.wfile.flush()
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            handler.connection.close()
+    serve(answer, content)
+    return content, pages
 
 
 def test_a_download_is_checked_before_use(server, tmp_path, capfd):

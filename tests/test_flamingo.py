@@ -758,6 +758,7 @@ def test_what_a_run_shows(done):
     assert all(len(line) <= 80 for line in text.splitlines())
     f = figures(out)
     assert {"caption, 1 figure", "colour, unseen kind", "new word, 0", "unasked question, 4", "LM alone, 3 figures"} <= set(f["right"])
+    assert not [group for group in f["right"] if "held-out" in group]          # experiments/few_shot.py has these
     assert f["lines"][-1].startswith("<image> what colour is it ? -> ") and f["lines"][-1] in " ".join(text.split())
     assert [line[:2] for line in f["lines"] if line[:2].strip()][:12] == [f"{i:>2}" for i in range(1, 13)]
     assert (out / "scenes.png").read_bytes()[:4] == b"\x89PNG"

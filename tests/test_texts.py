@@ -1,12 +1,9 @@
 """Texts that are large, broken or no files; and downloads that go wrong."""
 import gzip
-import hashlib
-import http.server
 import os
 import socket
 import struct
 import tarfile
-import threading
 import time
 
 import pytest
@@ -81,26 +78,16 @@ def test_closing_evaluations_are_capped(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def mirrors(monkeypatch):
+def mirrors(serve):
     """Mirrors whose answers are the functions of the dict; the second has the right file."""
     content, answers = b"the right one" * 1000, {}
     answers["/second/x.gz"] = lambda h: h.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + content)
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            answers[self.path](self)
-            self.close_connection = True
-
-        def log_message(self, *_):
-            pass
-
-    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=web.serve_forever, daemon=True).start()
-    at = f"http://127.0.0.1:{web.server_port}"
-    monkeypatch.setitem(common.MIRRORS, "mnist", [f"{at}/first/", f"{at}/second/"])
-    monkeypatch.setitem(common.SHA256["mnist"], "x.gz", hashlib.sha256(content).hexdigest())
-    yield content, answers
-    web.shutdown()
+    def answer(handler):
+        answers[handler.path](handler)
+        handler.close_connection = True
+    serve(answer, content)
+    return content, answers
 
 
 def reset(handler):
