@@ -4,17 +4,15 @@ Paper    Hinton & Salakhutdinov 2006, "Reducing the Dimensionality of Data with 
          variational: Kingma & Welling 2013, arXiv 1312.6114. sparse: Makhzani & Frey 2013, arXiv
          1312.5663. --corrupt: Vincent et al. 2008, "Extracting and Composing Robust Features"
 
-Idea     To reconstruct an image from z, z has to hold what matters in it, one would think. If z may
-         be as large as the image, a copy is enough, so something limits it: few dimensions
-         (narrow), noise (variational), few dimensions that are not zero (sparse), or a linear
-         decoder (weak). But z keeps first what lowers the squared error most, large areas and
-         colours, which need not be what the image is OF.
+Idea     To reconstruct an image from z, z has to hold what matters in it, one would think. So that
+         it cannot be a copy, something limits z: few dimensions (narrow), noise (variational), few
+         dimensions that are not zero (sparse), or a linear decoder (weak). But z keeps first what
+         lowers the squared error most, large areas and colours: not what the image is OF.
 
 Loss     L = 1 / P ( || x - decode(z) ||^2 + beta KL(q(z | x~) || N(0, I)) )
          x~ is x or, with --corrupt, x with pixels set to 0; P pixel values per image. z is
-         encode(x~), of which sparse keeps the k largest; variational samples z from q(z | x~) =
-         N(mean, variance), and it alone has the KL (a beta-VAE whose decoder has variance 1/2).
-         Pixels have mean 0 and variance 1, so predicting the mean costs about 1.
+         encode(x~), of which sparse keeps the k largest; variational alone has the KL, and samples
+         z from q(z | x~) = N(mean, variance). To predict the mean of all pixels costs about 1.
 
 Flow     images (B, 3, S, S)
          A. mask      set no pixels, or some, to 0       -> inputs x~ (B, 3, S, S), target x
@@ -25,22 +23,21 @@ Flow     images (B, 3, S, S)
                       decoder      three convolutions up -> (B, 3, S, S)     weak: one linear layer
          C. compare   mean squared error of all pixels
 
-Data     drawn images of 32 x 32 pixels: one of ten shapes, in one of eight colours, anywhere. The
-         point: a linear classifier (a linear probe) reads the colour from z, and not the shape.
+Data     drawn images of 32 x 32 pixels: one of ten shapes, in one of eight colours, anywhere
 
 Run      python autoencoder.py --bottleneck narrow
-Expect   a linear probe of z finds the shape, from 20 labels per class, in 11.3 ± 0.2 % (raw pixels
-         11.7 ± 0.0 %, chance 10 %), and the colour, from all labels, in 95.3 ± 0.4 % (raw pixels
-         99.7 ± 0.0 %, chance 12.5 %) (3 seeds; 60 s of training on 2 threads; AMD EPYC, 2 cores,
-         Python 3.11.7, torch 2.13.0+cpu)
+Expect   a linear probe (a linear classifier) of z finds the shape, from 20 labels per class, in
+         11.3 ± 0.2 % (raw pixels 11.7 ± 0.0 %, chance 10 %), and the colour, from all labels, in
+         95.3 ± 0.4 % (raw pixels 99.7 ± 0.0 %, chance 12.5 %) (3 seeds; 60 s of training on 2
+         threads; AMD EPYC, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
 Differs  Convolutions and AdamW instead of stacked restricted Boltzmann machines; top-k keeps k per
-         image at test time, too; the KL is that of noise of scale 1, whatever --noise says.
+         image at test time, too.
 
-Try      --bottleneck none, narrow, variational, sparse, weak: which error is lowest? And which
-         probe is best?
+Try      --bottleneck none, variational, sparse, weak: whose error is lowest, whose probe best?
          --latent 8, 64, 512: what is the last thing that a shrinking latent still holds?
          --corrupt 0.5: half of the pixels are set to 0. Does the probe gain? (Patches: mae.py)
 """
+import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -67,7 +64,7 @@ class Args(common.Args):
     bottleneck: Bottleneck = "narrow"   # what limits z: nothing, size, noise, zeros, the decoder
     latent: int = 64                # dimensions of z (narrow, variational, weak)
     k: int = 64                     # sparse: dimensions kept, of 4 x width x (image_size / 8)^2
-    noise: float = 1.0              # variational: scale of the noise in z, 1 as in a VAE
+    noise: float = 1.0              # variational: scale of the noise in z (the KL is that of 1)
     beta: float = 0.1               # variational: weight of the KL beside the summed squared error
     corrupt: float = 0.0            # fraction of the input's pixels set to 0 (denoising), in [0, 1)
     skip_broken: bool = False       # leave out pictures of a folder that cannot be read
@@ -214,9 +211,8 @@ def build(args, image_size):
 
 @torch.no_grad()
 def reconstruct(args, model, images):
-    """The mean squared error on test images, corrupted as in training. Writes reconstructions.png
-    and interpolations.png: a test image, ten images decoded from the line between its z and
-    another's, and that other image."""
+    """The mean squared error on test images, corrupted as in training. Writes pictures: images and
+    their reconstructions, and ten steps on the line between the z of two images."""
     torch.manual_seed(args.seed)
     error = 0.
     for part in images.test.split(500):
@@ -234,24 +230,15 @@ def reconstruct(args, model, images):
     return error
 
 
-def probes(args, model, images):
-    """{encoder: accuracies in % of linear probes on its features}: see common.linear_probe."""
-    torch.manual_seed(args.seed)
-    untrained = build(args, images.size).eval()
-    encoders = {"raw pixels": nn.Flatten(), "untrained encoder": untrained.encode,
-                "autoencoder": model.encode}
-    return {name: common.linear_probe(args, f, images) for name, f in encoders.items()}
-
-
 # ------------------------------------------------------------------------------------------ main
 
 
 @common.setup
 def main(args):
     images = common.load_images(args)
-    most = max(args.labels)
     images.check(args.labels)                                                # raises now if too few
     model = build(args, images.size)
+    untrained = copy.deepcopy(model).eval()
     optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)
     run = common.Run(args, model, optimizer, about=images.about())
     for step in run:                       # sets the seed and the learning rate of this step
@@ -268,13 +255,12 @@ def main(args):
 
     model.eval()
     error = reconstruct(args, model, images)
-    rows = probes(args, model, images) if images.names else {}
-    summary = f"{args.bottleneck}: error {error:.3f}"
-    if rows:
-        what, score = next(iter(images.names)), rows["autoencoder"][args.labels.index(most)]
-        how = f"{most} labels per class" if most else "all labels"
-        summary += f", {what}: {score:.1f} % from {how}"
-    common.report(run, summary, dict(error=error, labels=args.labels, accuracy=rows))
+    rows = common.linear_probes(args, images, {
+        "raw pixels": nn.Flatten(), "untrained encoder": untrained.encode,
+        "autoencoder": model.encode})
+    common.report(run, f"{args.bottleneck}: error {error:.3f}, "
+                  + common.best_probe(args, images, rows, "autoencoder"),
+                  dict(error=error, labels=args.labels, accuracy=rows))
     common.say(f"\n{common.label_table(args, images, rows)}\n\nSquared error on new images: "
                f"{error:.3f}.\nPictures: {args.out}/reconstructions.png "
                f"({'corrupted | ' * (args.corrupt > 0)}reconstructed | original), "

@@ -6,9 +6,8 @@ Paper    Devlin et al. 2018, "BERT: Pre-training of Deep Bidirectional Transform
 
 Idea     A masked autoencoder of words: mask some, predict them from the words on both sides. Words
          carry more information than patches of an image, so fewer are masked. Some show as random
-         words instead of [MASK]: the model cannot know which words are the true ones, so it has to
-         represent all of them. [CLS], before a text, attends to all of it: it is what a classifier
-         reads in fine-tuning.
+         words instead of [MASK]: so no word can be trusted, and all have to be represented. [CLS],
+         before a text, attends to all of it: it is what a classifier reads in fine-tuning.
 
 Loss     L = -1 / |M| sum_{i in M} log p(x_i | x~)
          over the masked words M only, x~ the text as it shows; in nats per word; a uniform guess
@@ -28,15 +27,12 @@ Expect   36.6 ± 0.4 % of the masked words of new text are right, at a perplexit
          jobs; Intel(R) Xeon(R) Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
 Differs  80 % of the masked words show as [MASK] and 20 % as random words, as in the lecture
          (Stanford's CS330); --keep 0.1 is the paper's 80/10/10. A token is a lower-case word or a
-         punctuation mark, not a piece of a word; rare ones are [UNK], never masked. No
-         next-sentence prediction (later work found it needless), so no loss trains the output at
-         [CLS] before fine-tuning. Muon trains the matrices of the blocks (its steps are
-         orthogonalised: common.py), AdamW the rest; the paper has Adam for all. A cosine schedule;
-         larger initial weights in narrow models. span: without SpanBERT's second loss. pmi: all
-         n-grams above a threshold.
+         punctuation mark; rare ones are [UNK], never masked. No next-sentence prediction, so no
+         loss trains the output at [CLS] before fine-tuning. Muon (common.py) trains the matrices of
+         the blocks, AdamW the rest; the paper has Adam for all. Larger initial weights in narrow
+         models. span: without SpanBERT's second loss. pmi: all n-grams above a threshold.
 
-Try      --strategy span, pmi: is a whole phrase harder to predict than as many single words? (See
-         log.jsonl: the score at the end is always of single words.)
+Try      --strategy span, pmi: is a phrase harder to predict than as many words? (See log.jsonl.)
          --mask-ratio 0.05, 0.4, 0.8: which perplexity is lowest, which fine-tuning best?
          --optimizer adamw: how many steps does it take to the same perplexity?
 """
@@ -341,18 +337,15 @@ def add_special_tokens(x):
 # ------------------------------------------------------------------------------------ evaluation
 
 
-MOST = 500       # passages of each part of the text, at most
-
-
 def build(args, vocab):
     """The BERT of these settings, on the device."""
     return BERT(vocab, args.context, args.dim, args.depth, args.heads,
                 args.dropout).to(args.device)
 
 
-def vocabulary(args, text):
+def vocabulary(args, text=None):
     """The tokenizer of the training text; a resumed run keeps the one that it started with."""
-    if args.resume and Path(args.out, "checkpoint.pt").exists():
+    if text is None or args.resume and Path(args.out, "checkpoint.pt").exists():
         state = common.read_checkpoint(args.out, common.script(args))
         return common.Words(state["about"]["vocabulary"])
     return common.Words.of(text.train, args.vocab)
@@ -365,10 +358,6 @@ def windows(args, words, text):
     common.require(len(val) >= size <= len(train), f"the last tenth of --data {args.data} has "
                    f"{len(val)} words, the rest {len(train)}, and --context {args.context} needs "
                    f"{size} in both: take a longer text or a shorter context")
-    unknown = (train == UNK).float().mean()
-    if unknown > .1:
-        common.say(f"{100 * unknown:.0f} % of the words of --data {args.data} are rare: the model "
-                   "gets [UNK] for them.")
     span_ids = pmi_spans(train.long()) if args.strategy == "pmi" else torch.arange(len(train))
     train = torch.stack([train, span_ids.int()], 1).to(args.device)
     val = common.evenly(val.long().to(args.device).unfold(0, size, size), 4000)
@@ -391,7 +380,7 @@ def evaluate(args, model, train, val, repeats=4):
     """Masks single words, 15 %, of new texts (m, T - 2), other ones in each repeat. Returns
     dict(accuracy in %, perplexity) of the model, and of the unigram baseline, which predicts the
     frequencies of the words in the training text (N,) at all positions."""
-    vocab, words, guesses, costs = len(model.mlm_bias), [], [], []
+    vocab, found = len(model.mlm_bias), []
     for repeat in range(repeats):
         torch.manual_seed(repeat)
         for x in map(add_special_tokens, common.progress(val.split(100), "evaluating")):
@@ -400,11 +389,10 @@ def evaluate(args, model, train, val, repeats=4):
             with common.autocast(args):
                 logits = model(*inputs).float()[target >= 0]
             target = target[target >= 0]
-            words += target.tolist()     # lists: small tensors would keep the heap from shrinking
-            guesses += logits.argmax(1).tolist()
-            costs += F.cross_entropy(logits, target, reduction="none").tolist()
-    target, right = torch.tensor(words), torch.tensor(words) == torch.tensor(guesses)
-    nats = torch.tensor(costs)
+            right = logits.argmax(1) == target
+            nats = F.cross_entropy(logits, target, reduction="none")
+            found += zip(target.tolist(), right.tolist(), nats.tolist())
+    target, right, nats = map(torch.tensor, zip(*found))
     count = 1. + train[train >= FIRST_WORD].bincount(minlength=vocab).cpu()
     unigram = (count / count.sum()).log()
     score = lambda right, nats: dict(accuracy=100 * right.float().mean().item(),
@@ -439,6 +427,15 @@ def sentences(words, text, n, seed, longest):
     return [(s, torch.randperm(len(s) - 1, generator=g)[:2].sort().values) for s in found]
 
 
+def ask(args):
+    """Fills in --fill by a trained model, without its text and without a new evaluation."""
+    words = vocabulary(args)
+    model = build(args, words.vocab).eval()
+    model.load_state_dict(common.read_checkpoint(args.out)["model"])
+    common.say(fill(args, model, words, *own_sentence(args, words)))
+    return model
+
+
 @torch.no_grad()
 def fill(args, model, words, tokens, positions):
     """A text (T,) with numbered blanks, and the most likely words at each of these positions."""
@@ -452,32 +449,6 @@ def fill(args, model, words, tokens, positions):
         was = words.words[tokens[position]]
         lines.append(f"   [{i}]  {likely}" + ("" if was == "[MASK]" else f"   (it was: {was})"))
     return common.printable("\n".join([words.join(names), *lines]))
-
-
-class Passages:
-    """Short passages of the longest documents; the label is the number of the document."""
-
-    def __init__(self, args, words, text):
-        common.require(args.passage <= args.context, f"--passage {args.passage} is more than "
-                       f"--context {args.context}: take a shorter passage")
-        longest = sorted(range(len(text.train)), key=lambda i: -len(text.train[i]))[:args.classes]
-        self.names, size = [text.names[i] for i in longest], args.passage - 2
-        train, test = ([words.encode(documents[i][:2 ** 20].decode(errors="ignore"))
-                        for i in longest] for documents in (text.train, text.val))
-        common.require(len(longest) > 1 and min(map(len, train + test)) >= size, f"--data "
-                       f"{args.data} has no {args.classes} parts that are long enough to classify "
-                       "passages: take fewer --classes, or a shorter --passage")
-
-        def cut(documents, step):
-            parts = [x.unfold(0, size, step)[:MOST] for x in documents]
-            labels = torch.cat([torch.full((len(x),), i) for i, x in enumerate(parts)])
-            return add_special_tokens(torch.cat(parts)).to(args.device), labels.to(args.device)
-        self.train, self.labels = cut(train, size)
-        self.test, self.test_labels = cut(test, max(1, size // 2))
-
-    def normalize(self, x):
-        """As Images has it: tokens need nothing."""
-        return x
 
 
 def finetune(args, model, passages, k, seed=0):
@@ -497,7 +468,7 @@ def finetune(args, model, passages, k, seed=0):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    scores = common.encode(args, classifier.eval(), passages, passages.test)
+    scores = common.encode(args, classifier.eval(), None, passages.test)
     return 100 * (scores.argmax(1) == passages.test_labels).float().mean().item()
 
 
@@ -505,7 +476,7 @@ def few_labels(args, model, passages):
     """Which part is a passage from? {method: accuracies in % at each of --labels}."""
     vocab, labels, test_labels = len(model.mlm_bias), passages.labels, passages.test_labels
     bag = lambda x: x.new_zeros(len(x), vocab).scatter_add_(1, x, torch.ones_like(x))
-    train, test = (common.encode(args, bag, passages, x) for x in (passages.train, passages.test))
+    train, test = (common.encode(args, bag, None, x) for x in (passages.train, passages.test))
     torch.manual_seed(args.seed)
     untrained = build(args, vocab)
     return {"bag of words, linear": [common.probe(train, labels, test, test_labels, k)
@@ -519,10 +490,12 @@ def few_labels(args, model, passages):
 
 @common.setup
 def main(args):
+    if args.fill and args.resume and args.steps == 0:
+        return ask(args)
     text = common.load_text(args.data, args.data_dir, parts=args.classes, utf8=True)
     words = vocabulary(args, text)
     train, val = windows(args, words, text)
-    passages = Passages(args, words, text)
+    passages = common.Passages(args, words, text)
     common.k_shot(passages.labels, max(args.labels))                       # raises now if too few
     blanks = [own_sentence(args, words)] if args.fill else []
     model = build(args, words.vocab)
@@ -552,14 +525,12 @@ def main(args):
     common.report(run, result, dict(
         masked=masked, unigram=unigram, vocab=words.vocab, filled=filled, parts=passages.names,
         labels=args.labels, accuracy=rows))
-    for sentence in filled:
-        common.say(f"\n{sentence}")
-    common.say(f"\nCorrect in new text: {result} (unigram baseline {unigram['accuracy']:.1f} %, "
-               f"perplexity {unigram['perplexity']:.1f}).")
-    common.say(f"\nWhich part is a passage of {args.passage - 2} words from: "
-               f"{', '.join(passages.names)}?\n")
-    common.say(common.table([["accuracy in %", *(f"{k} per class" for k in args.labels)],
-                             *([name, *(f"{x:.1f}" for x in row)] for name, row in rows.items())]))
+    table = common.table([["accuracy in %", *(f"{k} per class" for k in args.labels)],
+                          *([name, *(f"{x:.1f}" for x in row)] for name, row in rows.items())])
+    common.say("\n" + "\n\n".join([
+        *filled, f"Correct in new text: {result} (unigram baseline {unigram['accuracy']:.1f} %, "
+        f"perplexity {unigram['perplexity']:.1f}).", f"Which part is a passage of "
+        f"{args.passage - 2} words from: {', '.join(passages.names)}?", table]))
     return model
 
 

@@ -283,6 +283,12 @@ def guarded(main, args, name):
             raise
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except (MemoryError, RuntimeError) as error:        # of NumPy; of PyTorch, on any device
+        if not re.search("out of memory|can't allocate memory", str(error)) and \
+                not isinstance(error, MemoryError):
+            raise
+        sys.exit(f"{name}: the memory is not enough for these settings: take a smaller --batch, or "
+                 "a smaller model")
     except OSError as error:                            # a full disk, a folder that is gone
         where = error.filename or getattr(args, "out", "") or "runs"
         sys.exit(f"{name}: {error.strerror or error} ({where})")
@@ -352,6 +358,14 @@ def has_bfloat16(device):
     ask = getattr(torch.cpu, "get_capabilities", dict)            # since PyTorch 2.13
     able = ask() if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" else {}
     return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+
+
+def memory():
+    """The bytes of memory that this machine has; 64 GB where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):       # Windows
+        return 2 ** 36
 
 
 def precision(args):
@@ -1000,7 +1014,7 @@ def read_arrays(path, *names):
     try:
         with np.load(path, allow_pickle=False) as file:
             large = sum(info.file_size for info in file.zip.infolist())
-            require(large < 2 ** 36, f"{path} declares {large:,} bytes: that is more than fits")
+            require(large < memory(), f"{path} declares {large:,} bytes, more than memory holds")
             found = {key: file[key] for key in file.files if key in names}
             held = ", ".join(file.files)
     except UserError:
@@ -1359,6 +1373,34 @@ class Words:
         text = re.sub(r"(?<=\w) ([-/]) (?=\w)|(?<=\d) (\.) (?=\d)", r"\1\2", text)
         text = re.sub(r"(?<=\w) (['’]) (?=(s|t|d|m|re|ll|ve)\b)", r"\1", text)
         return re.sub(r" (?=[.,;:!?)\]}])|(?<=[(\[{]) ", "", text)
+
+
+MOST_PASSAGES = 500      # of each document
+
+
+class Passages:
+    """Passages of the longest documents, to be classified by document: train, test (n, --passage),
+    [CLS] before and [SEP] after each, labels, test_labels (n,), and the names of the documents."""
+
+    def __init__(self, args, words, text):
+        require(args.passage <= args.context, f"--passage {args.passage} is more than "
+                       f"--context {args.context}: take a shorter passage")
+        longest = sorted(range(len(text.train)), key=lambda i: -len(text.train[i]))[:args.classes]
+        self.names, size = [text.names[i] for i in longest], args.passage - 2
+        train, test = ([words.encode(documents[i][:2 ** 20].decode(errors="ignore"))
+                        for i in longest] for documents in (text.train, text.val))
+        require(len(longest) > 1 and min(map(len, train + test)) >= size, f"--data "
+                       f"{args.data} has no {args.classes} parts that are long enough to classify "
+                       "passages: take fewer --classes, or a shorter --passage")
+
+        def cut(documents, step):
+            parts = [x.unfold(0, size, step)[:MOST_PASSAGES] for x in documents]
+            labels = torch.cat([torch.full((len(x),), i) for i, x in enumerate(parts)])
+            x = F.pad(torch.cat(parts), (1, 0), value=words.ids["[CLS]"])
+            x = F.pad(x, (0, 1), value=words.ids["[SEP]"])
+            return x.to(args.device), labels.to(args.device)
+        self.train, self.labels = cut(train, size)
+        self.test, self.test_labels = cut(test, max(1, size // 2))
 
 
 # ---------------------------------------------------------------------------------- training
@@ -1720,11 +1762,15 @@ def saved_run(args):
 
 def stage(args, name, same, **settings):
     """A training that comes before the main one and is kept in <out>/<name>: its Args, and whether
-    it is done already, there or in a folder beside args.out. `settings`: those of its own; `same`:
-    names of those that make it another one, beside those of the training. Raises UserError."""
+    it is done already, there or in a folder beside args.out. Its settings are those whose names
+    begin with its own (lm_steps: its steps), and `settings`; `same`: names of those that make it
+    another one, beside those of the training. Raises UserError."""
     same = (*same, "steps", "batch", "lr", "optimizer", "muon_lr", "warmup", "weight_decay", "clip",
             "seed", "dtype")
-    own = Path(args.out, name)
+    own, prefix = Path(args.out, name), f"{name}_"
+    for key in dataclasses.asdict(args):
+        if key.startswith(prefix) and hasattr(args, key.removeprefix(prefix)):
+            settings[key.removeprefix(prefix)] = getattr(args, key)
     how = dataclasses.replace(args, out=str(own), resume=False, compile=False, **settings)
     for path in [own, *sorted(Path(args.out).parent.glob(f"*/{name}"))]:
         try:
@@ -1786,9 +1832,11 @@ def k_shot(labels, k, seed=0):
 
 @torch.no_grad()
 def encode(args, f, images, x, batch=500):
-    """f of every image of x (n, 3, S, S) uint8, normalised, without gradients: (n, C) float."""
+    """f of all of x, images (n, 3, S, S) uint8 that are normalised (or, with images=None, anything
+    else), without gradients: (n, C) float."""
     with autocast(args):
-        h = torch.cat([f(images.normalize(part)).float() for part in x.split(batch)])
+        h = torch.cat([f(images.normalize(part) if images else part).float()
+                       for part in x.split(batch)])
     require(h.abs().max() < 1e15, "the features have no bounds any more: try a smaller --lr")
     return h
 
@@ -1827,6 +1875,20 @@ def linear_probe(args, f, images):
     fit = lambda name, k: probe(train, images.train_labels[name], test, images.test_labels[name], k)
     row = [fit(next(iter(images.names)), k) for k in args.labels]
     return row + [fit("colour", 0)] if "colour" in images.names else row
+
+
+def linear_probes(args, images, encoders):
+    """{encoder: accuracies in %}, see linear_probe, of {encoder: f}; empty without labels."""
+    return {name: linear_probe(args, f, images) for name, f in encoders.items() if images.names}
+
+
+def best_probe(args, images, rows, name):
+    """'shape 64.8 % from 20 labels per class': a row of linear_probes at the most of --labels."""
+    if not rows:
+        return "no labels"
+    most, what = max(args.labels), next(iter(images.names))
+    how = f"{most} labels per class" if most else "all labels"
+    return f"{what} {rows[name][args.labels.index(most)]:.1f} % from {how}"
 
 
 def label_table(args, images, rows):

@@ -3,16 +3,15 @@
 Paper    Alayrac et al. 2022, "Flamingo: a Visual Language Model for Few-Shot Learning",
          arXiv 2204.14198
 
-Idea     Freeze a pre-trained language model and a pre-trained vision encoder, and train only what
-         joins them. A resampler turns the patch tokens of an image into a few latents; new layers
-         between the LM's blocks attend to the latents of the last image. Each is multiplied by
-         tanh(gate), and gates start at 0: at step 0 this IS the language model. What that does with
-         text, the whole does with images among text: describe, answer, and (the paper's point)
-         learn a task from a few examples in the prompt.
+Idea     Freeze a pre-trained language model and a pre-trained vision encoder; train only what joins
+         them. A resampler turns the patch tokens of an image into a few latents; new layers between
+         the LM's blocks attend to the latents of the last image. Each is multiplied by tanh(gate),
+         and gates start at 0: at step 0 this IS the language model. What that does with text, the
+         whole does with images among text: describe, answer, and (the paper's point) learn a task
+         from a few examples in the prompt.
 
-Loss     L = - mean_t log p(x_t | x_<t, the images before x_t)           in nats per token, over all
-         tokens but <image>; the gated layers attend to the last image, earlier ones reach x_t
-         through the LM's self-attention
+Loss     L = - mean_t log p(x_t | x_<t, the images before x_t), in nats, of all tokens but <image>.
+         Gated layers attend to the last image; of earlier ones the LM's self-attention tells.
 
 Flow     tokens x (B, 1 + T) with <image> tokens, images (B, M, 3, S, S)
          0. encode    frozen ViT, once per image         -> features (B, M, N, E)
@@ -24,23 +23,20 @@ Flow     tokens x (B, 1 + T) with <image> tokens, images (B, M, 3, S, S)
 
 Run      python flamingo.py
 Expect   of held-out scenes 99.3 ± 0.7, 49.2 ± 11.5 and 9.5 ± 7.6 % of the captions of 1, 2 and 3
-         figures are exactly right; of single figures of unseen kinds 99.8 ± 0.3 % of the colours
-         and 97.8 ± 2.5 % of the shapes (chance 12.5); a question that is not asked is found out
-         from one example (99.8 ± 0.3 %), what a new word means, from 4, in 92.3 ± 1.2 % (chance 50)
-         (3 seeds; 158 s of training for the LM and the ViT, then 110 s, on 1 thread, beside other
-         jobs; Intel(R) Xeon(R) Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
+         figures are exactly right; of unseen kinds 99.8 ± 0.3 % of the colours, 97.8 ± 2.5 % of the
+         shapes; a question that is not asked is found out from one example (99.8 ± 0.3 %), what a
+         new word means, from 4, in 92.3 ± 1.2 % (chance 50) (3 seeds; 158 s of training for the LM
+         and the ViT, then 110 s, on 1 thread, beside other jobs; Intel(R) Xeon(R) Processor, 2
+         cores, Python 3.11.7, torch 2.13.0+cpu)
 Differs  A toy world: eight shapes in eight colours, 60 words. Theirs are Chinchilla and an NFNet;
-         here both are trained first: the LM on text of this world (of unseen kinds, too) in which
-         words, and sometimes an <image> token whose embedding is 0, stand in the place of images;
-         the ViT by CLIP's loss, with a simple text encoder and batches of one colour, in which
-         captions repeat. Muon trains the matrices of the blocks (its steps are orthogonalised:
-         common.py), AdamW the rest (theirs: AdamW all). The gates learn at ten times the rate; a
-         cosine schedule. Text always attends to the image before it (theirs, on web pages, half of
-         the time to the one after it). No video.
+         here both are trained first: the LM on text of this world in which words, and sometimes an
+         <image> token whose embedding is 0, stand in the place of images; the ViT by CLIP's loss,
+         in batches of one colour. Muon (common.py) trains the matrices of the blocks, AdamW the
+         rest (theirs: AdamW all); the gates learn at ten times the rate. Text always attends to the
+         image before it (theirs, on web pages, half of the time to the one after it). No video.
 
 Try      --gate-start 0.5, or inf (no gate): what does the loss in log.jsonl do at the first steps?
-         --attend all (nothing tells images apart); --every 4 (on a CPU one gated layer, before the
-         first block); --latents 0; --no-freeze: as the paper's ablations. What gets worse?
+         --attend all; --every 4 (one gated layer); --latents 0; --no-freeze: what gets worse?
          --optimizer adamw, or --lm-steps 200: what is left of the new words?
 """
 import math
@@ -312,7 +308,7 @@ class ViT(nn.Module):
         height, width = [image_size] * 2 if isinstance(image_size, int) else image_size
         if height % patch or width % patch:
             raise ValueError(f"a patch of {patch} pixels does not divide images of {height} x "
-                             f"{width} pixels")
+                             f"{width} pixels: take a divisor of {math.gcd(height, width)}")
         self.grid = height // patch, width // patch          # rows and columns of patches
         self.patch_embed = nn.Linear(channels * patch ** 2, dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * .02)
@@ -603,10 +599,7 @@ def normalize(images, mean=(.2, .2, .2), std=(.2, .2, .2)):
 
 
 # -------------------------------------------------------------------- the LM and the vision encoder
-# Documents come from common.py. In what the LM reads, words stand in the place of images; in what
-# Flamingo reads, <image> does. A new word means a kind of figure, another one in each document, so
-# that only the examples tell.
-#
+# Documents come from common.py. A new word means a kind of figure, another one in each document:
 #     the LM       a large ring on the left . what colour is it ? red <end> blue moon lun <end> ...
 #     Flamingo     <image> what colour is it ? red <end> <image> there is a large ring ... <end> ...
 #     new words    <image> pim <end> <image> rud <end> <image> rud <end> <image> pim <end> ...
@@ -614,12 +607,6 @@ def normalize(images, mean=(.2, .2, .2), std=(.2, .2, .2)):
 
 LM = "lm_new_words", "context", "dim", "depth", "heads"                     # these make another LM
 VIT = "images", "image_size", "patch", "vit_dim", "vit_depth", "vit_heads"  # and these another ViT
-
-
-def stage(args, name, same):
-    """Settings of a training that comes first and is kept in <out>/<name>; whether it is done."""
-    return common.stage(args, name, same, **{setting: getattr(args, f"{name}_{setting}")
-                                             for setting in ("steps", "batch", "lr")})
 
 
 def train(how, model, loss_at, choices, **about):
@@ -640,7 +627,7 @@ def train(how, model, loss_at, choices, **about):
 
 def train_lm(args, tokens):
     """A GPT learns the language of the shapes world, from text alone. Returns its folder."""
-    how, done = stage(args, "lm", LM)
+    how, done = common.stage(args, "lm", LM)
     if done:
         return how.out
     torch.manual_seed(args.seed)
@@ -671,7 +658,7 @@ def build_vit(args):
 
 def train_vit(args, tokens, scenes, images):
     """A ViT learns which caption belongs to an image (n, 3, S, S). Returns its folder."""
-    how, done = stage(args, "vit", VIT)
+    how, done = common.stage(args, "vit", VIT)
     if done:
         return how.out
     torch.manual_seed(args.seed)
@@ -697,26 +684,22 @@ def load_lm(args, folder):
     tokens = common.SceneTokens(bytes=state["script"] == "gpt.py")
     common.require(not tokens.bytes or not common.is_images(how["data"]), f"the LM in {folder} was "
                    f"trained on images ({how['data']}), not on text: take another --lm")
-    common.require(vocab == tokens.vocab, f"the LM in {folder} has {vocab} tokens, not "
-                   f"{tokens.vocab}: train it again with this version")
-    common.require(context > 40, f"the LM in {folder} has a context of {context} tokens: an image, "
-                   "a question and its answer need 41")
+    common.require(vocab == tokens.vocab and context > 40, f"the LM in {folder} has {vocab} tokens "
+                   f"and a context of {context}, and {tokens.vocab} and at least 41 are needed")
     lm = GPT(vocab, context, how["dim"], how["depth"], how["heads"])            # without dropout
     lm.load_state_dict(weights)
     return lm.requires_grad_(not args.freeze), tokens
 
 
 def load_vit(args, folder):
-    """The ViT in a folder of a run of mae.py, or of a ViT of this script, the side of its patches,
-    and the mean and std of its images: (vit, patch, {mean, std})."""
+    """The ViT of a run of mae.py or of this script, its patch, and {mean, std} of its images."""
     state = common.read_checkpoint(folder, "mae.py", common.script(args), flag="--vit")
     how, own = state["args"], state["script"] == common.script(args)
-    prefix, size = ("vit.", "vit_") if own else ("encoder.", "")
+    prefix = "vit." if own else "encoder."
     weights = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
     alone = not own or "text_proj.weight" in state["model"]    # a whole Flamingo has a vit., too
     common.require(weights and alone, f"{folder} holds no ViT: try --vit {folder}/vit")
-    sizes = (how[size + name] for name in ("dim", "depth", "heads"))
-    vit = ViT(args.image_size, how["patch"], *sizes)
+    vit = ViT(args.image_size, how["patch"], how["dim"], how["depth"], how["heads"])
     vit.load_state_dict(weights)
     return vit, how["patch"], {name: state["about"][name] for name in ("mean", "std")}
 
@@ -726,16 +709,14 @@ def load_vit(args, folder):
 
 @torch.no_grad()
 def encode(args, model, images, statistics):
-    """Features of images (n, 3, S, S) by the frozen ViT, once for all: (n, N, E) bfloat16, which
-    takes half of float32's memory."""
+    """Features of images (n, 3, S, S) by the frozen ViT, once for all: (n, N, E) bfloat16."""
     with common.autocast(args):
         return torch.cat([model.encode(normalize(x, **statistics)).bfloat16()
                           for x in images.split(500)])
 
 
 def answers(args, model, tokens, asked, features=None):
-    """What the model answers to a list of common.Query, as texts; without features of the images
-    (n, N, E), what the LM alone does."""
+    """Answers to a list of common.Query, as texts; without features (n, N, E), of the LM alone."""
     texts, context = [], len(model.lm.pos_embed.weight)
     for part in (asked[i:i + 250] for i in range(0, len(asked), 250)):
         prompts, media = [tokens.encode(f"<end> {q.prompt}") for q in part], None
@@ -752,8 +733,7 @@ def answers(args, model, tokens, asked, features=None):
 
 
 def evaluate(args, model, tokens, asked, features):
-    """{(row, column): % of the answers that are exactly right}; the row "LM alone" is of all
-    captions and questions in a column, without images."""
+    """{(row, column): % of answers exactly right}; "LM alone": of all in a column, no images."""
     right, alone = {}, [q for q in asked if q.group[1] in common.SORTS]
     for q, text in zip(asked, answers(args, model, tokens, asked, features)):
         right.setdefault(q.group, []).append(text == q.answer)
@@ -763,8 +743,7 @@ def evaluate(args, model, tokens, asked, features):
 
 
 def own_prompt(args, tokens, context, own):
-    """--prompt as a list of common.Query, about the first of the images; empty if there is none.
-    Raises UserError where it has more <image> tokens than there are images, or is too long."""
+    """--prompt, about the first images, as a list of common.Query. UserError if it does not fit."""
     prompt, n = tokens.encode(f"<end> {args.prompt}"), args.tests if own is None else len(own)
     count = prompt.count(tokens.image)
     common.require(count <= n, f"--prompt has {count} <image> tokens, and there are {n} images of "
@@ -777,15 +756,12 @@ def own_prompt(args, tokens, context, own):
 def describe(args, model, tokens, asked, features, images):
     """Writes scenes.png, twelve test images; returns what the model says of each, as lines."""
     common.save_png(f"{args.out}/scenes.png", images[:12].float() / 255, 6)
-    chosen = []
-    for i in range(12):                              # the caption, and one of the questions
-        first, *rest = (q for q in asked if q.images == [i])
-        chosen += [(i + 1, first), *(("", q) for q in rest[i % 3:][:1])]
-    texts, lines = answers(args, model, tokens, [q for _, q in chosen], features), []
-    for (number, q), text in zip(chosen, texts):
-        lines.append(f"{number:>2}  {q.prompt.removeprefix('<image> ')} {text}")
-        lines += [f"    WRONG, it is: {q.answer}"] * (text != q.answer)
-    return lines
+    of = lambda i: [q for q in asked if q.images == [i]][::1 + i % 3][:2]    # a caption, a question
+    chosen = [("" if j else i + 1, q) for i in range(12) for j, q in enumerate(of(i))]
+    texts = answers(args, model, tokens, [q for _, q in chosen], features)
+    return [f"{i:>2}  {q.prompt.removeprefix('<image> ')} {text}"
+            + f"\n    WRONG, it is: {q.answer}" * (text != q.answer)
+            for (i, q), text in zip(chosen, texts)]
 
 
 def tables(args, model, right):
@@ -803,18 +779,21 @@ def tables(args, model, right):
 
 
 def show(args, run, model, tokens, own, statistics):
-    """The end of the run: test images and what is said of them, tables, result.json."""
+    """The end of the run; where nothing was trained, the answer to --prompt alone."""
     asked, scenes = common.queries(args.seed, args.tests, args.shots)
-    context = len(model.lm.pos_embed.weight)
+    images = common.paint(scenes, args.seed + 1_000_000, args.image_size, args.device)
+    context, mine = len(model.lm.pos_embed.weight), []
+    for q in own_prompt(args, tokens, context, own):
+        features = encode(args, model, images[:args.tests] if own is None else own, statistics)
+        mine = [f"{q.prompt} -> {answers(args, model, tokens, [q], features)[0]}"]
+    if mine and run.loss is None:
+        return common.say(mine[0])
     fits = lambda q: len(tokens.encode(f"<end> {q.prompt} {q.answer} <end>")) <= context
     asked = [q for q in asked if q.group[0] != "held-out word" and fits(q)]
-    images = common.paint(scenes, args.seed + 1_000_000, args.image_size, args.device)
     features = encode(args, model, images, statistics)
     lines = describe(args, model, tokens, asked, features, images)
     right = evaluate(args, model, tokens, asked, features)
-    for q in own_prompt(args, tokens, context, own):
-        features = features if own is None else encode(args, model, own, statistics)
-        lines += ["", f"{q.prompt} -> {answers(args, model, tokens, [q], features)[0]}"]
+    lines += ["", *mine] if mine else []
     captions = right.get(("caption", "1 figure"), math.nan)             # in bytes none may fit
     common.report(run, f"captions of one figure {captions:.1f} %",
                   dict(lines=lines, right={", ".join(group): x for group, x in right.items()}))
@@ -826,19 +805,16 @@ def show(args, run, model, tokens, own, statistics):
 
 
 def build_optimizer(args, model):
-    """The resampler does not decay (Flamingo, B.1.2), and the gates have --gate-lr times the
-    learning rate: Adam changes a number by about the rate in each step, too slow for a single
-    number through which all passes."""
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    gates = {name: p for name, p in named.items() if name.endswith("gate")}
-    resampler = {name: p for name, p in named.items() if name.startswith("resampler")}
-    rest = [name for name in named if name not in gates and name not in resampler]
-    optimizer = common.optimizer(args, [(name, named[name]) for name in rest])
+    """The resampler does not decay (Flamingo, B.1.2), and the gates have --gate-lr times the rate:
+    Adam changes a number by about the rate in a step, too little where all passes through one."""
+    rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gates = [rest.pop(name) for name in [*rest] if name.endswith("gate")]
+    resampler = {name: rest.pop(name) for name in [*rest] if name.startswith("resampler")}
+    optimizer = common.optimizer(args, rest.items())
     for group in common.groups(args, resampler.items(), weight_decay=0.):
         optimizer.add_param_group(group)
     if gates:
-        optimizer.add_param_group(dict(params=[*gates.values()], weight_decay=0.,
-                                       times=args.gate_lr))
+        optimizer.add_param_group(dict(params=gates, weight_decay=0., times=args.gate_lr))
     return optimizer
 
 
@@ -877,9 +853,9 @@ def main(args):
     model = Flamingo(lm, vit, patch, tokens.image, args.every, args.latents, args.resampler_depth,
                      args.attend, args.gate_start).to(args.device)
     optimizer = build_optimizer(args, model)
-    common.say("Last the multimodal training, of the resampler and the gated layers.")
     run = common.Run(args, model, optimizer)
     if run.step < args.steps:                        # a finished run may be asked a --prompt alone
+        common.say("Last the multimodal training, of the resampler and the gated layers.")
         features = encode(args, model, images, statistics)                         # (n, N, E)
         n = min(args.steps * args.batch, 60_000)
         x, ids = common.image_documents(args.seed, tokens, scenes, n, context, args.new_words)

@@ -352,7 +352,7 @@ def complete(args, model, val):
 def main(args):
     images = common.is_images(args.data)
     train, val = pixels(args) if images else windows(args)                     # (n, T), (m, T)
-    val = common.evenly(val, 4000)
+    val = common.evenly(val, max(1, 2 ** 18 // val.shape[1]))       # of longer texts a part
     prompt = None if images else prompt_tokens(args)
     model = GPT(BYTES.vocab, train.shape[1], args.dim, args.depth, args.heads, args.dropout)
     model.to(args.device)

@@ -5,10 +5,10 @@ Paper    Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", a
          2106.10199
 
 Idea     A GPT knows one text and is to learn another from k short examples. Each of its matrices is
-         an associative memory: W x = sum_i v_i (k_i . x), for example by its SVD, compares x with
-         keys k_i and adds up the values v_i. To change it "a little bit" is to add a few such
-         pairs: W0 + A B^T, with the columns of B as keys, those of A as values, and W0 (d1, d2)
-         frozen: rank (d1 + d2) numbers to train and to store instead of d1 d2.
+         an associative memory: W x = sum_i v_i (k_i . x) compares x with keys k_i and adds up the
+         values v_i. To change it "a little bit" is to add a few such pairs: W0 + A B^T, with the
+         columns of B as keys, those of A as values, and W0 (d1, d2) frozen: rank (d1 + d2) numbers
+         to train and to store instead of d1 d2.
 
 Loss     GPT's, L = -1 / T sum_t log p(x_t | BOS, newline, x_1 ... x_{t-1}). What is trained:
          lora    A and B of y = W0 x + (alpha / rank) A B^T x, for each matrix W0 of a block
@@ -26,20 +26,17 @@ Flow     the base: a GPT that learned the old text, as in gpt.py (trained once: 
 
 Run      python lora.py --method lora --k 64
 Expect   64 examples of pycode, beginnings of lines, bring the loss on others from 1.92 ± 0.02 to
-         1.70 ± 0.01 nats per token, with 2.9 % of the parameters, and to 1.70 ± 0.01 with all of
-         them (--method full); that on whole windows of pydocs goes from 1.35 ± 0.00 to 1.39 ± 0.00
-         and 1.38 ± 0.00 (3 seeds; 151 s of training for the base, then a few seconds, on 1 thread,
-         beside other jobs; Intel(R) Xeon(R) Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
+         1.70 ± 0.01 nats per token, with 2.9 % of the parameters (1.70 ± 0.01 with all: --method
+         full); on pydocs it goes from 1.35 ± 0.00 to 1.39 ± 0.00 (1.38 ± 0.00) (3 seeds; 151 s of
+         training for the base, then a few seconds, on 1 thread, beside other jobs; Intel(R) Xeon(R)
+         Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
 Differs  The paper writes W0 + B A, and adapts matrices of the attention only; here it is every
-         matrix of a block, with one B for query, key and value. alpha is the rank unless it is
-         given (the paper's is fixed). (IA)^3 scales biases, too, and has one loss of T-Few's three.
-         The base is trained with Muon and AdamW, as in gpt.py; what adapts it, with AdamW, as in
-         the paper, at learning rates that were chosen on the text that is reported.
+         matrix of a block, with one B for query, key and value. (IA)^3 scales biases, too, and has
+         one loss of T-Few's three. Learning rates were chosen on the text that is reported.
 
 Try      --method full, bitfit, ia3, last; --lr 0.01, ten times the usual rate: what is forgotten?
          --rank 1, or --targets qkv --rank 12 (as many parameters as --rank 3): is that enough?
-         --k 2: is training better, or are two examples in the prompt?
-         All methods, at k = 1 to 256, three times each: experiments/adapt.py
+         --k 2: is training better, or are two examples in the prompt? (More: experiments/adapt.py)
 """
 import copy
 import math
@@ -56,8 +53,7 @@ import common
 # -------------------------------------------------------------------------------------- settings
 
 Method = Literal["lora", "ia3", "bitfit", "first", "middle", "last", "full"]
-# The best learning rates, on average over k = 1 to 256, of three or four for each method, compared
-# on the texts that are reported; some are the lowest rate that was tried: experiments/adapt.py
+# The best on average over k = 1 to 256, of three or four for each: experiments/adapt.py --search
 LR = dict(lora=1e-3, ia3=1e-2, bitfit=1e-3, first=1e-4, middle=1e-4, last=1e-4, full=5e-5)
 
 
@@ -454,7 +450,7 @@ def windows(args, name, T):
     common.require(len(val) >= T <= len(train), f"the last tenth of --old {name} has {len(val)} "
                    f"tokens, the rest {len(train)}, and a context of {T} needs as many in both: "
                    "take a longer text or a shorter --context")
-    return train.unfold(0, T, 1), val.long().unfold(0, T, T)
+    return train.unfold(0, T, 1), val.unfold(0, T, T)
 
 
 def load_examples(args):
@@ -464,14 +460,16 @@ def load_examples(args):
 
     def line_starts(documents):
         x = BYTES.stream(documents).to(args.device)
-        i = ((x[:-1] == NEWLINE) & (x[1:] != NEWLINE)).nonzero().flatten()
-        rows = F.pad(x, (0, T)).unfold(0, T + 1, 1)[i[i < len(x) - T]]
+        if len(x) <= T:
+            return x.new_empty(0, T + 1)
+        i = ((x[:-T] == NEWLINE) & (x[1:len(x) - T + 1] != NEWLINE)).nonzero().flatten()
+        rows = x.unfold(0, T + 1, 1)[i]
         return rows[(rows != BOS).all(1)]                            # none of two documents
     train, val = line_starts(text.train), line_starts(text.val)
     common.require(args.k <= len(train) and len(val), f"--k {args.k} is more than the {len(train)} "
                    f"examples of {T} bytes that --data {args.data} has ({len(val)} in its last "
                    "tenth, to test on): take a longer text, or a smaller --k or --example")
-    return train, val.long()
+    return train, val
 
 
 def choose(train, k, seed):
@@ -487,7 +485,6 @@ def pretrain(args):
     """Trains the base, as gpt.py does, unless it is there already. Returns its folder."""
     how, done = common.stage(
         args, "base", ("data", "context", "dim", "depth", "heads", "dropout"),
-        steps=args.base_steps, batch=args.base_batch, lr=args.base_lr, dropout=args.base_dropout,
         weight_decay=.1, warmup=.05, data=args.old or "pydocs")
     if done:
         return how.out
@@ -515,19 +512,17 @@ def pretrain(args):
 def load_base(args, folder):
     """The base in the folder of a run, of gpt.py or of lora.py, and what it is: its folder, its
     fingerprint, and the old text, which it knows."""
-    state = common.read_checkpoint(folder, "gpt.py", "lora.py", flag="--base")
-    if "base" in state["about"]:                          # a run that adapted a base: take that one
-        folder = state["about"]["base"]
-        state = common.read_checkpoint(folder, "gpt.py", "lora.py", flag="--base")
+    read = lambda folder: common.read_checkpoint(folder, "gpt.py", "lora.py", flag="--base")
+    folder = read(folder)["about"].get("base", folder)    # of a run that adapted a base: that one
+    state = read(folder)
     how, weights = state["args"], state["model"]
     common.require(not common.is_images(how["data"]), f"the base in {folder} was trained on images "
                    f"({how['data']}), and this is about text: take another --base")
     vocab, context = (len(weights[f"{name}_embed.weight"]) for name in ("token", "pos"))
     model = GPT(vocab, context, how["dim"], how["depth"], how["heads"])     # from now on no dropout
     model.load_state_dict(weights)
-    about = dict(base=str(folder), fingerprint=common.fingerprint(weights),
-                 old=args.old or how["data"])
-    return model.to(args.device).eval(), about
+    return model.to(args.device).eval(), dict(
+        base=str(folder), fingerprint=common.fingerprint(weights), old=args.old or how["data"])
 
 
 def build(args, model):
@@ -547,11 +542,11 @@ def recipe(args):
 
 @torch.no_grad()
 def evaluate(args, model, x, given=0, examples=None):
-    """Loss on texts x (m, T), without their first `given` tokens, in nats per token; after the
-    examples (k, T') in the same context, if there are any."""
+    """Loss on texts x (m, T) without their first `given` tokens, in nats per token; after examples
+    (k, T') in the same context, if there are any."""
     nats, n = 0., x.shape[1] - given                            # n: tokens that count
     with common.autocast(args):
-        for part in x.split(max(1, 8192 // x.shape[1])):
+        for part in x.long().split(max(1, 8192 // x.shape[1])):
             part = part if examples is None else in_context(examples, part)
             inputs, target = mask(part, BOS)
             prediction = model(inputs)
@@ -576,29 +571,27 @@ def write(args, model):
 def save_adapter(args, model, about):
     """Writes adapter.pt: what was trained, and how and for which base. Returns its path."""
     path = Path(args.out, "adapter.pt")
-    how = dict(method=args.method, targets=args.targets, rank=args.rank,
-               alpha=args.alpha or args.rank)
+    how = {name: getattr(args, name) for name in ("method", "targets", "rank")}
+    state = dict(fingerprint=about["fingerprint"], tensors=adapter_state(model),
+                 adapter=how | dict(alpha=args.alpha or args.rank))
     with common.replacing(path) as f:
-        torch.save(dict(fingerprint=about["fingerprint"], adapter=how,
-                        tensors=adapter_state(model)), f)
+        torch.save(state, f)
     return path
 
 
 def report(run, about, rows, texts, count):
     """The end of the run, on the terminal and in result.json. count: parameters of the base."""
     args, before, after = run.args, rows["the base"], rows[run.args.method]
-    for who, text in texts.items():
-        common.say(f"\nSample of {who}:\n\n{text}")
     cells = [[who, f"{row['new']:.3f}", f"{row['old']:.3f}", f"{row['trained']:,}",
               f"{row['bytes']:,}"] for who, row in rows.items()]
     table = common.table([["nats per token", "new text", "old text", "trained", "bytes"], *cells])
+    common.say("\n".join(f"\nSample of {who}:\n\n{text}" for who, text in texts.items()))
     common.say(f"\n{table}\n\nNew text: {Path(args.data).name}; old text: "
                f"{Path(about['old']).name}. Trained: {100 * after['trained'] / count:.1f} % of "
                f"{count:,} parameters, stored in {run.out / 'adapter.pt'}.")
     common.report(run, f"{args.method}, {args.k} examples: {before['new']:.3f} -> "
-                  f"{after['new']:.3f} nats per token, old text {before['old']:.3f} -> "
-                  f"{after['old']:.3f}", dict(rows=rows, texts=texts, parameters=count,
-                                              old=about["old"], fingerprint=about["fingerprint"]))
+                  f"{after['new']:.3f} nats per token", dict(rows=rows, texts=texts,
+                  parameters=count, old=about["old"], fingerprint=about["fingerprint"]))
 
 
 # ------------------------------------------------------------------------------------------ main

@@ -149,7 +149,7 @@ class ViT(nn.Module):
         height, width = [image_size] * 2 if isinstance(image_size, int) else image_size
         if height % patch or width % patch:
             raise ValueError(f"a patch of {patch} pixels does not divide images of {height} x "
-                             f"{width} pixels")
+                             f"{width} pixels: take a divisor of {math.gcd(height, width)}")
         self.grid = height // patch, width // patch          # rows and columns of patches
         self.patch_embed = nn.Linear(channels * patch ** 2, dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * .02)

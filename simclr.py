@@ -41,6 +41,7 @@ Try      --jitter 0 --hue 0: which probe gains, and which loses? (A fifth of the
          are best?
          --loss triplet --margin 0.1, 1: when all margins are kept, what gradient is left?
 """
+import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -324,25 +325,17 @@ def neighbours(args, model, images, k):
     return same
 
 
-def probes(args, model, images):
-    """{encoder: accuracies in % of linear probes on its features}: see common.linear_probe."""
-    torch.manual_seed(args.seed)
-    untrained = build(args, images.size).eval()
-    encoders = {"raw pixels": nn.Flatten(), "untrained ResNet": untrained.encoder,
-                "SimCLR": model.encoder}
-    return {name: common.linear_probe(args, f, images) for name, f in encoders.items()}
-
-
 # ------------------------------------------------------------------------------------------ main
 
 
 @common.setup
 def main(args):
     images = common.load_images(args)
-    most, k = max(args.labels), min(5, len(images.test) - 1)
-    images.check(args.labels)                                                # raises now if too few
+    k = min(5, len(images.test) - 1)
     common.require(k > 0, "one test image has no neighbours: 2 or more are needed")
+    images.check(args.labels)                                                # raises now if too few
     model = build(args, images.size)
+    untrained = copy.deepcopy(model).eval()
     optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)
     uniform = math.log(2 * args.batch - 1) if args.loss == "ntxent" else None
     run = common.Run(args, model, optimizer, uniform=uniform, about=images.about())
@@ -363,16 +356,15 @@ def main(args):
 
     model.eval()
     same = neighbours(args, model, images, k)
-    rows = probes(args, model, images) if images.names else {}
-    summary, shown = "no labels", common.label_table(args, images, rows)
+    rows = common.linear_probes(args, images, {
+        "raw pixels": nn.Flatten(), "untrained ResNet": untrained.encoder, "SimCLR": model.encoder})
+    common.report(run, common.best_probe(args, images, rows, "SimCLR"),
+                  dict(neighbours=same, labels=args.labels, accuracy=rows))
+    common.say("\n" + common.label_table(args, images, rows))
     if rows:
-        what, score = next(iter(images.names)), rows["SimCLR"][args.labels.index(most)]
-        how = f"{most} labels per class" if most else "all labels"
-        summary = f"{what}: {score:.1f} % from {how}"
-        shown += (f"\n\nOf a test image's {k} nearest neighbours {same[0]:.0f} % are of its {what} "
-                  f"by SimCLR's features, {same[1]:.0f} % in raw pixels.")
-    common.report(run, summary, dict(neighbours=same, labels=args.labels, accuracy=rows))
-    common.say(f"\n{shown}\nPicture: {args.out}/neighbours.png (image | nearest by features || "
+        common.say(f"\nOf the {k} nearest neighbours of a test image {same[0]:.0f} % are of its "
+                   f"class by SimCLR's features, {same[1]:.0f} % in raw pixels.")
+    common.say(f"Picture: {args.out}/neighbours.png (image | nearest by features || "
                "image | nearest in pixels)")
     return model
 

@@ -101,7 +101,7 @@ def load(folder, device):
     state, folders = common.read_checkpoint(folder, "flamingo.py"), []
     args = flamingo.Args(**state["args"] | dict(out=str(folder), device=common.find_device(device)))
     for name, settings in ("lm", flamingo.LM), ("vit", flamingo.VIT):
-        how, done = flamingo.stage(args, name, settings)
+        how, done = common.stage(args, name, settings)
         common.require(getattr(args, name) or done, f"the {name} of {folder} is not there any "
                        f"more: python flamingo.py --resume --out {folder} trains it again")
         folders.append(getattr(args, name) or how.out)

@@ -55,7 +55,7 @@ def load(own):
     args.labels = tuple(own.labels or args.labels)
     words = common.Words(state["about"]["vocabulary"])
     text = common.load_text(args.data, args.data_dir, parts=args.classes, utf8=True)
-    passages = bert.Passages(args, words, text)
+    passages = common.Passages(args, words, text)
     common.k_shot(passages.labels, max(args.labels))                       # raises now if too few
     model = bert.build(args, words.vocab).eval()
     model.load_state_dict(state["model"])
@@ -76,7 +76,7 @@ def methods(args, model, passages):
 
     @functools.lru_cache(1)
     def features(f):
-        return [common.encode(args, f, passages, x) for x in (passages.train, passages.test)]
+        return [common.encode(args, f, None, x) for x in (passages.train, passages.test)]
 
     def frozen(f):
         return lambda k, seed: common.probe(features(f)[0], passages.labels, features(f)[1],

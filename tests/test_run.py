@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, begin, command, refused, run
@@ -135,7 +136,7 @@ def main(args):
     build = lambda: nn.Sequential(nn.Linear(3, args.width), nn.Dropout(.5), nn.Linear(args.width, 2))
     data = torch.arange(60.).view(20, 3) / 60
     if args.first_steps:
-        how, done = common.stage(args, "first", ("width",), steps=args.first_steps, lr=args.first_lr)
+        how, done = common.stage(args, "first", ("width",))
         if not done:
             train(how, build())
         first = common.read_checkpoint(how.out, "test_run.py")["model"]
@@ -749,6 +750,23 @@ def test_a_full_disk_keeps_the_older_checkpoint(flags, here):
     assert Path("mine/checkpoint.pt").read_bytes() == before and not list(Path("mine").glob("*.part"))
     done = run("--resume", "--out", "mine", "--steps", 9, cwd=here)
     assert done.returncode == 0 and common.read_checkpoint("mine")["step"] == 9
+
+
+def test_settings_that_memory_cannot_hold(here):
+    done = run("--dim", 2 ** 40, "--steps", 1, cwd=here, script="bert.py")
+    refused(done, 1, "the memory is not enough for these settings: take a smaller --batch, or a smaller model", script="bert.py")
+    assert not os.path.exists("runs/bert")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), MemoryError(), lambda n: np.zeros(n)])
+def test_a_lack_of_memory_is_one_sentence(error, capsys):
+    def main(args):
+        raise error if isinstance(error, Exception) else error(2 ** 58)
+    with pytest.raises(SystemExit, match="x.py: the memory is not enough") as stopped:
+        common.guarded(main, None, "x.py")
+    assert stopped.value.code == str(stopped.value)                                     # printed, with status 1
+    with pytest.raises(RuntimeError, match="a bug"):
+        common.guarded(lambda _: (_ for _ in ()).throw(RuntimeError("a bug")), None, "x.py")
 
 
 def test_a_disk_that_is_full_from_the_start(flags, here):

@@ -6,6 +6,7 @@ import struct
 import tarfile
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,7 +72,16 @@ def test_closing_evaluations_are_capped(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(gpt, "evaluate", lambda args, model, val: seen.append(val) or (1., 1.))
     gpt.main(args_of(gpt, "x", tmp_path / "run", length=3))
-    assert seen[0].shape == (4000, 12)
+    assert seen[0].shape == (2 ** 18 // 12, 12)
+
+
+def test_an_npz_that_declares_more_than_memory_holds(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "x.npz", x_train=np.zeros((50, 100, 100), np.uint8), y_train=np.zeros(50))
+    monkeypatch.setattr(common, "memory", lambda: 400_000)
+    with pytest.raises(UserError, match="declares 50.,... bytes, more than memory holds"):
+        common.read_npz(tmp_path / "x.npz")
+    monkeypatch.undo()
+    assert 2 ** 28 < common.memory() < 2 ** 45 and len(common.read_npz(tmp_path / "x.npz")[0]) == 40
 
 
 # ------------------------------------------------------------------------------------ downloads
