@@ -61,6 +61,7 @@ class Args(common.Args):
     optimizer: Literal["muon", "adamw"] = "muon"   # muon: for the matrices of the blocks
     muon_lr: float = 0.02           # peak learning rate of these matrices, in (0, inf)
     weight_decay: float = 0.1       # decay, of matrices only (BERT, app. A.2: 0.01)
+    weights: str = ""               # BERT as published: a folder; not trained without --steps
     data: str = "pydocs"            # pydocs, pycode, shakespeare, a file or a folder of .txt files
     vocab: int = 8192               # tokens at most, special ones included, 6 or more
     context: int = 128              # tokens of a window, [CLS] and [SEP] included, 4 or more
@@ -80,6 +81,8 @@ class Args(common.Args):
 
     cpu = dict(steps=2500, batch=64, context=32, dim=128, depth=2, heads=8, dropout=0.,
                tune_steps=60)
+    published = dict(steps=0, batch=16, lr=3e-5, optimizer="adamw", data="", tune_steps=60,
+                     tune_lr=5e-5)
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -215,6 +218,28 @@ def gather(x, positions):
     return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
 
 
+def published(state, ids):
+    """The tensors of a published BERT, by the names of this file. ids (V,): of our vocabulary in
+    theirs."""
+    found = {}
+    for name, x in state.items():
+        name = name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias")
+        if "position_ids" in name or "seq_relationship" in name or "predictions.decoder" in name:
+            continue                                # 0, 1, 2 ...; next-sentence prediction; tied
+        for theirs, ours in [
+                ("embeddings.word_embeddings", "token_embed"), ("embeddings.LayerNorm", "norm"),
+                ("embeddings.position_embeddings", "pos_embed"), ("encoder.layer", "blocks"),
+                ("embeddings.token_type_embeddings", "segment_embed"), ("attention.self", "attn"),
+                ("attention.output.dense", "attn.proj"), ("attention.output.LayerNorm", "norm1"),
+                ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"),
+                ("output.LayerNorm", "norm2"), ("pooler.dense", "pooler"),
+                ("cls.predictions.transform.dense", "mlm_transform"),
+                ("cls.predictions.transform.LayerNorm", "mlm_norm"), ("cls.predictions.", "mlm_")]:
+            name = name.replace(theirs, ours)
+        found[name] = x[ids] if name in ("token_embed.weight", "mlm_bias") else x
+    return found
+
+
 # ------------------------------------------------------------------------------------ the method
 
 PAD, UNK, CLS, SEP, MASK = range(5)      # the special tokens, which are never masked
@@ -343,12 +368,37 @@ def build(args, vocab):
                 args.dropout).to(args.device)
 
 
-def vocabulary(args, text=None):
-    """The tokenizer of the training text; a resumed run keeps the one that it started with."""
+FILES = ("config.json, model.safetensors (440 MB) and vocab.txt of "
+         "https://huggingface.co/google-bert/bert-base-uncased")
+
+
+def load_published(args):
+    """The BERT and the tokenizer in the folder --weights; sets the sizes of args. Where there is no
+    head for masked words (sentence encoders have none) that head is random."""
+    weights, config = common.read_weights(args.weights, FILES)
+    words = common.WordPiece.load(args.weights)
+    state = published(weights, words.published)
+    common.require("pos_embed.weight" in state and "num_attention_heads" in config, f"--weights "
+                   f"{args.weights} is no BERT, or has no config.json: fetch it, too")
+    context, args.dim = state["pos_embed.weight"].shape
+    args.depth = sum(name.endswith("query.weight") for name in state)
+    args.heads = config["num_attention_heads"]
+    model = BERT(words.vocab, context, args.dim, args.depth, args.heads, args.dropout)
+    common.fill_in(model, state, args.weights, missing=("pooler", "mlm"))
+    return model.to(args.device), words, "mlm_bias" in state
+
+
+def start(args, text=None):
+    """The model at the start, its tokenizer, and whether it can fill in words without training. A
+    resumed run keeps the words that it started with."""
+    if args.weights:
+        return load_published(args)
     if text is None or args.resume and Path(args.out, "checkpoint.pt").exists():
         state = common.read_checkpoint(args.out, common.script(args))
-        return common.Words(state["about"]["vocabulary"])
-    return common.Words.of(text.train, args.vocab)
+        words = common.Words(state["about"].get("vocabulary", []))
+    else:
+        words = common.Words.of(text.train, args.vocab)
+    return build(args, words.vocab), words, True
 
 
 def windows(args, words, text):
@@ -428,11 +478,12 @@ def sentences(words, text, n, seed, longest):
 
 
 def ask(args):
-    """Fills in --fill by a trained model, without its text and without a new evaluation."""
-    words = vocabulary(args)
-    model = build(args, words.vocab).eval()
-    model.load_state_dict(common.read_checkpoint(args.out)["model"])
-    common.say(fill(args, model, words, *own_sentence(args, words)))
+    """Fills in --fill by a trained or a published model, without a text or an evaluation."""
+    model, words, able = start(args)
+    if args.resume:
+        model.load_state_dict(common.read_checkpoint(args.out)["model"])
+    common.require(able or args.resume, f"--weights {args.weights} has no head for masked words")
+    common.say(fill(args, model.eval(), words, *own_sentence(args, words)))
     return model
 
 
@@ -490,15 +541,14 @@ def few_labels(args, model, passages):
 
 @common.setup
 def main(args):
-    if args.fill and args.resume and args.steps == 0:
+    if args.steps == 0 and (args.fill and args.resume or args.weights and not args.data):
         return ask(args)
     text = common.load_text(args.data, args.data_dir, parts=args.classes, utf8=True)
-    words = vocabulary(args, text)
+    model, words, able = start(args, text)
     train, val = windows(args, words, text)
     passages = common.Passages(args, words, text)
     common.k_shot(passages.labels, max(args.labels))                       # raises now if too few
     blanks = [own_sentence(args, words)] if args.fill else []
-    model = build(args, words.vocab)
     optimizer = common.optimizer(args, model.named_parameters())
     run = common.Run(args, model, optimizer, uniform=math.log(words.vocab),
                      about=dict(vocabulary=words.words))
@@ -515,11 +565,15 @@ def main(args):
         run.log(loss)
 
     model.eval()
-    blanks += sentences(words, val.flatten().cpu(), 4, args.seed, args.context - 2)
-    filled = [fill(args, model, words, *blank) for blank in blanks]
-    masked, unigram = evaluate(args, model, train[:, 0, 0], val)   # the first word of each window
+    filled, masked, unigram, result = [], None, None, "no head for masked words"
+    if able or args.steps:
+        blanks += sentences(words, val.flatten().cpu(), 4, args.seed, args.context - 2)
+        filled = [fill(args, model, words, *blank) for blank in blanks]
+        masked, unigram = evaluate(args, model, train[:, 0, 0], val)       # first words of windows
+        result = (f"{masked['accuracy']:.1f} % of masked words, perplexity "
+                  f"{masked['perplexity']:.1f} (unigram baseline {unigram['accuracy']:.1f} %, "
+                  f"{unigram['perplexity']:.1f})")
     rows = few_labels(args, model, passages)
-    result = f"{masked['accuracy']:.1f} % of masked words, perplexity {masked['perplexity']:.1f}"
     if (unknown := (val == UNK).float().mean().item()) > 1 / 3:
         result = f"{100 * unknown:.0f} % of the new text is [UNK], so this says little: {result}"
     common.report(run, result, dict(
@@ -528,8 +582,7 @@ def main(args):
     table = common.table([["accuracy in %", *(f"{k} per class" for k in args.labels)],
                           *([name, *(f"{x:.1f}" for x in row)] for name, row in rows.items())])
     common.say("\n" + "\n\n".join([
-        *filled, f"Correct in new text: {result} (unigram baseline {unigram['accuracy']:.1f} %, "
-        f"perplexity {unigram['perplexity']:.1f}).", f"Which part is a passage of "
+        *filled, f"Correct in new text: {result}.", f"Which part is a passage of "
         f"{args.passage - 2} words from: {', '.join(passages.names)}?", table]))
     return model
 

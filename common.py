@@ -35,6 +35,7 @@ import shlex
 import shutil
 import signal
 import struct
+import string
 import sys
 import sysconfig
 import tarfile
@@ -96,7 +97,8 @@ class Args:
     resume: bool = False         # continue the run in --out, or else the newest one
     save_every: float = 30.0     # seconds between checkpoints
 
-    cpu = {}                     # no annotation, so no setting: defaults that differ without a GPU
+    cpu = {}                     # no annotation, so no setting: defaults that differ without a GPU,
+    published = {}               # and those that differ with --weights, on any device
 
     def __new__(cls, *args, **given):
         self = super().__new__(cls)
@@ -225,15 +227,20 @@ def resolve(args):
     given = {name: getattr(args, name) for name in usual
              if name in args.given or getattr(args, name) != usual[name]}
     device = find_device(args.device)
-    smaller = type(args).cpu if device.startswith("cpu") and not args.resume else {}
+    published = getattr(args, "weights", "")
+    smaller = type(args).published if published else type(args).cpu
+    if args.resume or not published and not device.startswith("cpu"):
+        smaller = {}
     out, saved = saved_run(args) if args.resume else (args.out, {})
     saved = {name: saved[name] for name in usual.keys() & saved.keys() - {"resume", "data_dir"}}
     values = usual | smaller | saved | given | dict(out=out, device=device)
     args = dataclasses.replace(args, **values)
     check(args)
-    used = " ".join(f"{flag(k)} {typed(v)}" for k, v in smaller.items() if k not in given)
+    used = " ".join(f"{flag(k)} {typed(v)}" for k, v in smaller.items()
+                    if k not in given and v != "")
     if used:
-        say(f"Settings for a CPU: {used} (flags you give win).")
+        say(f"Settings for {'published weights' if published else 'a CPU'}: {used} (flags you give "
+            "win).")
     return args
 
 
@@ -411,6 +418,11 @@ class Images:
     def denormalize(self, x):
         """The way back, to [0, 1]."""
         return (x.float() * self.std + self.mean).clamp(0, 1)
+
+    def imagenet(self):
+        """Normalise as published models of ImageNet were trained."""
+        for name, x in dict(mean=[.485, .456, .406], std=[.229, .224, .225]).items():
+            setattr(self, name, torch.tensor(x, device=self.train.device).view(3, 1, 1))
 
     def class_labels(self):
         """The ids of the class, of the training and of the test images: (n,), (m,)."""
@@ -1024,6 +1036,8 @@ def read_arrays(path, *names):
         why = "it holds pickled objects" if pickled else "it is truncated or no .npz"
         raise UserError(f"cannot read {path}: {why}; write plain arrays with np.savez") from None
     require(found, f"{path} holds {held}, not {names[0]}")
+    for name, x in found.items():
+        require(isinstance(x, np.ndarray), f"{path}: {name} is no array")
     return found
 
 
@@ -1040,18 +1054,22 @@ def read_npz(path):
     x, y, x_test, y_test = (found.get(a, found.get(b)) for a, b in zip(ours, theirs))
     x = found.get("images") if x is None else x
     require(x is not None, f"{path} has no x_train")
+    x = as_images(f"{path}: x_train", x)
+    one_each = lambda part, images, labels: require(
+        labels.size == len(images), f"{path}: y_{part} is {labels.dtype} {labels.shape}, not one "
+        f"label for each of {len(images)} images")
+    if y is not None:
+        one_each("train", x, y)
     if x_test is None:
         fifth = np.arange(len(x)) % 5 == 4
-        y, y_test = (None, None) if y is None else (y[~fifth], y[fifth])
+        y, y_test = (None, None) if y is None else (y.ravel()[~fifth], y.ravel()[fifth])
         x, x_test = x[~fifth], x[fifth]
-    x, x_test = as_images(f"{path}: x_train", x), as_images(f"{path}: x_test", x_test)
-    require(x.shape[1:] == x_test.shape[1:], f"{path}: train and test differ in size")
+    x_test = as_images(f"{path}: x_test", x_test)
+    require(len(x) and x.shape[1:] == x_test.shape[1:], f"{path}: train and test differ in size")
     require((y is None) == (y_test is None), f"{path} has labels of one part alone")
     if y is None:
         return x, None, x_test, None, []
-    for part, images, labels in ("train", x, y), ("test", x_test, y_test):
-        require(labels.size == len(images), f"{path}: y_{part} is {labels.dtype} {labels.shape}, "
-                f"not one label for each of {len(images)} images")
+    one_each("test", x_test, y_test)
     names, ids = np.unique(y.ravel(), return_inverse=True)
     test_ids = np.searchsorted(names, y_test.ravel()).clip(max=len(names) - 1)
     require((names[test_ids] == y_test.ravel()).all(), f"{path}: y_test has labels that y_train "
@@ -1257,13 +1275,13 @@ def read_documents(path):
     return documents
 
 
-def pieces(raw, size=2 ** 20):
+def pieces(raw, size=2 ** 20, errors="strict"):
     """Some bytes, UTF-8, as texts of about a megabyte each, cut after a line or a word."""
     start = 0
     while start < len(raw):
         at = start + size
         end = raw.find(b"\n", at) + 1 or raw.find(b" ", at) + 1 or len(raw)
-        yield raw[start:end].decode()
+        yield raw[start:end].decode(errors=errors)
         start = end
 
 
@@ -1303,6 +1321,7 @@ def printable(text):
 class Bytes:
     """Tokenizer: a token for each byte, 0 to 255, and BOS, which stands before a text."""
     BOS, vocab = 256, 257
+    sizes = torch.arange(257) < 256          # bytes of each token: one, and none for BOS
 
     def encode(self, text):
         """str or bytes -> (n,) int64."""
@@ -1317,6 +1336,92 @@ class Bytes:
         """All documents one after another, BOS before each: (n,) int16, a quarter of int64."""
         parts = [part for raw in documents for part in ([self.BOS], np.frombuffer(raw, np.uint8))]
         return torch.from_numpy(np.concatenate(parts, dtype=np.int16))
+
+
+@functools.cache
+def gpt2_words():
+    """GPT-2's regular expression for the words of a text: endings such as 's; letters, numbers or
+    other signs, with a space before; spaces. Python's re has no classes for letters and numbers."""
+    kinds = dict(L="", N="", Z="")
+    kind = lambda i: "Z" if chr(i) in "\t\n\v\f\r\x85" else unicodedata.category(chr(i))[0]
+    for name, run in itertools.groupby(range(sys.maxunicode + 1), kind):
+        first, *rest = run
+        if name in kinds:
+            kinds[name] += f"\\U{first:08x}-\\U{[first, *rest][-1]:08x}"
+    L, N, Z = kinds.values()
+    return re.compile(f"'(?:[sdmt]|ll|ve|re)| ?[{L}]+| ?[{N}]+| ?[^{Z}{L}{N}]+"
+                      f"|[{Z}]+(?![^{Z}])|[{Z}]+")
+
+
+class BPE:
+    """GPT-2's tokenizer, byte pair encoding: the bytes of a word are joined, pair by pair, in the
+    order of a list of merges (Radford et al. 2019, sec. 2.2). sizes (vocab,): bytes of a token."""
+
+    def __init__(self, vocab, merges):
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]    # shown as themselves
+        shown = [*plain, *(byte for byte in range(256) if byte not in plain)]
+        shown = {chr(b if i < len(plain) else 256 + i - len(plain)): b for i, b in enumerate(shown)}
+        self.BOS, self.vocab = vocab["<|endoftext|>"], len(vocab)
+        self.bytes = {i: b"" if i == self.BOS else bytes(shown[c] for c in token)
+                      for token, i in vocab.items()}
+        self.byte_ids = {byte: vocab[c] for c, byte in shown.items()}
+        self.pairs = {(vocab[a], vocab[b]): (rank, vocab[a + b])
+                      for rank, (a, b) in enumerate(merges)}
+        self.sizes = torch.tensor([len(self.bytes[i]) for i in range(self.vocab)])
+        self.tokens = functools.lru_cache(2 ** 17)(self.join)
+
+    @classmethod
+    def load(cls, folder):
+        """That of a folder: vocab.json and merges.txt, encoder.json and vocab.bpe as OpenAI calls
+        them, or tokenizer.json. Raises UserError."""
+        for names in "vocab.json merges.txt", "encoder.json vocab.bpe", "tokenizer.json":
+            files = [Path(folder, name) for name in names.split()]
+            if not all(file.exists() for file in files):
+                continue
+            try:
+                model = json.loads(files[0].read_text(encoding="utf-8"))
+                lines = files[-1].read_text(encoding="utf-8").split("\n")
+                if len(files) == 1:
+                    lines, model = model["model"]["merges"], model["model"]["vocab"]
+                pairs = [line.split(" ") if isinstance(line, str) else line for line in lines
+                         if line and not line[0] + line[1] == "#v"]
+                return cls(model, pairs)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+                raise UserError(f"{' and '.join(map(str, files))} do not hold GPT-2's byte pair "
+                                "encoding, or do not belong together: fetch them anew") from None
+        raise UserError(f"{folder} holds no tokenizer: fetch vocab.json and merges.txt to it, too")
+
+    def join(self, word):
+        """The tokens of a word: again and again, of all neighbours those are joined that come first
+        in the list of merges."""
+        ids = [self.byte_ids[byte] for byte in word.encode()]
+        while len(ids) > 1:
+            pair = min(zip(ids, ids[1:]), key=lambda pair: self.pairs.get(pair, (math.inf,)))
+            if pair not in self.pairs:
+                break
+            new, i = [], 0
+            while i < len(ids):
+                found = (*ids[i:i + 2],) == pair
+                new.append(self.pairs[pair][1] if found else ids[i])
+                i += 1 + found
+            ids = new
+        return ids
+
+    def encode(self, text, dtype=np.int64):
+        """str or bytes -> (n,) int64. Bytes that are no UTF-8 become U+FFFD."""
+        text = text.decode(errors="replace") if isinstance(text, bytes) else text
+        words = itertools.chain.from_iterable(map(self.tokens, gpt2_words().findall(text)))
+        return torch.from_numpy(np.fromiter(words, dtype))
+
+    def stream(self, documents):
+        """All documents one after another, BOS before each: (n,) int32."""
+        BOS = torch.tensor([self.BOS], dtype=torch.int32)
+        return torch.cat([part for raw in documents for part in (
+            BOS, *(self.encode(text, np.int32) for text in pieces(raw, errors="replace")))])
+
+    def decode(self, tokens):
+        """(n,) -> str; what is no UTF-8, or would upset a terminal, shows as a question mark."""
+        return printable(b"".join(self.bytes[int(t)] for t in tokens).decode(errors="replace"))
 
 
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"     # Chinese characters
@@ -1375,6 +1480,74 @@ class Words:
         return re.sub(r" (?=[.,;:!?)\]}])|(?<=[(\[{]) ", "", text)
 
 
+class WordPiece(Words):
+    """BERT's tokenizer: words, cut into the longest pieces that a published vocabulary has; inside
+    a word they begin with ##. The special tokens are the first here; published: the ids there."""
+    # the range that begins with 2b920 begins with 2b820 in Google's code
+    CJK = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df"
+                     "\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]")
+
+    def __init__(self, words, lower=True):
+        super().__init__(words)
+        self.lower, self.prefix_of = lower, functools.lru_cache(2 ** 17)(self.cut)
+        ids = {word: i for i, word in enumerate(words)}
+        self.published = torch.tensor([ids[word] for word in self.words])
+
+    @classmethod
+    def load(cls, folder):
+        """That of a folder: vocab.txt, with tokenizer_config.json if it is there, or
+        tokenizer.json. Raises UserError."""
+        path, config = Path(folder, "vocab.txt"), Path(folder, "tokenizer_config.json")
+        try:
+            if path.exists():
+                words = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+                rules = json.loads(config.read_text()) if config.exists() else {}
+                return cls(words, rules.get("do_lower_case", True))
+            path = Path(folder, "tokenizer.json")
+            require(path.exists(), f"{folder} holds no tokenizer: fetch vocab.txt to it, too")
+            state = json.loads(path.read_text(encoding="utf-8"))
+            require(state["model"]["type"] == "WordPiece", f"{path} is no WordPiece vocabulary")
+            vocab = state["model"]["vocab"]
+            return cls(sorted(vocab, key=vocab.get), state["normalizer"]["lowercase"])
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path} does not hold BERT's vocabulary: fetch it anew") from None
+
+    def split(self, text):
+        """The pieces of a text, one by one; [UNK] for a word that has none."""
+        return itertools.chain.from_iterable(map(self.prefix_of, re.findall(r"[^ \t\n\r]+", text)))
+
+    def cut(self, text):
+        """The pieces of a text without spaces: as BERT does, control characters are left out, other
+        spaces are one, accents are dropped, and a mark or a Chinese character is a word."""
+        category, found = unicodedata.category, []
+        text = "".join(" " if category(c)[0] == "Z" else c for c in text
+                       if c != "\ufffd" and category(c) not in ("Cc", "Cf", "Co"))
+        text = self.CJK.sub(r" \g<0> ", text)
+        if self.lower:
+            text = unicodedata.normalize("NFD", text)                # a letter, and then its accent
+            text = "".join(c.lower() for c in text if category(c) != "Mn")
+        mark = lambda c: c in string.punctuation or category(c)[0] == "P"
+        for word in "".join(f" {c} " if mark(c) else c for c in text).split():
+            parts, start = [], 0
+            while start < len(word):
+                prefix, ends = "##" * (start > 0), range(len(word), start, -1)
+                end = next((end for end in ends if prefix + word[start:end] in self.ids), 0)
+                if not end or len(word) > 100:
+                    parts = ["[UNK]"]
+                    break
+                parts.append(prefix + word[start:end])
+                start = end
+            found += parts
+        return found
+
+    @staticmethod
+    def join(words):
+        """Pieces as a text."""
+        return Words.join(" ".join(words).replace(" ##", "").split(" "))
+
+
 MOST_PASSAGES = 500      # of each document
 
 
@@ -1401,6 +1574,89 @@ class Passages:
             return x.to(args.device), labels.to(args.device)
         self.train, self.labels = cut(train, size)
         self.test, self.test_labels = cut(test, max(1, size // 2))
+
+
+# ------------------------------------------------------------------------- published weights
+
+DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
+              I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8,
+              BOOL=torch.bool)
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: eight bytes that say how long the header is, the
+    header, which is JSON, and the numbers (https://huggingface.co/docs/safetensors). They stay in
+    the file until they are used. Raises UserError that names the first tensor that does not fit."""
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as f:
+            start = 8 + int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(start - 8) if start <= min(size, 10 ** 8) else b"")
+            header.pop("__metadata__", None)
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        raise UserError(f"{path} is truncated or no .safetensors file: fetch it anew") from None
+    data, found = torch.from_file(str(path), size=size, dtype=torch.uint8), {}
+    for name, about in header.items():
+        try:
+            dtype, shape, (a, b) = DTYPES[about["dtype"]], about["shape"], about["data_offsets"]
+            numbers = all(isinstance(n, int) and 0 <= n < 2 ** 62 for n in [*shape, a, b])
+            fits = numbers and isinstance(shape, list) and a <= b <= size - start and \
+                b - a == math.prod(shape) * dtype.itemsize
+        except (KeyError, TypeError, ValueError):
+            fits = False
+        require(fits, f"{path} is truncated or broken at the tensor {name}: fetch it anew")
+        part = data[start + a:start + b]
+        part = part.clone() if (start + a) % dtype.itemsize else part              # not aligned
+        found[name] = part.view(dtype).view(shape)
+    return found
+
+
+def read_weights(path, wanted, flag="--weights"):
+    """Published weights, {name: tensor}, and the settings in the config.json beside them, if there
+    is one. path: a file (.safetensors, or one of torch.save), or a folder as it lies on a model
+    hub. Nothing in them is executed. Raises UserError; wanted: what to fetch, and from where."""
+    path = Path(path)
+    kinds = "model.safetensors", "*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth"
+    shards = [[path]] if path.is_file() else [sorted(path.glob(kind)) for kind in kinds]
+    shards = next(filter(None, shards), [])
+    require(shards, f"{flag} {path} holds no weights. Fetch {wanted}")
+    found, config = {}, (path if path.is_dir() else path.parent) / "config.json"
+    for file in shards:
+        if file.suffix == ".safetensors":
+            found |= read_safetensors(file)
+            continue
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):     # of MAE's authors
+                state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:                      # torch raises many kinds for a broken file
+            code = "it holds code, which is not executed" if "weights_only" in str(error) else \
+                "it is truncated or was not written by torch.save"
+            raise UserError(f"cannot read {file}: {code}") from None
+        inner = [state[key] for key in ("state_dict", "model")
+                 if isinstance(state, dict) and isinstance(state.get(key), dict)]
+        state = inner[0] if inner else state
+        require(isinstance(state, dict) and state and all(
+            isinstance(name, str) and torch.is_tensor(x) for name, x in state.items()),
+            f"{file} holds no table of tensors")
+        found |= state
+    try:
+        return found, json.loads(config.read_text()) | {} if config.exists() else {}
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{config} cannot be read: fetch it anew") from None
+
+
+def fill_in(model, state, path, missing=()):
+    """Puts tensors by name into a model; those that begin with one of `missing` need not be there,
+    nor a BatchNorm's count of batches: they keep their values. Raises UserError that names the
+    first that does not fit."""
+    here, there = ({name: tuple(x.shape) for name, x in tensors.items()}
+                   for tensors in (model.state_dict(), state))
+    for name in {**there, **here}:
+        a, b = there.get(name, "missing"), here.get(name, "missing")
+        may_miss = name.startswith(missing) or name.endswith("num_batches_tracked")
+        require(a == b or a == "missing" and may_miss,
+                f"the weights in {path} are of another model: {name} is {a} there and {b} here")
+    model.load_state_dict(state, strict=False)
 
 
 # ---------------------------------------------------------------------------------- training
@@ -1681,7 +1937,7 @@ def read_checkpoint(folder, *scripts, flag="--out"):
     """The checkpoint in a folder, on the CPU: its script, args, step, seconds, about, model and
     optimizer. Raises UserError if there is none, or none that a script of these (or any) wrote."""
     path = Path(folder) / "checkpoint.pt"
-    require(path.exists(), f"there is no {path}: choose another {flag}, or start a new run")
+    require(path.is_file(), f"there is no {path}: choose another {flag}, or start a new run")
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
         by, version = state["script"], state.get("format")
@@ -1692,9 +1948,11 @@ def read_checkpoint(folder, *scripts, flag="--out"):
             f"{' or '.join(scripts)}: choose another {flag}")
     require(version == FORMAT, f"{path} was written by another version of {by} (format {version}, "
             f"this is {FORMAT}): use that version, or start a new run")
-    lacks = {"args", "model", "step", "seconds", "about", "kind", "optimizer"} - set(state)
-    require(not lacks, f"{path} lacks {', '.join(sorted(lacks))}: it is broken, or no checkpoint "
-            f"of a run; choose another {flag}")
+    kinds = dict(args=dict, model=dict, step=int, seconds=(int, float), about=dict, kind=str,
+                 optimizer=dict)
+    wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+    require(not wrong, f"{path} lacks {', '.join(wrong)}: it is broken, or no checkpoint of a "
+            f"run; choose another {flag}")
     return state
 
 
@@ -1837,8 +2095,13 @@ def encode(args, f, images, x, batch=500):
     with autocast(args):
         h = torch.cat([f(images.normalize(part) if images else part).float()
                        for part in x.split(batch)])
-    require(h.abs().max() < 1e15, "the features have no bounds any more: try a smaller --lr")
+    bounded(h.abs().max() < 1e15, "features")
     return h
+
+
+def bounded(condition, what="loss"):
+    """Raises UserError unless it is so, at the end of a training that went too far."""
+    require(condition, f"the {what} of the model cannot be computed any more: try a smaller --lr")
 
 
 def probe(train, labels, test, test_labels, k=0, seed=0, decay=1e-2):
@@ -1989,7 +2252,8 @@ def machine(device="cpu"):
 def command(args):
     """The command line that gives these settings on the same kind of device."""
     usual = {f.name: f.default for f in dataclasses.fields(args)}
-    usual |= type(args).cpu if args.device.startswith("cpu") else {}
+    usual |= type(args).published if getattr(args, "weights", "") else \
+        type(args).cpu if args.device.startswith("cpu") else {}
     line = ["python", script(args)]
     for name, value in dataclasses.asdict(args).items():
         skip = name in ("out", "data_dir", "device", "resume", "save_every")

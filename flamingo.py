@@ -698,6 +698,7 @@ def load_vit(args, folder):
     prefix = "vit." if own else "encoder."
     weights = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
     alone = not own or "text_proj.weight" in state["model"]    # a whole Flamingo has a vit., too
+    alone = alone and {"mean", "std"} <= state["about"].keys()
     common.require(weights and alone, f"{folder} holds no ViT: try --vit {folder}/vit")
     vit = ViT(args.image_size, how["patch"], how["dim"], how["depth"], how["heads"])
     vit.load_state_dict(weights)

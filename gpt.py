@@ -61,6 +61,7 @@ class Args(common.Args):
     optimizer: Literal["muon", "adamw"] = "muon"   # muon: for the matrices of the blocks
     muon_lr: float = 0.02           # peak learning rate of these matrices, in (0, inf)
     weight_decay: float = 0.1       # decay, of matrices only
+    weights: str = ""               # GPT-2 as published: a folder; it writes, and --steps tunes it
     data: str = "pydocs"            # pydocs, pycode, shakespeare, file, folder; shapes, mnist ...
     context: int = 256              # tokens of a window, BOS included, 2 or more (images: side^2)
     dim: int = 384                  # channels
@@ -76,6 +77,7 @@ class Args(common.Args):
 
     cpu = dict(steps=1100, batch=16, lr=3e-3, muon_lr=0.04, context=128, dim=128, depth=4, heads=4,
                dropout=0.)
+    published = dict(steps=0, batch=4, lr=3e-5, optimizer="adamw", data="", length=60)
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -198,6 +200,22 @@ class Cache:
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
 
+def published(state):
+    """The tensors of a published GPT-2, by the names of this file. There matrices are (in, out)."""
+    found = {}
+    for name, x in state.items():
+        name = name.removeprefix("transformer.")
+        if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue                                            # tied to wte; the causal mask
+        for theirs, ours in [
+                ("wte", "token_embed"), ("wpe", "pos_embed"), ("h.", "blocks."), ("ln_f", "norm"),
+                ("ln_", "norm"), ("c_attn", "qkv"), ("attn.c_proj", "attn.proj"), ("c_fc", "fc1"),
+                ("mlp.c_proj", "mlp.fc2")]:
+            name = name.replace(theirs, ours)
+        found[name] = x.T if x.ndim == 2 and "embed" not in name else x
+    return found
+
+
 # ------------------------------------------------------------------------------------ the method
 
 
@@ -272,6 +290,21 @@ def sample_text(model, prompt, n, bos, stop=None, **how):
 
 BYTES = common.Bytes()
 BOS = BYTES.BOS
+GPT2 = ("config.json, model.safetensors (548 MB), vocab.json and merges.txt of "
+        "https://huggingface.co/openai-community/gpt2, or of gpt2-medium, -large, -xl there")
+
+
+def load_published(args):
+    """The GPT-2 and the tokenizer in the folder --weights; sets the sizes of args."""
+    weights, config = common.read_weights(args.weights, GPT2)
+    state, tokens = published(weights), common.BPE.load(args.weights)
+    common.require("pos_embed.weight" in state, f"--weights {args.weights} is no GPT-2")
+    context, args.dim = state["pos_embed.weight"].shape
+    args.depth = sum(name.endswith("qkv.weight") for name in state)
+    args.heads = config.get("n_head", args.dim // 64)
+    model = GPT(tokens.vocab, context, args.dim, args.depth, args.heads, args.dropout)
+    common.fill_in(model, state, args.weights)
+    return model, tokens
 
 
 def pixels(args):
@@ -287,11 +320,11 @@ def pixels(args):
             for x in (images.train, images.test[:2000])]
 
 
-def windows(args):
+def windows(args, tokens=BYTES):
     """Windows of --context tokens of a text: to train on from every start, (n, context); to
     validate on one after another, (m, context)."""
     text, T = common.load_text(args.data, args.data_dir), args.context
-    train, val = (BYTES.stream(part).to(args.device) for part in (text.train, text.val))
+    train, val = (tokens.stream(part).to(args.device) for part in (text.train, text.val))
     common.require(len(val) >= T <= len(train), f"the last tenth of --data {args.data} has "
                    f"{len(val)} tokens, the rest {len(train)}, and --context {T} needs as many in "
                    "both: take a longer text or a shorter context")
@@ -299,14 +332,15 @@ def windows(args):
 
 
 @torch.no_grad()
-def evaluate(args, model, val):
+def evaluate(args, model, val, tokens=BYTES):
     """Loss on the validation tokens (m, T): nats per token, and bits per byte."""
-    nats, count = 0., 0                                         # count: tokens that are bytes
+    nats, count, sizes = 0., 0, tokens.sizes.to(val.device)     # count: bytes
     for x in common.progress(val.split(max(1, 8192 // val.shape[1])), "evaluating"):
-        inputs, target = mask(x.long(), BOS)
+        inputs, target = mask(x.long(), tokens.BOS)
         with common.autocast(args):
             nats += distance(model(inputs), target).item() * x.numel()
-        count += (target != BOS).sum().item()
+        count += sizes[target].sum().item()
+    common.bounded(math.isfinite(nats))
     return nats / val.numel(), nats / math.log(2) / count
 
 
@@ -315,19 +349,19 @@ def how(args):
     return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
 
 
-def prompt_tokens(args):
+def prompt_tokens(args, tokens=BYTES):
     """--prompt as tokens (n,). Raises UserError where BOS and they exceed --context."""
-    prompt = BYTES.encode(args.prompt.encode(errors="surrogateescape")).to(args.device)
-    common.require(len(prompt) < args.context, f"--prompt has {len(prompt)} bytes, and --context "
+    prompt = tokens.encode(args.prompt.encode(errors="surrogateescape")).to(args.device)
+    common.require(len(prompt) < args.context, f"--prompt has {len(prompt)} tokens, and --context "
                    f"{args.context} holds {args.context - 1} beside BOS: shorten it")
     return prompt
 
 
-def write(args, model, prompt):
+def write(args, model, prompt, tokens=BYTES):
     """The text that the model writes after the prompt, at most to the end of a document."""
     torch.manual_seed(args.seed)
-    new = sample_text(model, prompt, args.length, BOS, stop=BOS, **how(args))
-    return BYTES.decode(torch.cat([prompt, new]))
+    new = sample_text(model, prompt, args.length, tokens.BOS, stop=tokens.BOS, **how(args))
+    return tokens.decode(torch.cat([prompt, new]))
 
 
 def complete(args, model, val):
@@ -350,17 +384,23 @@ def complete(args, model, val):
 
 @common.setup
 def main(args):
-    images = common.is_images(args.data)
-    train, val = pixels(args) if images else windows(args)                     # (n, T), (m, T)
-    val = common.evenly(val, max(1, 2 ** 18 // val.shape[1]))       # of longer texts a part
-    prompt = None if images else prompt_tokens(args)
-    model = GPT(BYTES.vocab, train.shape[1], args.dim, args.depth, args.heads, args.dropout)
+    images, model, tokens = common.is_images(args.data), None, BYTES
+    if args.weights:
+        model, tokens = load_published(args)
+    prompt = None if images else prompt_tokens(args, tokens)
+    if args.weights and not args.data:                              # nothing to train on or to test
+        common.say(write(args, model.to(args.device).eval(), prompt, tokens))
+        return model
+    train, val = pixels(args) if images else windows(args, tokens)             # (n, T), (m, T)
+    val = common.evenly(val, max(1, (2 ** 14 if args.weights else 2 ** 18) // val.shape[1]))
+    model = model or GPT(tokens.vocab, train.shape[1], args.dim, args.depth, args.heads,
+                         args.dropout)
     model.to(args.device)
     optimizer = common.optimizer(args, model.named_parameters())
-    run = common.Run(args, model, optimizer, uniform=math.log(BYTES.vocab))
+    run = common.Run(args, model, optimizer, uniform=math.log(tokens.vocab))
     for step in run:                       # sets the seed and the learning rate of this step
         with run.autocast():
-            inputs, target = mask(run.batch(train).long(), BOS)         # A. mask
+            inputs, target = mask(run.batch(train).long(), tokens.BOS)  # A. mask
             prediction = model(inputs)                                  # B. predict
             loss = distance(prediction, target)                         # C. compare
         loss.backward()
@@ -370,15 +410,15 @@ def main(args):
         run.log(loss)
 
     model.eval()
-    nats, bits = evaluate(args, model, val)
-    text = complete(args, model, val) if images else write(args, model, prompt)
+    nats, bits = evaluate(args, model, val, tokens)
+    text = complete(args, model, val) if images else write(args, model, prompt, tokens)
     what, unit = ("images", "pixel") if images else ("text", "byte")
     common.report(run, f"{nats:.3f} nats per token, {bits:.3f} bits per {unit}",
-                  dict(loss=nats, bits=bits, uniform=math.log(BYTES.vocab), text=text))
+                  dict(loss=nats, bits=bits, uniform=run.uniform, text=text))
     common.say(f"\nPicture: {args.out}/completions.png (given | completed | again | original)"
                if images else f"\n{text}")
     common.say(f"\nLoss on new {what}: {nats:.3f} nats per token (uniform guess "
-               f"{math.log(BYTES.vocab):.3f}), {bits:.3f} bits per {unit}.")
+               f"{run.uniform:.3f}), {bits:.3f} bits per {unit}.")
     return model
 
 

@@ -551,6 +551,7 @@ def evaluate(args, model, x, given=0, examples=None):
             inputs, target = mask(part, BOS)
             prediction = model(inputs)
             nats += distance(prediction[:, -n:], target[:, -n:]).item() * len(part)
+    common.bounded(math.isfinite(nats))
     return nats / len(x)
 
 

@@ -70,6 +70,7 @@ class Args(common.Args):
     mask_ratio: float = 0.75        # fraction of the patches that are masked, in (0, 1)
     norm_pix: bool = False          # predict each patch normalised by its own mean and variance
     image_size: int = 32            # side in pixels; a folder's pictures are cropped to squares
+    weights: str = ""               # MAE as published: a folder or a .pth file; needs --data
     skip_broken: bool = False       # leave out pictures of a folder that cannot be read
     patch: int = 4                  # side of a patch in pixels
     dim: int = 192                  # channels of the encoder (ViT-Tiny)
@@ -85,6 +86,8 @@ class Args(common.Args):
 
     cpu = dict(steps=2000, batch=64, lr=3e-3, dim=128, depth=4, heads=2, decoder_dim=64,
                decoder_depth=2, decoder_heads=2, labels=(100,), tune_steps=150)
+    published = dict(steps=0, batch=32, lr=1e-4, optimizer="adamw", image_size=224, data="",
+                     labels=(5,), tune_steps=50, tune_lr=1e-4)
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -238,6 +241,32 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def published(state):
+    """The tensors of a published MAE, by the names of this file. Its authors' names are much like
+    ours; in transformers' query, key and value are apart."""
+    found = {}
+    for name, x in state.items():
+        if "pos_embed" in name or "position_embeddings" in name:
+            continue                                                    # sines and cosines
+        for theirs, ours in [
+                ("decoder.", ""), ("vit.", ""), ("patch_embeddings.projection", "patch_embed"),
+                ("patch_embed.proj.", "patch_embed."), ("embeddings.", ""),
+                ("decoder_layers", "decoder_blocks"), ("encoder.layer", "blocks"),
+                ("layernorm_before", "norm1"), ("layernorm_after", "norm2"), ("layernorm", "norm"),
+                ("attention.attention", "attn"), ("attention.output.dense", "attn.proj"),
+                ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2")]:
+            name = name.replace(theirs, ours)
+        if not name.startswith(("decoder", "mask_token")):
+            name = f"encoder.{name}"
+        if name == "encoder.patch_embed.weight":
+            x = x.permute(0, 2, 3, 1).flatten(1)                        # (C, 3, p, p) -> (C, P)
+        found[name] = x
+    for name in [name for name in found if "attn.query" in name]:
+        parts = [found.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        found[name.replace("query", "qkv")] = torch.cat(parts)
+    return found
+
+
 # ------------------------------------------------------------------------------------ the method
 
 
@@ -330,6 +359,31 @@ def build(args, image_size):
                args.decoder_depth, args.decoder_heads).to(args.device)
 
 
+FILES = ("mae_visualize_vit_base.pth (427 MB) of https://dl.fbaipublicfiles.com/mae/visualize/, or "
+         "config.json and the weights of https://huggingface.co/facebook/vit-mae-base")
+
+
+def load_published(args, image_size):
+    """The MAE of --weights; sets the sizes of args. Where it has no decoder, that is random."""
+    weights, config = common.read_weights(args.weights, FILES)
+    state, count = published(weights), lambda part: sum(part in name for name in state)
+    common.require("encoder.patch_embed.weight" in state, f"--weights {args.weights} is no MAE")
+    args.dim, P = state["encoder.patch_embed.weight"].shape
+    args.patch, args.depth = math.isqrt(P // 3), count("encoder.blocks") // 12
+    args.heads = config.get("num_attention_heads", min(16, args.dim // 64) or 1)
+    args.decoder_dim = len(state.get("decoder_embed.weight", range(512)))
+    args.decoder_depth = count("decoder_blocks") // 12 or 8
+    args.decoder_heads = config.get("decoder_num_attention_heads", args.decoder_dim // 32 or 1)
+    for name in [name for name in weights if name.endswith(("pos_embed", "position_embeddings"))]:
+        side = math.isqrt(weights[name].shape[1] - 1)
+        fixed = sincos_pos_embed(side, side, weights[name].shape[2])
+        common.require(torch.allclose(weights[name].float(), fixed, atol=1e-3),
+                       f"--weights {args.weights} is no MAE: its {name} is learned")
+    model = build(args, image_size)
+    common.fill_in(model, state, args.weights, missing=("decoder", "mask_token"))
+    return model
+
+
 @torch.no_grad()
 def reconstruct(args, model, images):
     """Writes reconstructions.png; returns the squared error on masked patches of test images."""
@@ -389,9 +443,13 @@ def few_labels(args, model, images):
 
 @common.setup
 def main(args):
+    common.require(args.data, "--weights needs --data with pictures: a folder, or an .npz")
     images = common.load_images(args)
     images.check(args.labels, POOL)                                    # raises now if too few
-    model = build(args, images.size)
+    if args.weights:
+        images.imagenet()
+    make = load_published if args.weights else build
+    model = make(args, images.size)
     optimizer = common.optimizer(args, model.named_parameters())
     run = common.Run(args, model, optimizer, about=images.about())
     for step in run:                       # sets the seed and the learning rate of this step

@@ -71,6 +71,7 @@ class Args(common.Args):
     jitter: float = 1.0             # strength of jitter in brightness, contrast and saturation
     hue: float = 0.5                # largest change of the hue, 1 the whole circle, in [0, 0.5]
     blur: bool = False              # blur half of the views (SimCLR, app. A; not for CIFAR-10)
+    weights: str = ""               # a published ResNet-18, by torchvision's names: a .pth file
     skip_broken: bool = False       # leave out pictures of a folder that cannot be read
     image_size: int = 32            # side in pixels; a folder's pictures are cropped to squares
     depth: Literal[10, 18] = 18     # layers of the ResNet
@@ -81,6 +82,7 @@ class Args(common.Args):
     labels: tuple[int, ...] = (1, 5, 20, 0)   # labelled images per class, 0 or more (0: all)
 
     cpu = dict(steps=800, batch=64, depth=10, width=16)
+    published = dict(steps=0, batch=64, labels=(1, 5, 20))
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -90,9 +92,9 @@ class Args(common.Args):
 class SimCLR(nn.Module):
     """An encoder f and a projection head g (SimCLR, fig. 2): views (B, 3, S, S) -> z (B, dim)."""
 
-    def __init__(self, depth, width, dim):
+    def __init__(self, depth, width, dim, stem=3):
         super().__init__()
-        self.encoder = ResNet(depth, width)
+        self.encoder = ResNet(depth, width, stem)
         C = self.encoder.dim
         self.project = nn.Sequential(nn.Linear(C, C, bias=False), nn.BatchNorm1d(C), nn.ReLU(),
                                      nn.Linear(C, dim))
@@ -308,6 +310,24 @@ def build(args, image_size):
     return model.to(memory_format=torch.channels_last)       # in which convolutions are faster
 
 
+FILES = "resnet18-f37072fd.pth (47 MB) of https://download.pytorch.org/models/"
+
+
+def load_published(args):
+    """A SimCLR with the encoder of --weights, by torchvision's names, without its layer to classes;
+    the projection head is random. Sets the sizes of args."""
+    weights, _ = common.read_weights(args.weights, FILES)
+    state = {name: x for name, x in weights.items() if "fc." not in name}
+    for prefix in "module.", "encoder.", "backbone.":
+        state = {name.removeprefix(prefix): x for name, x in state.items()}
+    common.require("conv1.weight" in state, f"--weights {args.weights} is no ResNet")
+    args.width, _, stem, _ = state["conv1.weight"].shape
+    args.depth = 18 if "layer1.1.conv1.weight" in state else 10
+    model = SimCLR(args.depth, args.width, args.dim, stem)
+    common.fill_in(model.encoder, state, args.weights)
+    return model.to(args.device, memory_format=torch.channels_last)
+
+
 @torch.no_grad()
 def neighbours(args, model, images, k):
     """Writes neighbours.png: test images, each with its k nearest by h, and its k nearest in raw
@@ -334,7 +354,9 @@ def main(args):
     k = min(5, len(images.test) - 1)
     common.require(k > 0, "one test image has no neighbours: 2 or more are needed")
     images.check(args.labels)                                                # raises now if too few
-    model = build(args, images.size)
+    if args.weights:
+        images.imagenet()
+    model = load_published(args) if args.weights else build(args, images.size)
     untrained = copy.deepcopy(model).eval()
     optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)
     uniform = math.log(2 * args.batch - 1) if args.loss == "ntxent" else None

@@ -483,7 +483,7 @@ def test_greedy_and_all_tokens_are_no_bad_flags():
 
 @pytest.mark.parametrize("flags, words", [
     ("--dim 30 --heads 4", ["30 channels cannot be divided among 4 heads"]),
-    ("--prompt abcdefgh --context 8", ["--prompt has 8 bytes, and --context 8 holds 7", "shorten it"]),
+    ("--prompt abcdefgh --context 8", ["--prompt has 8 tokens, and --context 8 holds 7", "shorten it"]),
 ])
 def test_settings_that_do_not_fit_get_one_sentence(text, tmp_path, flags, words):
     """Before the training, not after it; and nothing is left behind."""

@@ -1,0 +1,426 @@
+"""Published weights and tokenizers: files as they lie on a model hub, written here from their layout."""
+import argparse
+import json
+import os
+import random
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import torch
+from conftest import refused, run
+from test_bert import published_names
+from torch import nn
+
+import bert
+import common
+import gpt
+import mae
+import simclr
+from common import UserError
+
+
+def safetensors(path, state, pad=0):
+    """Writes a .safetensors file; pad: blanks after the header, so that numbers lie on odd places."""
+    names = {v: k for k, v in common.DTYPES.items()}
+    header, raw = {"__metadata__": {"format": "pt"}}, b""
+    for name, x in state.items():
+        part = x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = dict(dtype=names[x.dtype], shape=list(x.shape), data_offsets=[len(raw), len(raw) + len(part)])
+        raw += part
+    text = json.dumps(header).encode() + b" " * pad
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw)
+    return path
+
+
+# -------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("pad", [0, 1, 3])
+def test_safetensors_of_every_type(pad, tmp_path):
+    state = {str(dtype): torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype) for dtype in common.DTYPES.values()}
+    state |= dict(scalar=torch.tensor(2.5), none=torch.zeros(0, 4), random=torch.randn(5, 7).bfloat16())
+    found = common.read_safetensors(safetensors(tmp_path / "x.safetensors", state, pad))
+    assert found.keys() == state.keys()
+    for name, x in state.items():
+        assert found[name].dtype == x.dtype and found[name].shape == x.shape and torch.equal(found[name], x), name
+
+
+def test_broken_safetensors_name_the_first_tensor(tmp_path):
+    path = safetensors(tmp_path / "x.safetensors", dict(a=torch.zeros(3), b=torch.zeros(2, 2)))
+    raw, refuse = path.read_bytes(), lambda words: pytest.raises(UserError, match=words)
+    for cut in 0, 5, 20:
+        path.write_bytes(raw[:cut])
+        with refuse("truncated or no .safetensors"):
+            common.read_safetensors(path)
+    path.write_bytes(raw[:-4])
+    with refuse("broken at the tensor b"):
+        common.read_safetensors(path)
+    for text, words in ((b"[1]", "no .safetensors"), (b"garbage", "no .safetensors"), (b'{"a": 1}', "at the tensor a"),
+                        (b'{"c": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', "at the tensor c"),
+                        (b'{"c": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}', "at the tensor c"),
+                        (b'{"c": {"dtype": "F8", "shape": [1], "data_offsets": [0, 1]}}', "at the tensor c"),
+                        (b'{"c": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}', "broken at the tensor c"),
+                        (b'{"c": {"dtype": "F32", "shape": {}, "data_offsets": [0, 4]}}', "at the tensor c"),
+                        (b'{"c": {"dtype": "F32", "shape": [2000000000, "x"], "data_offsets": [0, 4]}}', "at the tensor c"),
+                        (b'{"c": {"dtype": "F32", "shape": [99999999999999999999], "data_offsets": [0, 4]}}', "at the tensor c"),
+                        (b'{"c": {"dtype": "F32", "shape": [99999999], "data_offsets": [0, 399999996]}}', "at the tensor c")):
+        path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+        with refuse(words):
+            common.read_safetensors(path)
+    path.write_bytes(struct.pack("<Q", 2 ** 63) + raw)
+    with refuse("no .safetensors"):
+        common.read_safetensors(path)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_weights_of_a_folder_or_a_file(tmp_path):
+    a, b = dict(x=torch.ones(2)), dict(y=torch.zeros(3))
+    torch.save({"model": a, "args": argparse.Namespace(lr=1)}, tmp_path / "a.pth")
+    assert torch.equal(common.read_weights(tmp_path / "a.pth", "")[0]["x"], a["x"])
+    torch.save({"state_dict": b}, tmp_path / "b.pt")
+    assert common.read_weights(tmp_path / "b.pt", "")[0].keys() == {"y"}
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    with pytest.raises(UserError, match="--weights .*hub holds no weights. Fetch such a file"):
+        common.read_weights(hub, "such a file")
+    torch.save(b, hub / "pytorch_model.bin")
+    assert common.read_weights(hub, "") [0].keys() == {"y"}
+    safetensors(hub / "model-00001-of-00002.safetensors", a), safetensors(hub / "model-00002-of-00002.safetensors", b)
+    (hub / "config.json").write_text('{"n_head": 3}')
+    state, config = common.read_weights(hub, "")
+    assert state.keys() == {"x", "y"} and config == {"n_head": 3}
+    (hub / "config.json").write_text("[1, 2")
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        common.read_weights(hub, "")
+    torch.save({"model": Evil(tmp_path / "made")}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="evil.pth: it holds code, which is not executed"):
+        common.read_weights(tmp_path / "evil.pth", "")
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:300])
+    with pytest.raises(UserError, match="truncated or was not written by torch.save"):
+        common.read_weights(tmp_path / "cut.pth", "")
+    for i, other in enumerate(([1, 2], {}, {1: torch.zeros(2)}, {"x": "y"})):
+        torch.save(other, tmp_path / f"{i}.pth")
+        with pytest.raises(UserError, match="holds no table of tensors"):
+            common.read_weights(tmp_path / f"{i}.pth", "")
+    torch.save({"model": "resnet18", "state_dict": a}, tmp_path / "named.pth")
+    assert common.read_weights(tmp_path / "named.pth", "")[0].keys() == {"x"}
+
+
+# --------------------------------------------------------------------------------- tokenizers
+
+
+MERGES = ["t h", "th e", "Ġ the", "Ġ q", "i n", "Ġ t", "q u", "Ġq u", "1 2", "Ċ Ċ", "a b", "b c", "Ġ a"]
+
+
+def signs():
+    """GPT-2's characters for bytes, by their definition: those that print stand for themselves, the others from 256 on."""
+    table, n = {}, 0
+    for b in range(256):
+        shown = 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255
+        table[b] = chr(b) if shown else chr(256 + n)
+        n += not shown
+    return table
+
+
+def bpe_folder(folder, names=("vocab.json", "merges.txt")):
+    """A tokenizer of 256 bytes and a few merges, in GPT-2's two files."""
+    folder.mkdir(exist_ok=True)
+    tokens = [*signs().values(), *(merge.replace(" ", "") for merge in MERGES), "<|endoftext|>"]
+    vocab = {token: (7 * i + 3) % len(tokens) for i, token in enumerate(tokens)}               # in no order
+    (folder / names[0]).write_text(json.dumps(vocab)), (folder / names[1]).write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
+    return vocab
+
+
+def by_hand(vocab, word):
+    """The tokens of a word, by the definition: of all pairs the one of the lowest rank, everywhere, until none is left."""
+    parts = [signs()[b] for b in word.encode()]
+    for merge in [tuple(m.split(" ")) for m in MERGES for _ in range(1)] * len(MERGES):
+        best = min((MERGES.index(f"{a} {b}") for a, b in zip(parts, parts[1:]) if f"{a} {b}" in MERGES), default=None)
+        if best is None:
+            break
+        a, b = MERGES[best].split(" ")
+        at = 0
+        while at < len(parts) - 1:
+            if parts[at:at + 2] == [a, b]:
+                parts[at:at + 2] = [a + b]
+            at += 1
+    return [vocab[part] for part in parts]
+
+
+def test_words_of_gpt2():
+    split = common.gpt2_words().findall
+    assert split("I'll  go, they'Re 12ab!?\n\n  x") == ["I", "'ll", " ", " go", ",", " they", "'", "Re", " 12", "ab", "!?", "\n\n ", " x"]
+    assert split("á\u0301 中文² \u2003x\x1f\x85 ") == ["á", "\u0301", " 中文", "²", " ", "\u2003", "x", "\x1f", "\x85 "]
+
+
+def test_bpe_by_hand_and_back(tmp_path):
+    vocab = bpe_folder(tmp_path / "a")
+    tokens, rng = common.BPE.load(tmp_path / "a"), random.Random(0)
+    assert tokens.vocab == len(vocab) and tokens.BOS == vocab["<|endoftext|>"] and tokens.sizes[tokens.BOS] == 0
+    assert tokens.encode("the queen").tolist() == by_hand(vocab, "the") + by_hand(vocab, " queen")
+    for _ in range(300):
+        text = "".join(rng.choice("theqabc12 \n\tä中😀") for _ in range(rng.randint(0, 30)))
+        ids = tokens.encode(text)
+        assert ids.tolist() == [t for word in common.gpt2_words().findall(text) for t in by_hand(vocab, word)], text
+        assert b"".join(tokens.bytes[i] for i in ids.tolist()) == text.encode() and tokens.sizes[ids].sum() == len(text.encode())
+    stream = tokens.stream([b"the ab", b"12"])
+    assert stream.dtype == torch.int32 and stream.tolist() == [tokens.BOS, *tokens.encode("the ab").tolist(), tokens.BOS, vocab["12"]]
+    assert tokens.decode(tokens.encode("the\n\n中")) == "the\n\n中" and tokens.encode(b"\xff").tolist() == tokens.encode("\ufffd").tolist()
+
+
+def test_files_of_bpe(tmp_path):
+    vocab, text = bpe_folder(tmp_path / "a"), "in the queue abc"
+    first = common.BPE.load(tmp_path / "a").encode(text)
+    bpe_folder(tmp_path / "b", ("encoder.json", "vocab.bpe"))
+    (tmp_path / "c").mkdir()
+    for merges in MERGES, [merge.split(" ") for merge in MERGES]:
+        (tmp_path / "c/tokenizer.json").write_text(json.dumps(dict(model=dict(vocab=vocab, merges=merges))))
+        for name in "bc":
+            assert torch.equal(common.BPE.load(tmp_path / name).encode(text), first)
+    with pytest.raises(UserError, match="holds no tokenizer: fetch vocab.json and merges.txt"):
+        common.BPE.load(tmp_path)
+    for broken in "{", "[1]", '{"a": 1}', json.dumps({k: v for k, v in vocab.items() if k != "the"}):
+        (tmp_path / "a/vocab.json").write_text(broken)
+        with pytest.raises(UserError, match="do not hold GPT-2's byte pair encoding, or do not belong together"):
+            common.BPE.load(tmp_path / "a")
+
+
+PIECES = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##aff", "##able", "cafe", "!", "the", "##s", "中", "[", "]", "mask",
+          "ship", "sails", "sea", "on", ".", "fox", "runs", "dog", "away", "and", "s"]
+
+
+def wordpiece_folder(folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(PIECES) + "\n")
+
+
+def test_wordpiece(tmp_path):
+    wordpiece_folder(tmp_path / "a")
+    words = common.WordPiece.load(tmp_path / "a")
+    assert words.words[:5] == common.Words.SPECIAL and [PIECES[i] for i in words.published] == words.words
+    pieces = lambda text, words=words: [words.words[t] for t in words.encode(text)]
+    assert pieces("Unaffable CAFÉ!!\tthe中\u0000x") == ["un", "##aff", "##able", "cafe", "!", "!", "the", "中", "[UNK]"]
+    assert pieces("cafe\u0301 the\u200ds [MASK] " + "un" * 51) == ["cafe", "the", "##s", "[", "mask", "]", "[UNK]"]
+    assert words.join(pieces("unaffable cafés.")) == "unaffable cafes." and words.encode(" \n").tolist() == []
+    (tmp_path / "a/tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert pieces("The the", common.WordPiece.load(tmp_path / "a")) == ["[UNK]", "the"]
+    (tmp_path / "b").mkdir()
+    spec = dict(model=dict(type="WordPiece", vocab={p: i for i, p in enumerate(PIECES)}), normalizer=dict(lowercase=True))
+    (tmp_path / "b/tokenizer.json").write_text(json.dumps(spec))
+    assert torch.equal(common.WordPiece.load(tmp_path / "b").published, words.published)
+    (tmp_path / "b/tokenizer.json").write_text(json.dumps(spec | dict(model=dict(type="BPE"))))
+    with pytest.raises(UserError, match="is no WordPiece vocabulary"):
+        common.WordPiece.load(tmp_path / "b")
+    for text in "{", "[]", '{"model": {"type": "WordPiece", "vocab": {"a": 0}}, "normalizer": {"lowercase": true}}':
+        (tmp_path / "b/tokenizer.json").write_text(text)
+        with pytest.raises(UserError, match="does not hold BERT's vocabulary"):
+            common.WordPiece.load(tmp_path / "b")
+    with pytest.raises(UserError, match="holds no tokenizer: fetch vocab.txt"):
+        common.WordPiece.load(tmp_path)
+
+
+# ------------------------------------------------------------------------------------ scripts
+
+
+def random_weights(model):
+    torch.manual_seed(0)
+    for p in model.parameters():
+        nn.init.normal_(p, std=.2)
+    return model.eval()
+
+
+def transformers_gpt2(model):
+    """Our GPT's tensors as transformers saves them."""
+    state = {}
+    for name, x in model.state_dict().items():
+        for a, b in (("token_embed", "wte"), ("pos_embed", "wpe"), ("blocks", "h"), ("norm1", "ln_1"), ("norm2", "ln_2"), ("qkv", "c_attn"),
+                     ("proj", "c_proj"), ("fc1", "c_fc"), ("fc2", "c_proj")):
+            name = name.replace(a, b)
+        name = name.replace("norm.", "ln_f.") if name.startswith("norm.") else name
+        state[f"transformer.{name}"] = x.T.contiguous() if x.ndim == 2 and name.startswith("h") else x
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    state["transformer.h.0.attn.bias"], state["transformer.h.0.attn.masked_bias"] = torch.ones(1, 1, 40, 40).tril(), torch.tensor(-1e4)
+    return state
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    vocab = bpe_folder(tmp_path / "gpt2")
+    model = random_weights(gpt.GPT(len(vocab), 40, 24, 2, 3))
+    safetensors(tmp_path / "gpt2/model.safetensors", transformers_gpt2(model))
+    (tmp_path / "gpt2/config.json").write_text('{"n_head": 3}')
+    return model, tmp_path / "gpt2"
+
+
+def test_gpt2_loads_writes_and_trains(gpt2, tmp_path):
+    model, folder = gpt2
+    args = common.resolve(gpt.Args(weights=str(folder), device="cpu"))
+    found, tokens = gpt.load_published(args)
+    assert (args.dim, args.depth, args.heads) == (24, 2, 3)
+    x = torch.randint(tokens.vocab, (2, 40))
+    assert torch.equal(found.eval()(x), model(x)) and torch.equal(gpt.published({k.removeprefix("transformer."): v for k, v in transformers_gpt2(
+        model).items()})["blocks.1.mlp.fc2.weight"], model.blocks[1].mlp.fc2.weight)
+    out = tmp_path / "run"
+    flags = ["--weights", folder, "--device", "cpu", "--out", out, "--prompt", "the queen", "--length", 6, "--temperature", 0]
+    done = run(*flags, script="gpt.py")
+    new = gpt.sample_text(model, tokens.encode("the queen"), 6, tokens.BOS, stop=tokens.BOS, temperature=0)
+    text = tokens.decode(torch.cat([tokens.encode("the queen"), new]))
+    assert done.returncode == 0 and text in done.stdout and "--steps 0" in done.stdout and not out.exists(), done.stderr
+    (tmp_path / "x.txt").write_text("in the queue abc 12 \n\n" * 99)
+    done = run(*flags, "--data", tmp_path / "x.txt", "--steps", 2, "--context", 12, script="gpt.py")
+    assert done.returncode == 0 and f"uniform guess {np.log(tokens.vocab):.3f}" in done.stdout, done.stderr
+    figures = json.loads((out / "result.json").read_text())["figures"]
+    val = tokens.stream([b"in the queue abc 12 \n\n" * 99])[-100:]
+    assert abs(figures["bits"] * tokens.sizes[val.long()].float().mean() * np.log(2) / figures["loss"] - 1) < .15
+    saved = common.read_checkpoint(out)
+    assert saved["args"]["dim"] == 24 and saved["step"] == 2
+    again = run("--resume", "--out", out, "--steps", 3, script="gpt.py")
+    assert again.returncode == 0 and "Continuing from step 2" in again.stdout, again.stderr
+
+
+def test_other_weights_are_refused(gpt2, tmp_path):
+    model, folder = gpt2
+    flags = ["--weights", folder, "--device", "cpu", "--out", tmp_path / "run"]
+    state = transformers_gpt2(model)
+    for change, words in ((lambda: state.pop("transformer.h.1.ln_1.bias"), "blocks.1.norm1.bias is missing there and (24,) here"),
+                          (lambda: state.update({"transformer.h.1.ln_1.bias": torch.zeros(24), "extra": torch.zeros(2)}),
+                           "extra is (2,) there and missing here"),
+                          (lambda: state.update(extra=torch.zeros(2)) or state.pop("transformer.wpe.weight"), "is no GPT-2")):
+        change()
+        safetensors(folder / "model.safetensors", state)
+        refused(run(*flags, script="gpt.py"), 1, words, script="gpt.py")
+    os.remove(folder / "model.safetensors")
+    refused(run(*flags, script="gpt.py"), 1, "holds no weights. Fetch config.json, model.safetensors (548 MB)", "https://", script="gpt.py")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bert_loads_fills_in_and_classifies(tmp_path):
+    folder = tmp_path / "bert"
+    wordpiece_folder(folder)
+    words = common.WordPiece.load(folder)
+    model = random_weights(bert.BERT(words.vocab, 20, 16, 2, 2))
+    theirs = published_names(model)                               # with their order of the vocabulary
+    order = words.published.argsort()
+    for name in "bert.embeddings.word_embeddings.weight", "cls.predictions.bias":
+        theirs[name] = theirs[name][order]
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): x for name, x in theirs.items()}
+    extra = {"bert.embeddings.position_ids": torch.arange(20)[None], "cls.seq_relationship.bias": torch.zeros(2),
+             "cls.predictions.decoder.weight": theirs["bert.embeddings.word_embeddings.weight"]}
+    (folder / "config.json").write_text('{"num_attention_heads": 2}')
+    x, positions = torch.randint(5, words.vocab, (3, 9)), torch.tensor([[1, 4]] * 3)
+    for state in theirs, old | extra:
+        safetensors(folder / "model.safetensors", state)
+        args = common.resolve(bert.Args(weights=str(folder), device="cpu"))
+        found, _, able = bert.load_published(args)
+        assert able and torch.equal(found.eval()(x, positions), model(x, positions)) and torch.equal(found.pool(x), model.pool(x))
+    flags = ["--weights", folder, "--device", "cpu", "--out", tmp_path / "run"]
+    done = run(*flags, "--fill", "the <mask> runs away.", script="bert.py")
+    shown = bert.fill(args, model, words, *bert.own_sentence(bert.Args(fill="the <mask> runs away."), words))
+    assert done.returncode == 0 and shown in done.stdout and "the [1] runs away." in shown, done.stderr
+    for name, text in dict(sea="the ship sails on the sea . ", fox="the fox runs and the dog runs away . ").items():
+        (tmp_path / f"{name}.txt").write_text(text * 60)
+    (tmp_path / "texts").mkdir()
+    for name in "sea.txt", "fox.txt":
+        shutil.move(tmp_path / name, tmp_path / "texts" / name)
+    small = ["--data", tmp_path / "texts", "--classes", 2, "--passage", 8, "--context", 12, "--labels", 1, "--tune-steps", 2]
+    done = run(*flags, *small, "--steps", 2, script="bert.py")
+    assert done.returncode == 0 and "of masked words" in done.stdout and "BERT, tune all" in done.stdout, done.stderr
+    asked = run("--resume", "--steps", 0, "--out", tmp_path / "run", "--fill", "the <mask>", script="bert.py")
+    assert asked.returncode == 0 and "the [1]" in asked.stdout, asked.stderr
+    (folder / "config.json").unlink()
+    refused(run(*flags[:4], script="bert.py"), 1, "is no BERT, or has no config.json", script="bert.py")
+    (folder / "config.json").write_text('{"num_attention_heads": 2}')
+    encoder = {name.removeprefix("bert."): x for name, x in theirs.items() if not name.startswith("cls.") and "pooler" not in name}
+    safetensors(folder / "model.safetensors", encoder)            # as sentence encoders come
+    found, _, able = bert.load_published(common.resolve(bert.Args(weights=str(folder), device="cpu")))
+    assert not able and torch.equal(found.eval().encode(x), model.encode(x))
+    refused(run(*flags[:4], "--fill", "a <mask>", script="bert.py"), 1, "has no head for masked words", script="bert.py")
+    done = run(*flags[:4], *small, "--out", tmp_path / "other", script="bert.py")
+    assert done.returncode == 0 and "no head for masked words" in done.stdout and "BERT, tune all" in done.stdout, done.stderr
+
+
+def authors_mae(model, p=2):
+    """Our MAE's tensors under the names of its authors."""
+    state = {}
+    for name, x in model.state_dict().items():
+        name = name.removeprefix("encoder.")
+        if name.startswith("patch_embed"):
+            name = name.replace("patch_embed", "patch_embed.proj")
+            x = x.view(-1, p, p, 3).permute(0, 3, 1, 2).contiguous() if x.ndim == 2 else x
+        state[name] = x
+    return state | dict(pos_embed=model.encoder.pos_embed, decoder_pos_embed=model.decoder_pos_embed)
+
+
+def transformers_mae(state):
+    """The same, as transformers saves them."""
+    found = {}
+    for name, x in state.items():
+        for a, b in (("decoder_blocks", "decoder.decoder_layers"), ("blocks", "vit.encoder.layer"), ("norm1", "layernorm_before"),
+                     ("norm2", "layernorm_after"), ("attn.proj", "attention.output.dense"), ("mlp.fc1", "intermediate.dense"),
+                     ("mlp.fc2", "output.dense"), ("patch_embed.proj", "vit.embeddings.patch_embeddings.projection")):
+            name = name.replace(a, b) if not (a == "blocks" and "decoder" in name) else name
+        name = dict(cls_token="vit.embeddings.cls_token", pos_embed="vit.embeddings.position_embeddings").get(name, name)
+        name = name.replace("norm.", "vit.layernorm.") if name.startswith("norm.") else name
+        name = f"decoder.{name}" if name.startswith(("mask_token", "decoder_")) else name
+        if "attn.qkv" in name:
+            for part, y in zip(("query", "key", "value"), x.chunk(3)):
+                found[name.replace("attn.qkv", f"attention.attention.{part}")] = y
+        else:
+            found[name] = x
+    return found
+
+
+def test_mae_loads_and_paints(tiny, tmp_path):
+    model = random_weights(mae.MAE(8, 2, 16, 2, 2, 8, 1, 2))
+    theirs = authors_mae(model)
+    torch.save({"model": theirs}, tmp_path / "mae.pth")
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    safetensors(hub / "model.safetensors", transformers_mae(theirs))
+    (hub / "config.json").write_text('{"num_attention_heads": 2, "decoder_num_attention_heads": 2}')
+    for path in tmp_path / "mae.pth", hub:
+        args = common.resolve(mae.Args(weights=str(path), device="cpu", image_size=8))
+        found = mae.load_published(args, 8)
+        assert (args.dim, args.depth, args.patch, args.decoder_dim, args.decoder_depth) == (16, 2, 2, 8, 1)
+        assert all(torch.equal(x, model.state_dict()[name]) for name, x in found.state_dict().items())
+    flags = ["--weights", hub, "--data", tiny, "--image-size", 8, "--labels", 2, "--tune-steps", 2, "--device", "cpu"]
+    done = run(*flags, "--out", tmp_path / "run", script="mae.py")
+    assert done.returncode == 0 and (tmp_path / "run/reconstructions.png").exists() and "MAE, tune all" in done.stdout, done.stderr
+    images = common.load_images(common.resolve(mae.Args(data=str(tiny), image_size=8, device="cpu")))
+    images.imagenet()
+    error = mae.reconstruct(common.resolve(mae.Args(out=str(tmp_path), patch=2, device="cpu", dtype="float32")), model, images)
+    assert abs(json.loads((tmp_path / "run/result.json").read_text())["figures"]["error"] / error - 1) < .02
+    encoder = {name: x for name, x in theirs.items() if "decoder" not in name and name != "mask_token"}
+    torch.save(encoder, tmp_path / "encoder.pth")
+    found = mae.load_published(common.resolve(mae.Args(weights=str(tmp_path / "encoder.pth"), device="cpu")), 8)
+    assert torch.equal(found.encoder.blocks[1].attn.qkv.weight, model.encoder.blocks[1].attn.qkv.weight)
+    refused(run("--weights", hub, "--out", tmp_path / "no"), 1, "--weights needs --data")
+    torch.save(theirs | dict(pos_embed=torch.randn(1, 17, 16)), tmp_path / "vit.pth")
+    refused(run("--weights", tmp_path / "vit.pth", "--data", tiny, "--out", tmp_path / "no"), 1, "is no MAE: its pos_embed is learned")
+    torch.save({"x": torch.zeros(2)}, tmp_path / "x.pth")
+    refused(run("--weights", tmp_path / "x.pth", "--data", tiny, "--out", tmp_path / "no"), 1, "is no MAE")
+
+
+def test_a_resnet_loads_by_torchvisions_names(tiny, tmp_path):
+    model = random_weights(simclr.ResNet(18, 8, stem=7, classes=10))
+    own = simclr.ResNet(18, 8, stem=7).eval()
+    own.load_state_dict({name: x for name, x in model.state_dict().items() if "fc." not in name})
+    for prefix in "", "module.", "module.encoder.", "backbone.":
+        state = {prefix + name: x for name, x in model.state_dict().items() if prefix or "num_batches" not in name}
+        torch.save({"state_dict": state}, tmp_path / "resnet.pth")
+        args = common.resolve(simclr.Args(weights=str(tmp_path / "resnet.pth"), device="cpu"))
+        found, x = simclr.load_published(args).eval(), torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(found.encoder(x), own(x), rtol=1e-4, atol=1e-5)
+    assert (args.depth, args.width) == (18, 8)
+    done = run("--weights", tmp_path / "resnet.pth", "--data", tiny, "--labels", 1, "--device", "cpu", "--out", tmp_path / "run", script="simclr.py")
+    assert done.returncode == 0 and "SimCLR" in done.stdout and (tmp_path / "run/neighbours.png").exists(), done.stderr
