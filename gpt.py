@@ -29,8 +29,8 @@ Differs  A token is a byte (257 with BOS), not one of 50,257 pieces of words (by
          Every window begins with a BOS, in the midst of a document, too. Residual branches start
          with smaller weights, as in the paper (OpenAI's published code: not). Muon trains the
          matrices of the blocks (its steps are orthogonalised: common.py), AdamW the rest (theirs:
-         Adam for all). Pixels are 256 greys, theirs 512 colours. The model has the tensors of the
-         published GPT-2 checkpoints, where the matrices of the blocks are transposed.
+         Adam for all). Pixels are 256 greys, theirs 512 colours. --weights loads the published
+         GPT-2, of any size, with its tokenizer.
 
 Try      --steps 0 --resume --temperature 0, 0.5, 1, 2: where does it repeat itself, and where does
          it fall apart?
@@ -386,6 +386,7 @@ def complete(args, model, val):
 def main(args):
     images, model, tokens = common.is_images(args.data), None, BYTES
     if args.weights:
+        common.require(not images, f"--weights are of a text model, and --data {args.data} is images")
         model, tokens = load_published(args)
     prompt = None if images else prompt_tokens(args, tokens)
     if args.weights and not args.data:                              # nothing to train on or to test

@@ -53,12 +53,13 @@ def load(own):
     common.require(state["step"] == args.steps, f"{own.folder} has done {state['step']} of "
                    f"{args.steps} steps: python bert.py --resume --out {own.folder} finishes it")
     args.labels = tuple(own.labels or args.labels)
-    words = common.Words(state["about"]["vocabulary"])
+    args.out, args.resume = str(own.folder), True
+    model, words, _ = bert.start(args)
     text = common.load_text(args.data, args.data_dir, parts=args.classes, utf8=True)
     passages = common.Passages(args, words, text)
     common.k_shot(passages.labels, max(args.labels))                       # raises now if too few
-    model = bert.build(args, words.vocab).eval()
     model.load_state_dict(state["model"])
+    model.eval()
     most = passages.test_labels.bincount().max().item() / len(passages.test_labels)
     return args, model, passages, dict(
         run=common.fingerprint(state["model"]), labels=list(args.labels), parts=passages.names,
