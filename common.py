@@ -281,7 +281,8 @@ def guarded(main, args, name):
     """main(args) of the program `name`: a user's mistake becomes one sentence and status 1, or 2
     for a flag; a signal that asks to stop keeps its usual status."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")        # a terminal without UTF-8 gets marks
+        with contextlib.suppress(OSError):              # of a descriptor that is closed
+            sys.stdout.reconfigure(errors="replace")    # a terminal without UTF-8 gets marks
     on_signals(interrupt)
     try:
         main(args)
