@@ -386,7 +386,7 @@ def complete(args, model, val):
 def main(args):
     images, model, tokens = common.is_images(args.data), None, BYTES
     if args.weights:
-        common.require(not images, f"--weights are of a text model, and --data {args.data} is images")
+        common.require(not images, f"--weights are of a text model, not for --data {args.data}")
         model, tokens = load_published(args)
     prompt = None if images else prompt_tokens(args, tokens)
     if args.weights and not args.data:                              # nothing to train on or to test

@@ -70,7 +70,7 @@ def test_closing_evaluations_are_capped(tmp_path, monkeypatch):
     whole = words.stream(text.val).long().unfold(0, 10, 10)
     assert val.shape == (4000, 10) and val[0].equal(whole[0]) and val[-1].equal(whole[-1])
     seen = []
-    monkeypatch.setattr(gpt, "evaluate", lambda args, model, val: seen.append(val) or (1., 1.))
+    monkeypatch.setattr(gpt, "evaluate", lambda args, model, val, tokens: seen.append(val) or (1., 1.))
     gpt.main(args_of(gpt, "x", tmp_path / "run", length=3))
     assert seen[0].shape == (2 ** 18 // 12, 12)
 

@@ -299,7 +299,7 @@ def test_other_weights_are_refused(gpt2, tmp_path):
         change()
         safetensors(folder / "model.safetensors", state)
         refused(run(*flags, script="gpt.py"), 1, words, script="gpt.py")
-    refused(run(*flags, "--data", "shapes", script="gpt.py"), 1, "--weights are of a text model, and --data shapes is images", script="gpt.py")
+    refused(run(*flags, "--data", "shapes", script="gpt.py"), 1, "--weights are of a text model, not for --data shapes", script="gpt.py")
     os.remove(folder / "model.safetensors")
     refused(run(*flags, script="gpt.py"), 1, "holds no weights. Fetch config.json, model.safetensors (548 MB)", "https://", script="gpt.py")
     assert not (tmp_path / "run").exists()
