@@ -2058,7 +2058,9 @@ def replacing(path, when=""):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:           # torch.save wraps a full disk in either
+    except (OSError, RuntimeError) as error:           # torch.save wraps a full disk in either,
+        if isinstance(error.__context__, KeyboardInterrupt):      # and hides a second Ctrl-C
+            raise error.__context__ from None
         why = getattr(error, "strerror", None) or "is the disk full?"
         raise UserError(f"cannot write {path}{when} ({why})") from None
     finally:

@@ -752,6 +752,19 @@ def test_a_full_disk_keeps_the_older_checkpoint(flags, here):
     assert done.returncode == 0 and common.read_checkpoint("mine")["step"] == 9
 
 
+def test_a_second_interrupt_while_a_checkpoint_is_written(here, monkeypatch):
+    """torch.save then raises another error, which must not hide it."""
+    def save(state, file):
+        try:
+            raise KeyboardInterrupt(signal.SIGINT)
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert not list(Path("runs").rglob("*.part"))
+
+
 def test_settings_that_memory_cannot_hold(here):
     done = run("--dim", 2 ** 40, "--steps", 1, cwd=here, script="bert.py")
     refused(done, 1, "the memory is not enough for these settings: take a smaller --batch, or a smaller model", script="bert.py")
