@@ -1385,7 +1385,7 @@ class BPE:
                 if len(files) == 1:
                     lines, model = model["model"]["merges"], model["model"]["vocab"]
                 pairs = [line.split(" ") if isinstance(line, str) else line for line in lines
-                         if line and not line[0] + line[1] == "#v"]
+                         if line and not str(line).startswith("#version")]
                 return cls(model, pairs)
             except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
                 raise UserError(f"{' and '.join(map(str, files))} do not hold GPT-2's byte pair "
@@ -1490,7 +1490,7 @@ class WordPiece(Words):
 
     def __init__(self, words, lower=True):
         super().__init__(words)
-        self.lower, self.prefix_of = lower, functools.lru_cache(2 ** 17)(self.cut)
+        self.lower, self.pieces_of = lower, functools.lru_cache(2 ** 17)(self.cut)
         ids = {word: i for i, word in enumerate(words)}
         self.published = torch.tensor([ids[word] for word in self.words])
 
@@ -1517,7 +1517,7 @@ class WordPiece(Words):
 
     def split(self, text):
         """The pieces of a text, one by one; [UNK] for a word that has none."""
-        return itertools.chain.from_iterable(map(self.prefix_of, re.findall(r"[^ \t\n\r]+", text)))
+        return itertools.chain.from_iterable(map(self.pieces_of, re.findall(r"[^ \t\n\r]+", text)))
 
     def cut(self, text):
         """The pieces of a text without spaces: as BERT does, control characters are left out, other
@@ -1557,15 +1557,15 @@ class Passages:
     [CLS] before and [SEP] after each, labels, test_labels (n,), and the names of the documents."""
 
     def __init__(self, args, words, text):
-        require(args.passage <= args.context, f"--passage {args.passage} is more than "
-                       f"--context {args.context}: take a shorter passage")
+        require(args.passage <= args.context, f"--passage {args.passage} is more than --context "
+                f"{args.context}: take a shorter passage")
         longest = sorted(range(len(text.train)), key=lambda i: -len(text.train[i]))[:args.classes]
         self.names, size = [text.names[i] for i in longest], args.passage - 2
         train, test = ([words.encode(documents[i][:2 ** 20].decode(errors="ignore"))
                         for i in longest] for documents in (text.train, text.val))
-        require(len(longest) > 1 and min(map(len, train + test)) >= size, f"--data "
-                       f"{args.data} has no {args.classes} parts that are long enough to classify "
-                       "passages: take fewer --classes, or a shorter --passage")
+        require(len(longest) > 1 and min(map(len, train + test)) >= size, f"--data {args.data} has "
+                f"no {args.classes} parts that are long enough to classify passages: take fewer "
+                "--classes, or a shorter --passage")
 
         def cut(documents, step):
             parts = [x.unfold(0, size, step)[:MOST_PASSAGES] for x in documents]

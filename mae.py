@@ -359,7 +359,7 @@ def build(args, image_size):
                args.decoder_depth, args.decoder_heads).to(args.device)
 
 
-FILES = ("mae_visualize_vit_base.pth (427 MB) of https://dl.fbaipublicfiles.com/mae/visualize/, or "
+FILES = ("mae_visualize_vit_base.pth (450 MB) of https://dl.fbaipublicfiles.com/mae/visualize/, or "
          "config.json and the weights of https://huggingface.co/facebook/vit-mae-base")
 
 

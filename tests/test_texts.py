@@ -13,6 +13,7 @@ import torch
 import bert
 import common
 import gpt
+import lora
 from common import UserError
 
 
@@ -73,6 +74,35 @@ def test_closing_evaluations_are_capped(tmp_path, monkeypatch):
     monkeypatch.setattr(gpt, "evaluate", lambda args, model, val, tokens: seen.append(val) or (1., 1.))
     gpt.main(args_of(gpt, "x", tmp_path / "run", length=3))
     assert seen[0].shape == (2 ** 18 // 12, 12)
+
+
+def test_a_model_that_went_too_far_is_one_sentence(tmp_path):
+    model = gpt.GPT(257, 12, 8, 1, 2)
+    model.norm.weight.data.fill_(float("nan"))
+    for script in gpt, lora:
+        with pytest.raises(UserError, match="cannot be computed any more: try a smaller --lr"):
+            script.evaluate(args_of(gpt, "x", tmp_path), model, torch.zeros(3, 12, dtype=torch.int64))
+
+
+def test_a_checkpoint_that_is_a_pipe_or_has_texts_for_numbers(tmp_path):
+    os.mkfifo(tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="there is no .*checkpoint.pt"):
+        common.read_checkpoint(tmp_path)
+    os.remove(tmp_path / "checkpoint.pt")
+    state = dict(format=common.FORMAT, script="gpt.py", args={}, model={}, step="3", seconds="4", about={}, kind="Muon", optimizer={})
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="lacks step, seconds"):
+        common.read_checkpoint(tmp_path)
+    torch.save(state | dict(step=3, seconds=4.), tmp_path / "checkpoint.pt")
+    assert common.read_checkpoint(tmp_path)["step"] == 3
+
+
+@pytest.mark.parametrize("x, y, words", [((20, 8, 8), 9, "y_train is int64 .9,., not one label for each of 20"),
+                                         ((), 20, "x_train is uint8 .., not square images")])
+def test_arrays_of_another_form(x, y, words, tmp_path):
+    np.savez(tmp_path / "x.npz", x_train=np.zeros(x, np.uint8), y_train=np.arange(y))
+    with pytest.raises(UserError, match=words):
+        common.read_npz(tmp_path / "x.npz")
 
 
 def test_an_npz_that_declares_more_than_memory_holds(tmp_path, monkeypatch):
