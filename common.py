@@ -105,6 +105,11 @@ class Args:
         self.given = set(given)          # these keep their values, whatever `cpu` and --resume say
         return self
 
+    @property
+    def uses_published(self):
+        """Whether the run begins with published weights."""
+        return bool(getattr(self, "weights", ""))
+
 
 def flag(name):
     """The flag of a setting: mask_ratio -> --mask-ratio."""
@@ -227,7 +232,7 @@ def resolve(args):
     given = {name: getattr(args, name) for name in usual
              if name in args.given or getattr(args, name) != usual[name]}
     device = find_device(args.device)
-    published = getattr(args, "weights", "")
+    published = args.uses_published
     smaller = type(args).published if published else type(args).cpu
     if args.resume or not published and not device.startswith("cpu"):
         smaller = {}
@@ -1375,6 +1380,7 @@ class BPE:
     def load(cls, folder):
         """That of a folder: vocab.json and merges.txt, encoder.json and vocab.bpe as OpenAI calls
         them, or tokenizer.json. Raises UserError."""
+        folder = Path(folder).parent if Path(folder).is_file() else folder
         for names in "vocab.json merges.txt", "encoder.json vocab.bpe", "tokenizer.json":
             files = [Path(folder, name) for name in names.split()]
             if not all(file.exists() for file in files):
@@ -1498,6 +1504,7 @@ class WordPiece(Words):
     def load(cls, folder):
         """That of a folder: vocab.txt, with tokenizer_config.json if it is there, or
         tokenizer.json. Raises UserError."""
+        folder = Path(folder).parent if Path(folder).is_file() else folder
         path, config = Path(folder, "vocab.txt"), Path(folder, "tokenizer_config.json")
         try:
             if path.exists():
@@ -2070,7 +2077,10 @@ def replacing(path, when=""):
 
 def fingerprint(weights):
     """Eight hexadecimal digits that tell {name: tensor on the CPU} from others of its names."""
-    return hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()[:8]
+    digest = hashlib.sha256()
+    for w in weights.values():
+        digest.update(w.contiguous().numpy())
+    return digest.hexdigest()[:8]
 
 
 # -------------------------------------------------------------------------------- evaluation
@@ -2255,7 +2265,7 @@ def machine(device="cpu"):
 def command(args):
     """The command line that gives these settings on the same kind of device."""
     usual = {f.name: f.default for f in dataclasses.fields(args)}
-    usual |= type(args).published if getattr(args, "weights", "") else \
+    usual |= type(args).published if args.uses_published else \
         type(args).cpu if args.device.startswith("cpu") else {}
     line = ["python", script(args)]
     for name, value in dataclasses.asdict(args).items():

@@ -77,7 +77,7 @@ class Args(common.Args):
 
     cpu = dict(steps=1100, batch=16, lr=3e-3, muon_lr=0.04, context=128, dim=128, depth=4, heads=4,
                dropout=0.)
-    published = dict(steps=0, batch=4, lr=3e-5, optimizer="adamw", data="", length=60)
+    published = dict(steps=0, batch=4, lr=3e-5, optimizer="adamw", data="", prompt="The", length=60)
 
 
 # ------------------------------------------------------------------------------------- the model

@@ -18,7 +18,8 @@ Loss     GPT's, L = -1 / T sum_t log p(x_t | BOS, newline, x_1 ... x_{t-1}). Wha
          Beside it, in-context: nothing; the examples are in the prompt, if the context holds them
 
 Flow     the base: a GPT that learned the old text, as in gpt.py (trained once: <out>/base)
-         examples (k, 1 + T) of the new text: a newline, and the T bytes after it
+         examples (k, 1 + T) of the new text: a newline, and the T bytes after it (of --data x.tsv
+         whole lines: their first column is given, and the loss counts the second)
          A. mask      shift: BOS before, without the last one -> inputs, target (B, 1 + T)
          B. predict   the GPT, with what was added to it      -> logits (B, 1 + T, 257)
          C. compare   cross-entropy of the T bytes after the newline
@@ -55,6 +56,8 @@ import common
 Method = Literal["lora", "ia3", "bitfit", "first", "middle", "last", "full"]
 # The best on average over k = 1 to 256, of three or four for each: experiments/adapt.py --search
 LR = dict(lora=1e-3, ia3=1e-2, bitfit=1e-3, first=1e-4, middle=1e-4, last=1e-4, full=5e-5)
+GPT2 = ("config.json, model.safetensors (548 MB), vocab.json and merges.txt of https://huggingface"
+        ".co/openai-community/gpt2, or name the folder of a run of gpt.py or lora.py")
 
 
 @dataclass
@@ -69,12 +72,12 @@ class Args(common.Args):
     warmup: float = 0.1             # fraction of the steps in which the rate rises, in [0, 1]
     weight_decay: float = 0.01      # AdamW's decay, of matrices only (LoRA, table 11, GPT-2 on E2E)
     data: str = "pycode"            # new text: pycode, pydocs, shakespeare, a file or a folder
-    example: int = 24               # bytes of an example, which starts where a line does, 2 or more
+    example: int = 24               # tokens of an example, which starts with a line, 2 or more
     targets: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2")    # LoRA: matrices that are adapted
     rank: int = 3                   # LoRA: columns of A and of B
     alpha: float = 0.               # LoRA: A B^T is multiplied by alpha / rank; 0: by 1
     dropout: float = 0.             # LoRA: dropout probability of its inputs, in [0, 1)
-    base: str = ""                  # folder of a run of gpt.py or lora.py [trained in <out>/base]
+    base: str = ""                  # run of gpt.py or lora.py, or a GPT-2 [trained: <out>/base]
     old: str = ""                   # text that the base knows [pydocs, or the one of --base]
     base_steps: int = 5000          # base: training steps
     base_batch: int = 64            # base: windows of the text per step
@@ -92,6 +95,12 @@ class Args(common.Args):
 
     cpu = dict(base_steps=2400, base_batch=8, base_lr=3e-3, base_dropout=0., context=128, dim=128,
                depth=4, heads=4)
+    published = dict(epochs=5, batch=4, rank=4, example=64, prompt="The", length=60)
+
+    @property
+    def uses_published(self):
+        """Whether --base is a GPT-2 as published."""
+        return bool(self.base) and not common.has_run(self.base)
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -399,11 +408,41 @@ class Cache:
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
 
+def published(state):
+    """The tensors of a published GPT-2, by the names of this file. There matrices are (in, out)."""
+    found = {}
+    for name, x in state.items():
+        name = name.removeprefix("transformer.")
+        if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue                                            # tied to wte; the causal mask
+        for theirs, ours in [
+                ("wte", "token_embed"), ("wpe", "pos_embed"), ("h.", "blocks."), ("ln_f", "norm"),
+                ("ln_", "norm"), ("c_attn", "qkv"), ("attn.c_proj", "attn.proj"), ("c_fc", "fc1"),
+                ("mlp.c_proj", "mlp.fc2")]:
+            name = name.replace(theirs, ours)
+        found[name] = x.T if x.ndim == 2 and "embed" not in name else x
+    return found
+
+
+def publish(model):
+    """The tensors of a GPT by the names of a published GPT-2, as transformers loads them."""
+    found = {}
+    for name, x in model.state_dict().items():
+        for ours, theirs in [
+                ("token_embed", "wte"), ("pos_embed", "wpe"), ("blocks.", "h."), ("norm.", "ln_f."),
+                ("norm", "ln_"), ("qkv", "c_attn"), ("fc1", "c_fc"), ("fc2", "c_proj"),
+                (".proj", ".c_proj")]:
+            name = name.replace(ours, theirs)
+        found[f"transformer.{name}"] = x.T.contiguous() if x.ndim == 2 and "h." in name else x
+    return found
+
+
 # ------------------------------------------------------------------------------------ the method
 
 
 def distance(prediction, target):
-    """C. Mean cross-entropy of logits (B, T, V) with tokens (B, T), in nats per token."""
+    """C. Mean cross-entropy of logits (B, T, V) with tokens (B, T), in nats per token; a target of
+    -100 does not count."""
     return F.cross_entropy(prediction.flatten(0, 1).float(), target.flatten())
 
 
@@ -418,7 +457,8 @@ def mask(x, bos):
 
 def in_context(examples, x):
     """The other way to use k examples (k, T), without training: prepends them all to each text x
-    (B, T'), giving (B, k T + T'). Nothing is put between them: here each begins with a newline."""
+    (B, T'), giving (B, k T + T'). Nothing is put between them: here each begins with a newline.
+    Examples of several lengths can come one after another, (n,)."""
     return torch.cat([examples.flatten().expand(len(x), -1), x], 1)
 
 
@@ -439,43 +479,82 @@ def sample(model, prompt, n, temperature=1.):
 
 
 BYTES = common.Bytes()
-BOS, NEWLINE = BYTES.BOS, ord("\n")
+IGNORE = -100                                 # as a target: this token does not count in the loss
 
 
-def windows(args, name, T):
+def windows(args, name, T, tokens=BYTES):
     """Windows of T tokens of a text: to train on from every start, (n, T); to validate on one after
     another, (m, T)."""
     text = common.load_text(name, args.data_dir, flag="--old")
-    train, val = (BYTES.stream(part).to(args.device) for part in (text.train, text.val))
+    train, val = (tokens.stream(part).to(args.device) for part in (text.train, text.val))
     common.require(len(val) >= T <= len(train), f"the last tenth of --old {name} has {len(val)} "
                    f"tokens, the rest {len(train)}, and a context of {T} needs as many in both: "
                    "take a longer text or a shorter --context")
     return train.unfold(0, T, 1), val.unfold(0, T, T)
 
 
-def load_examples(args):
-    """The first --example bytes of the lines of the new text (and what follows a shorter one), with
-    the newline before them: to train on (n, 1 + T), to validate on (m, 1 + T)."""
-    text, T = common.load_text(args.data, args.data_dir), args.example
-
-    def line_starts(documents):
-        x = BYTES.stream(documents).to(args.device)
-        if len(x) <= T:
-            return x.new_empty(0, T + 1)
-        i = ((x[:-T] == NEWLINE) & (x[1:len(x) - T + 1] != NEWLINE)).nonzero().flatten()
-        rows = x.unfold(0, T + 1, 1)[i]
-        return rows[(rows != BOS).all(1)]                            # none of two documents
-    train, val = line_starts(text.train), line_starts(text.val)
+def load_examples(args, tokens=BYTES):
+    """Examples of the new text to train on and to validate on: tokens and targets, (n, 2, 1 + T),
+    the newline before an example included."""
+    text = common.load_text(args.data, args.data_dir)
+    if tokens is BYTES and not args.data.endswith(".tsv"):
+        train, val = (line_starts(args, documents) for documents in (text.train, text.val))
+    else:
+        whole = [a + b for a, b in zip(text.train, text.val)]
+        rows = lines(args, [line for raw in whole for line in raw.splitlines()], tokens)
+        train, val = rows[:len(rows) * 9 // 10], rows[len(rows) * 9 // 10:]
     common.require(args.k <= len(train) and len(val), f"--k {args.k} is more than the {len(train)} "
-                   f"examples of {T} bytes that --data {args.data} has ({len(val)} in its last "
-                   "tenth, to test on): take a longer text, or a smaller --k or --example")
+                   f"examples of {args.example} tokens that --data {args.data} has ({len(val)} in "
+                   "its last tenth, to test on): take a longer text, or a smaller --k or --example")
     return train, val
 
 
+def line_starts(args, documents):
+    """The first T = --example bytes of each line, and what follows a shorter one."""
+    x, T, newline = BYTES.stream(documents).to(args.device), args.example, ord("\n")
+    if len(x) <= T:
+        return x.new_empty(0, 2, T + 1)
+    i = ((x[:-T] == newline) & (x[1:len(x) - T + 1] != newline)).nonzero().flatten()
+    rows = x.unfold(0, T + 1, 1)[i]
+    rows = rows[(rows != BYTES.BOS).all(1)]                              # none of two documents
+    return torch.stack([rows, F.pad(rows[:, 1:], (1, 0), value=IGNORE)], 1)
+
+
+def lines(args, texts, tokens):
+    """Whole lines, at most --example tokens, with BOS after a shorter one, which does not count; in
+    a .tsv what stands before the first tab does not count either."""
+    pairs, T = args.data.endswith(".tsv"), args.example
+    newline, rows = tokens.encode("\n"), []
+    for number, line in [*enumerate(texts, 1)][::max(1, len(texts) // 20_000)]:
+        before, tab, after = line.partition(b"\t") if pairs else (b"", b"", line)
+        common.require(tab or not pairs or not line.strip(), f"line {number} of {args.data} has no "
+                       "tab: each line is a pair, with a tab between its texts")
+        given, counted = tokens.encode(before + tab), tokens.encode(after + b"\n")
+        if after.strip() and len(given) < T:
+            x = torch.cat([newline, given, counted])[:T + 1]
+            target = torch.cat([torch.full_like(x[:1 + len(given)], IGNORE), x[1 + len(given):]])
+            rows.append(torch.stack([F.pad(x, (0, T + 1 - len(x)), value=tokens.BOS),
+                                     F.pad(target, (0, T + 1 - len(x)), value=IGNORE)]))
+    return torch.stack(rows).to(args.device) if rows else torch.zeros(0, 2, T + 1)
+
+
 def choose(train, k, seed):
-    """k of the examples (n, T) at random, the same ones first for every k: (k, T)."""
+    """k of the examples (n, 2, 1 + T) at random, the same ones first for every k."""
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     return train[order[:k].to(train.device)].long()
+
+
+def in_a_row(examples, bos):
+    """The tokens of examples (k, 2, 1 + T) one after another, without those after short ones."""
+    return examples[:, 0][examples[:, 0] != bos]
+
+
+def to_test(args, val, old, context, tokens=BYTES):
+    """Of the examples to validate on, and of windows of the old text, some: fewer for a large
+    model."""
+    m, n = (100, 20) if args.uses_published else (400, 100)
+    _, windows_of_old = windows(args, old, min(context, 256), tokens)
+    return common.evenly(val, m), common.evenly(windows_of_old, n)
 
 
 # -------------------------------------------------------------------------------------- the base
@@ -498,7 +577,7 @@ def pretrain(args):
     run = common.Run(how, model, optimizer, uniform=math.log(BYTES.vocab))
     for step in run:
         with run.autocast():
-            inputs, target = mask(run.batch(train).long(), BOS)         # A. mask
+            inputs, target = mask(run.batch(train).long(), BYTES.BOS)   # A. mask
             prediction = model(inputs)                                  # B. predict
             loss = distance(prediction, target)                         # C. compare
         loss.backward()
@@ -512,6 +591,8 @@ def pretrain(args):
 def load_base(args, folder):
     """The base in the folder of a run, of gpt.py or of lora.py, and what it is: its folder, its
     fingerprint, and the old text, which it knows."""
+    if args.uses_published:
+        return load_published(args)
     read = lambda folder: common.read_checkpoint(folder, "gpt.py", "lora.py", flag="--base")
     folder = read(folder)["about"].get("base", folder)    # of a run that adapted a base: that one
     state = read(folder)
@@ -523,6 +604,20 @@ def load_base(args, folder):
     model.load_state_dict(weights)
     return model.to(args.device).eval(), dict(
         base=str(folder), fingerprint=common.fingerprint(weights), old=args.old or how["data"])
+
+
+def load_published(args):
+    """The GPT-2 in the folder --base as a base; see load_base."""
+    weights, config = common.read_weights(args.base, GPT2, "--base")
+    state = published(weights)
+    common.require("pos_embed.weight" in state, f"--base {args.base} is no GPT-2")
+    context, dim = state["pos_embed.weight"].shape
+    depth, vocab = sum("qkv.weight" in name for name in state), common.BPE.load(args.base).vocab
+    model = GPT(vocab, context, dim, depth, config.get("n_head", dim // 64))
+    common.fill_in(model, state, args.base)
+    about = dict(base=args.base, fingerprint=common.fingerprint(model.state_dict()),
+                 old=args.old or "pydocs")
+    return model.to(args.device).eval(), about
 
 
 def build(args, model):
@@ -541,32 +636,35 @@ def recipe(args):
 
 
 @torch.no_grad()
-def evaluate(args, model, x, given=0, examples=None):
-    """Loss on texts x (m, T) without their first `given` tokens, in nats per token; after examples
-    (k, T') in the same context, if there are any."""
-    nats, n = 0., x.shape[1] - given                            # n: tokens that count
+def evaluate(args, model, x, target=None, examples=None, bos=BYTES.BOS):
+    """Loss on texts x (m, T), in nats per token; of targets (m, T) that are not -100, where they
+    are given; after examples (k, T') or (n,) in the same context, if there are any."""
+    nats, count, T = 0., 0, x.shape[1]
+    both = torch.stack([x, x if target is None else target], 1).long()
     with common.autocast(args):
-        for part in x.long().split(max(1, 8192 // x.shape[1])):
-            part = part if examples is None else in_context(examples, part)
-            inputs, target = mask(part, BOS)
-            prediction = model(inputs)
-            nats += distance(prediction[:, -n:], target[:, -n:]).item() * len(part)
+        for part in both.split(max(1, 2048 // T)):
+            x, target = part.unbind(1)
+            inputs, _ = mask(x if examples is None else in_context(examples, x), bos)
+            prediction, counted = model(inputs)[:, -T:], (target != IGNORE).sum().item()
+            nats, count = nats + distance(prediction, target).item() * counted, count + counted
     common.bounded(math.isfinite(nats))
-    return nats / len(x)
+    return nats / count
 
 
-def losses(args, model, val, old):
-    """The losses on new text (without the newline) and on old text, in nats per token."""
-    return dict(new=evaluate(args, model, val, given=1), old=evaluate(args, model, old))
+def losses(args, model, val, old, bos=BYTES.BOS):
+    """The losses on new text, rows (m, 2, 1 + T), and on old text (m, T), in nats per token."""
+    return dict(new=evaluate(args, model, *val.unbind(1), bos=bos),
+                old=evaluate(args, model, old, bos=bos))
 
 
-def write(args, model):
+def write(args, model, tokens=BYTES):
     """The text that the model writes after a newline and --prompt."""
-    prompt = BYTES.encode(args.prompt.encode(errors="surrogateescape"))
-    start = torch.cat([torch.tensor([BOS, NEWLINE]), prompt]).to(args.device)
+    prompt = tokens.encode("\n".encode() + args.prompt.encode(errors="surrogateescape"))
+    start = F.pad(prompt, (1, 0), value=tokens.BOS).to(args.device)
     n = max(1, min(args.length, len(model.pos_embed.weight) - len(start)))
     torch.manual_seed(args.seed)
-    return BYTES.decode(torch.cat([start[2:], sample(model, start[None], n, args.temperature)[0]]))
+    new = sample(model, start[None], n, args.temperature)[0]
+    return tokens.decode(torch.cat([start[1:], new])).removeprefix("\n")
 
 
 def save_adapter(args, model, about):
@@ -601,16 +699,19 @@ def report(run, about, rows, texts, count):
 @common.setup
 def main(args):
     recipe(args)
-    train, val = load_examples(args)                                # (n, 1 + T), (m, 1 + T)
-    model, about = load_base(args, args.base or pretrain(args))
+    base = load_base(args, args.base) if args.base else None        # raises now if it is wrong
+    tokens = common.BPE.load(args.base) if args.uses_published else BYTES
+    train, val = load_examples(args, tokens)                        # (n, 2, 1 + T), (m, 2, 1 + T)
+    model, about = base or load_base(args, pretrain(args))
     count, context = sum(p.numel() for p in model.parameters()), len(model.pos_embed.weight)
-    val, old = common.evenly(val, 400), common.evenly(windows(args, about["old"], context)[1], 100)
-    examples = choose(train, args.k, args.seed)                     # (k, 1 + T)
-    base = losses(args, model, val, old) | dict(trained=0, bytes=0)
-    rows, texts = {"the base": base}, {"the base": write(args, model)}
-    if examples.numel() + val.shape[1] <= context:
-        rows[f"{args.k} examples in the prompt (in-context)"] = base | dict(
-            new=evaluate(args, model, val, 1, examples), bytes=examples.numel())
+    val, old = to_test(args, val, about["old"], context, tokens)
+    examples = choose(train, args.k, args.seed)                     # (k, 2, 1 + T)
+    start = losses(args, model, val, old, tokens.BOS) | dict(trained=0, bytes=0)
+    rows, texts = {"the base": start}, {"the base": write(args, model, tokens)}
+    given = in_a_row(examples, tokens.BOS)                          # (n,)
+    if len(given) + val.shape[2] <= context:
+        rows[f"{args.k} examples in the prompt (in-context)"] = start | dict(
+            new=evaluate(args, model, *val.unbind(1), given, tokens.BOS), bytes=given.numel())
 
     torch.manual_seed(args.seed)
     build(args, model)                                  # in place: freezes the base, adds A and B
@@ -618,9 +719,10 @@ def main(args):
     run = common.Run(args, model.train(), optimizer, about=about)
     for step in run:                       # sets the seed and the learning rate of this step
         with run.autocast():
-            inputs, target = mask(run.batch(examples), BOS)     # A. mask
+            x, target = run.batch(examples).unbind(1)           # (B, 1 + T) each
+            inputs, _ = mask(x, tokens.BOS)                     # A. mask
             prediction = model(inputs)                          # B. predict
-            loss = distance(prediction[:, 1:], target[:, 1:])   # C. compare, without the newline
+            loss = distance(prediction, target)                 # C. compare, without the newline
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
@@ -628,10 +730,10 @@ def main(args):
         run.log(loss)
 
     model.eval()
-    rows[args.method] = losses(args, model, val, old) | dict(
+    rows[args.method] = losses(args, model, val, old, tokens.BOS) | dict(
         trained=sum(p.numel() for p in adapter_state(model).values()),
         bytes=save_adapter(args, model, about).stat().st_size)
-    texts[args.method] = write(args, model)
+    texts[args.method] = write(args, model, tokens)
     report(run, about, rows, texts, count)
     return model
 

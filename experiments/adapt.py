@@ -122,7 +122,7 @@ def cells(own, args, context):
                     yield from ((method, lr, k, repeat) for repeat in range(own.repeats))
 
 
-def fit(args, base, examples, val, old):
+def fit(args, base, examples, val, old, bos):
     """Adapts a copy of the base as lora.py does. Returns the model and its figures: losses in nats
     per token, trained parameters, bytes of the adapter, seconds per step."""
     torch.manual_seed(args.seed)
@@ -131,9 +131,9 @@ def fit(args, base, examples, val, old):
     with tempfile.TemporaryDirectory() as args.out, contextlib.redirect_stdout(io.StringIO()):
         run = common.Run(args, model.train(), optimizer)
         for step in run:
-            inputs, target = lora.mask(run.batch(examples), lora.BOS)
+            x, target = run.batch(examples).unbind(1)
             with run.autocast():
-                loss = lora.distance(model(inputs)[:, 1:], target[:, 1:])
+                loss = lora.distance(model(lora.mask(x, bos)[0]), target)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
@@ -141,7 +141,7 @@ def fit(args, base, examples, val, old):
             run.log(loss)
         size = lora.save_adapter(args, model.eval(), dict(fingerprint="")).stat().st_size
     trained = sum(p.numel() for p in lora.adapter_state(model).values())
-    return model, lora.losses(args, model, val, old) | dict(
+    return model, lora.losses(args, model, val, old, bos) | dict(
         trained=trained, bytes=size, seconds=run.seconds / max(1, args.steps))
 
 
@@ -209,14 +209,16 @@ def searched(figures):
 def main(own):
     args = common.resolve(own.args)
     torch.set_float32_matmul_precision("high")
-    train, val = lora.load_examples(args)
+    known = lora.load_base(args, args.base) if args.base else None
+    tokens = common.BPE.load(args.base) if args.uses_published else lora.BYTES
+    train, val = lora.load_examples(args, tokens)
     torch.manual_seed(args.seed)
-    base, about = lora.load_base(args, args.base or lora.pretrain(args))
+    base, about = known or lora.load_base(args, lora.pretrain(args))
     context = len(base.pos_embed.weight)
-    val, old = common.evenly(val, 400), common.evenly(lora.windows(args, about["old"], context)[1], 100)
+    val, old = lora.to_test(args, val, about["old"], context, tokens)
     result = continued(own, new_result(own, args, about, base))
     figures = result["figures"]
-    figures["start"] = start = list(lora.losses(args, base, val, old).values())
+    figures["start"] = start = list(lora.losses(args, base, val, old, tokens.BOS).values())
     bar = common.progress(list(cells(own, args, context)), "adapting")
     for method, lr, k, repeat in bar:
         row = place(own, figures, method, lr, k)
@@ -225,13 +227,14 @@ def main(own):
         how = dataclasses.replace(args, k=k, lr=lr, seed=args.seed + 1000 * repeat)
         examples = lora.choose(train, k, how.seed)
         if method == "in-context":
-            new = lora.evaluate(how, base, val, 1, examples)
-            found = dict(new=new, old=start[1], trained=0, bytes=examples.numel(), seconds=0.)
+            given = lora.in_a_row(examples, tokens.BOS)
+            new = lora.evaluate(how, base, *val.unbind(1), given, tokens.BOS)
+            found = dict(new=new, old=start[1], trained=0, bytes=given.numel(), seconds=0.)
         else:
             how.method = method
             lora.recipe(how)
             try:
-                model, found = fit(how, base, examples, val, old)
+                model, found = fit(how, base, examples, val, old, tokens.BOS)
             except common.UserError as error:                                   # it diverged
                 raise common.UserError(f"{method}, k = {k}: {error}") from None
             result["seconds"] += found["seconds"] * how.steps

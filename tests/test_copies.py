@@ -13,6 +13,7 @@ FAMILIES = {   # part -> groups of scripts in which it is one and the same
     "Cache": [GPT],
     "GPT": [GPT],
     "mask": [("gpt.py", "lora.py")],
+    "published": [("gpt.py", "lora.py")],
     "distance": [("gpt.py", "lora.py")],
     "ViT": [VIT],
     "sincos_pos_embed": [VIT],

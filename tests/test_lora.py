@@ -355,12 +355,12 @@ def test_loss_after_examples_is_that_of_the_text_alone():
     x, two = torch.randint(256, (3, 5)), torch.randint(256, (2, 6))
     for examples, before in (None, [256]), (two, [256, *two.flatten().tolist()]):
         for given in 0, 1:
-            nats = 0.
+            nats, target = 0., F.pad(x[:, given:], (given, 0), value=-100)
             for row in x.tolist():
                 for t in range(given, 5):
                     logits = model(torch.tensor([before + row[:t]]))[0, -1]
                     nats -= logits.log_softmax(0)[row[t]].item() / (3 * (5 - given))
-            assert lora.evaluate(args, model, x, given, examples) == pytest.approx(nats, abs=1e-5)
+            assert lora.evaluate(args, model, x, target, examples) == pytest.approx(nats, abs=1e-5)
 
 
 def test_examples_begin_where_lines_do(tmp_path):
@@ -373,7 +373,8 @@ def test_examples_begin_where_lines_do(tmp_path):
         found = []
         for raw in getattr(common.load_text(str(tmp_path)), part):          # documents are not glued together
             found += [raw[i:i + 8] for i in range(len(raw) - 7) if raw[i:i + 1] == b"\n" and raw[i + 1:i + 2] != b"\n"]
-        assert [bytes(row.tolist()) for row in rows] == found and len(found) > 3
+        assert [bytes(row.tolist()) for row in rows[:, 0]] == found and len(found) > 3
+        assert (rows[:, 1, 0] == -100).all() and torch.equal(rows[:, 1, 1:], rows[:, 0, 1:])
     two, five = (lora.choose(train, k, 3) for k in (2, 5))
     assert torch.equal(two, five[:2]) and not torch.equal(two, lora.choose(train, 2, 4))
     assert len(lora.choose(train, len(train), 3).unique(dim=0)) == len(train.unique(dim=0))
@@ -580,7 +581,7 @@ def test_the_figures_are_those_of_the_adapter(done, texts):
     with torch.no_grad():
         for path, linear in lora.target_layers(plain, TARGETS).items():
             linear.weight += file["tensors"][f"{path}.A"] @ file["tensors"][f"{path}.B"].T
-    assert lora.evaluate(args, plain, val, given=1) == pytest.approx(row["new"], abs=1e-5)
+    assert lora.evaluate(args, plain, *val.unbind(1)) == pytest.approx(row["new"], abs=1e-5)
 
 
 def test_from_python(texts, done, tmp_path):
@@ -744,7 +745,7 @@ def test_bad_flags(flags, words, capsys):
     (["--data", "nowhere.txt"], ["no text 'nowhere.txt'", "--data takes"]),
     (["--old", "nowhere.txt"], ["no text 'nowhere.txt'", "--old takes"]),
     (["--context", "9999"], ["the last tenth of --old", "a context of 9999 needs"]),
-    (["--base", "nowhere"], ["there is no nowhere/checkpoint.pt", "--base"]),
+    (["--base", "nowhere"], ["--base nowhere holds no weights. Fetch config.json", "folder of a run of gpt.py or lora.py"]),
     (["--resume"], ["there is no", "leave out --resume"])])
 def test_bad_input_before_anything_is_trained(flags, words, lora_py, tmp_path):
     process = lora_py(*flags)

@@ -16,6 +16,7 @@ from torch import nn
 import bert
 import common
 import gpt
+import lora
 import mae
 import simclr
 from common import UserError
@@ -348,6 +349,59 @@ def test_bert_loads_fills_in_and_classifies(tmp_path):
     refused(run(*flags[:4], "--fill", "a <mask>", script="bert.py"), 1, "has no head for masked words", script="bert.py")
     done = run(*flags[:4], *small, "--out", tmp_path / "other", script="bert.py")
     assert done.returncode == 0 and "no head for masked words" in done.stdout and "BERT, tune all" in done.stdout, done.stderr
+
+
+def test_examples_of_lines_and_of_pairs(gpt2, tmp_path):
+    tokens = common.BPE.load(gpt2[1])
+    ids, newline, none = lambda text: tokens.encode(text).tolist(), tokens.encode("\n").item(), lora.IGNORE
+    texts = ["the\tqueen 12", "", "abc\tin the queue, and so on and on", "the " * 12 + "\tabc", "x\t "]
+    for name, pairs in ("x.tsv", True), ("x.txt", False):
+        rows = lora.lines(lora.Args(data=name, example=10, device="cpu"), [text.encode() for text in texts], tokens)
+        expected = []
+        for text in texts:
+            a, b = text.split("\t") if text else ("", "")
+            given, counted = (ids(f"{a}\t"), ids(f"{b}\n")) if pairs else ([], ids(f"{text}\n"))
+            x = [newline, *given, *counted][:11]
+            if text.strip() and (b.strip() or not pairs) and len(given) < 10:
+                target = [none, *[none] * len(given), *counted][:11]
+                expected.append([x + [tokens.BOS] * (11 - len(x)), target + [none] * (11 - len(x))])
+        assert rows.tolist() == expected and len(expected) == (2 if pairs else 4)
+    assert lora.in_a_row(rows[:1], tokens.BOS).tolist() == [newline, *ids(texts[0] + "\n")]
+    with pytest.raises(UserError, match="line 2 of x.tsv has no tab"):
+        lora.lines(lora.Args(data="x.tsv"), [b"a\tb", b"a b"], common.Bytes())
+
+
+def test_lora_adapts_a_gpt2_and_gives_it_back(gpt2, tmp_path):
+    model, folder = gpt2
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in lora.published(lora.publish(model)).items())
+    assert lora.publish(model).keys() == transformers_gpt2(model).keys() - {
+        "lm_head.weight", "transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"}
+    (tmp_path / "x.tsv").write_text("".join(f"queen {i}\tthe queue {i}\n" for i in range(60)))
+    (tmp_path / "old.txt").write_text("in the queue abc 12 \n\n" * 99)
+    flags = ["--base", folder, "--data", tmp_path / "x.tsv", "--old", tmp_path / "old.txt", "--k", 2, "--example", 14, "--device", "cpu"]
+    done = run(*flags, "--epochs", 30, "--lr", .02, "--dtype", "float32", "--out", tmp_path / "run", script="lora.py")
+    assert done.returncode == 0 and "--rank 4" in done.stdout, done.stderr
+    rows = json.loads((tmp_path / "run/result.json").read_text())["figures"]["rows"]
+    assert rows["lora"]["new"] < rows["the base"]["new"] - .3
+    args = common.resolve(lora.Args(base=str(folder), data=str(tmp_path / "x.tsv"), example=14, k=2, device="cpu", dtype="float32"))
+    tokens, (base, about) = common.BPE.load(folder), lora.load_base(args, args.base)
+    assert torch.equal(base.pos_embed.weight, model.pos_embed.weight) and about["old"] == "pydocs"
+    nats = []                                                       # by hand: of the last six lines, the second column alone
+    for i in range(54, 60):
+        given, new = tokens.encode(f"\nqueen {i}\t"), tokens.encode(f"the queue {i}\n")
+        x = torch.cat([torch.tensor([tokens.BOS]), given, new])[:16]
+        nats.append(-model(x[None, :-1])[0].log_softmax(1)[range(len(x) - 1), x[1:]][len(given):])
+    assert torch.cat(nats).mean().item() == pytest.approx(rows["the base"]["new"], rel=1e-5)
+    file = torch.load(tmp_path / "run/adapter.pt", weights_only=True)
+    lora.load_adapter(lora.adapt(base, **file["adapter"]), file["tensors"])
+    assert lora.losses(args, base, lora.load_examples(args, tokens)[1], torch.zeros(1, 9), tokens.BOS)["new"] == rows["lora"]["new"]
+    x = torch.randint(tokens.vocab, (2, 20))
+    before, merged = base(x), gpt.GPT(tokens.vocab, 40, 24, 2, 3).eval()
+    merged.load_state_dict(gpt.published(lora.publish(lora.merge_and_unload(base))))
+    torch.testing.assert_close(merged(x), before, rtol=1e-4, atol=1e-4)
+    refused(run(*flags, "--k", 99, "--out", tmp_path / "no", script="lora.py"), 1, "--k 99 is more than the 54 examples", script="lora.py")
+    wordpiece_folder(folder), (folder / "vocab.json").unlink()
+    refused(run(*flags, "--out", tmp_path / "no", script="lora.py"), 1, "holds no tokenizer: fetch vocab.json", script="lora.py")
 
 
 def authors_mae(model, p=2):
