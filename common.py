@@ -632,22 +632,28 @@ IN_WORDS = "colour", "shape", "both"      # the words for a single figure
 
 class SceneTokens:
     """Tokenizer of texts with <image>: a token per word of the shapes world; or, for an LM of
-    gpt.py, a token per byte, where <end> is BOS and <image> is byte 0, which is in no text."""
+    gpt.py, its own (`text`: Bytes or BPE), where <end> is BOS, and <image> is byte 0, which is in
+    no text, or for BPE one more token."""
     WORDS = [*("a is what colour shape it the one of how many figures are there which side "
                "on left right above small large and two three ? , .").split(), *COLOURS,
              *FIGURES, *NEW_WORDS]
 
-    def __init__(self, bytes=False):
-        self.bytes, self.words = bytes, [] if bytes else ["<end>", "<image>", *self.WORDS]
-        self.end, self.image, self.vocab = (256, 0, 257) if bytes else (0, 1, len(self.words))
+    def __init__(self, text=None):
+        self.text, self.words = text, [] if text else ["<end>", "<image>", *self.WORDS]
+        self.end, self.image, self.vocab = 0, 1, len(self.words)
+        if text:
+            self.end, self.image = text.BOS, 0 if isinstance(text, Bytes) else text.vocab
+            self.vocab = max(text.vocab, self.image + 1)
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     def encode(self, text):
         """str -> a list of tokens. Raises UserError for a word that is not of this world."""
-        if self.bytes:
-            parts = text.replace("<image> ", "\0").replace("<image>", "\0").split("<end>")
-            raw = [part.strip(" ").encode(errors="surrogateescape") for part in parts]
-            return [t for i, part in enumerate(raw) for t in [256] * (i > 0) + list(part)]
+        if self.text:
+            special, found = {"<end>": [self.end], "<image>": [self.image]}, []
+            for part in re.split(" *(<end>) *|(<image>) ?", text.strip(" ")):
+                raw = (part or "").encode(errors="surrogateescape")
+                found += special.get(part) or self.text.encode(raw).tolist()
+            return found
         words = re.findall(r"<\w+>|\w+|[^\w\s]", text)
         for word in words:
             require(word in self.ids, f"the LM has no word {word!r}; its words are "
@@ -656,8 +662,8 @@ class SceneTokens:
 
     def decode(self, tokens):
         """Tokens -> str."""
-        if self.bytes:
-            return Bytes().decode(tokens)
+        if self.text:
+            return self.text.decode(t for t in tokens if t != self.image)
         return " ".join(self.words[int(t)] for t in tokens)
 
 
@@ -1829,6 +1835,8 @@ class Run:
             torch.manual_seed(args.seed)               # what follows does not depend on the steps
         if self.stop:
             signal.raise_signal(self.stop)
+        if self.saved is None:                         # no step: the model as it was made or loaded
+            self.save()
         if self.loss is not None:
             say(f"{self.step} steps in {self.seconds:.0f} s, {self.status()} in the last.")
 

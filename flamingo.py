@@ -680,9 +680,14 @@ def load_lm(args, folder):
     state = common.read_checkpoint(folder, "gpt.py", common.script(args), flag="--lm")
     how, weights = state["args"], state["model"]
     common.require("token_embed.weight" in weights, f"{folder} holds no LM: try --lm {folder}/lm")
+    text = None if state["script"] != "gpt.py" else common.Bytes()
+    if how.get("weights"):                  # GPT-2: a shorter context, and one more token, <image>
+        text, embed = common.BPE.load(how["weights"]), weights["token_embed.weight"]
+        weights["token_embed.weight"] = torch.cat([embed, embed.mean(0, keepdim=True)])
+        weights["pos_embed.weight"] = weights["pos_embed.weight"][:args.context]
+    tokens = common.SceneTokens(text)
     vocab, context = (len(weights[f"{name}_embed.weight"]) for name in ("token", "pos"))
-    tokens = common.SceneTokens(bytes=state["script"] == "gpt.py")
-    common.require(not tokens.bytes or not common.is_images(how["data"]), f"the LM in {folder} was "
+    common.require(not tokens.text or not common.is_images(how["data"]), f"the LM in {folder} was "
                    f"trained on images ({how['data']}), not on text: take another --lm")
     common.require(vocab == tokens.vocab and context > 40, f"the LM in {folder} has {vocab} tokens "
                    f"and a context of {context}, and {tokens.vocab} and at least 41 are needed")

@@ -590,7 +590,7 @@ def pretrain(args):
 
 def load_base(args, folder):
     """The base in the folder of a run, of gpt.py or of lora.py, and what it is: its folder, its
-    fingerprint, and the old text, which it knows."""
+    fingerprint, the old text, which it knows, and the published weights that it began with."""
     if args.uses_published:
         return load_published(args)
     read = lambda folder: common.read_checkpoint(folder, "gpt.py", "lora.py", flag="--base")
@@ -603,7 +603,8 @@ def load_base(args, folder):
     model = GPT(vocab, context, how["dim"], how["depth"], how["heads"])     # from now on no dropout
     model.load_state_dict(weights)
     return model.to(args.device).eval(), dict(
-        base=str(folder), fingerprint=common.fingerprint(weights), old=args.old or how["data"])
+        base=str(folder), fingerprint=common.fingerprint(weights), old=args.old or how["data"],
+        weights=how.get("weights", ""))
 
 
 def load_published(args):
@@ -616,8 +617,13 @@ def load_published(args):
     model = GPT(vocab, context, dim, depth, config.get("n_head", dim // 64))
     common.fill_in(model, state, args.base)
     about = dict(base=args.base, fingerprint=common.fingerprint(model.state_dict()),
-                 old=args.old or "pydocs")
+                 old=args.old or "pydocs", weights=args.base)
     return model.to(args.device).eval(), about
+
+
+def tokenizer(about):
+    """GPT-2's for a base that began with its weights, else bytes."""
+    return common.BPE.load(about["weights"]) if about["weights"] else BYTES
 
 
 def build(args, model):
@@ -700,7 +706,7 @@ def report(run, about, rows, texts, count):
 def main(args):
     recipe(args)
     base = load_base(args, args.base) if args.base else None        # raises now if it is wrong
-    tokens = common.BPE.load(args.base) if args.uses_published else BYTES
+    tokens = tokenizer(base[1]) if base else BYTES
     train, val = load_examples(args, tokens)                        # (n, 2, 1 + T), (m, 2, 1 + T)
     model, about = base or load_base(args, pretrain(args))
     count, context = sum(p.numel() for p in model.parameters()), len(model.pos_embed.weight)

@@ -210,7 +210,7 @@ def main(own):
     args = common.resolve(own.args)
     torch.set_float32_matmul_precision("high")
     known = lora.load_base(args, args.base) if args.base else None
-    tokens = common.BPE.load(args.base) if args.uses_published else lora.BYTES
+    tokens = lora.tokenizer(known[1]) if known else lora.BYTES
     train, val = lora.load_examples(args, tokens)
     torch.manual_seed(args.seed)
     base, about = known or lora.load_base(args, lora.pretrain(args))

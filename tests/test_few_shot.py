@@ -22,7 +22,7 @@ SMALL = ("--every 1 --lm-steps 60 --lm-batch 32 --lm-lr .01 --dim 32 --heads 2 -
 
 
 def asked_in_a_test(tests=40, seed=0, shots=(0, 1, 2), context=64, bytes=False):
-    args, tokens = flamingo.Args(device="cpu", tests=tests, seed=seed, shots=shots), common.SceneTokens(bytes)
+    args, tokens = flamingo.Args(device="cpu", tests=tests, seed=seed, shots=shots), common.SceneTokens(common.Bytes() if bytes else None)
     asked, scenes = few_shot.queries(args, tokens, context)
     return scenes, asked
 

@@ -622,7 +622,7 @@ def test_two_thirds_of_the_chunks_about_scenes_are_captions():
 
 
 def test_tokens():
-    tokens = common.SceneTokens(bytes=True)
+    tokens = common.SceneTokens(common.Bytes())
     text = tokens.encode("<end> <image> dax <end> <image> a red one")
     assert text == [256, 0, *b"dax", 256, 0, *b"a red one"] and (tokens.image, tokens.end, tokens.vocab) == (0, 256, 257)
     assert tokens.encode("<image> dax <end>") == [0, *b"dax", 256]

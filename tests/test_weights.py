@@ -15,6 +15,7 @@ from torch import nn
 
 import bert
 import common
+import flamingo
 import gpt
 import lora
 import mae
@@ -257,7 +258,7 @@ def transformers_gpt2(model):
 @pytest.fixture
 def gpt2(tmp_path):
     vocab = bpe_folder(tmp_path / "gpt2")
-    model = random_weights(gpt.GPT(len(vocab), 40, 24, 2, 3))
+    model = random_weights(gpt.GPT(len(vocab), 48, 24, 2, 3))
     safetensors(tmp_path / "gpt2/model.safetensors", transformers_gpt2(model))
     (tmp_path / "gpt2/config.json").write_text('{"n_head": 3}')
     return model, tmp_path / "gpt2"
@@ -396,7 +397,7 @@ def test_lora_adapts_a_gpt2_and_gives_it_back(gpt2, tmp_path):
     lora.load_adapter(lora.adapt(base, **file["adapter"]), file["tensors"])
     assert lora.losses(args, base, lora.load_examples(args, tokens)[1], torch.zeros(1, 9), tokens.BOS)["new"] == rows["lora"]["new"]
     x = torch.randint(tokens.vocab, (2, 20))
-    before, merged = base(x), gpt.GPT(tokens.vocab, 40, 24, 2, 3).eval()
+    before, merged = base(x), gpt.GPT(tokens.vocab, 48, 24, 2, 3).eval()
     merged.load_state_dict(gpt.published(lora.publish(lora.merge_and_unload(base))))
     torch.testing.assert_close(merged(x), before, rtol=1e-4, atol=1e-4)
     refused(run(*flags, "--k", 99, "--out", tmp_path / "no", script="lora.py"), 1, "--k 99 is more than the 54 examples", script="lora.py")
@@ -464,6 +465,35 @@ def test_mae_loads_and_paints(tiny, tmp_path):
     refused(run("--weights", tmp_path / "vit.pth", "--data", tiny, "--out", tmp_path / "no"), 1, "is no MAE: its pos_embed is learned")
     torch.save({"x": torch.zeros(2)}, tmp_path / "x.pth")
     refused(run("--weights", tmp_path / "x.pth", "--data", tiny, "--out", tmp_path / "no"), 1, "is no MAE")
+
+
+def test_published_models_join_in_flamingo(gpt2, tiny, tmp_path):
+    """By way of runs without a step: GPT-2 with one more token for images, and MAE's ViT."""
+    model, folder = gpt2
+    (tmp_path / "x.txt").write_text("in the queue abc 12 \n\n" * 99)
+    own = gpt.main(gpt.Args(weights=str(folder), data=str(tmp_path / "x.txt"), context=20, device="cpu", out=str(tmp_path / "gpt")))
+    painter = random_weights(mae.MAE(8, 2, 16, 2, 1, 8, 1, 1))
+    torch.save({"model": authors_mae(painter)}, tmp_path / "mae.pth")
+    mae.main(mae.Args(weights=str(tmp_path / "mae.pth"), data=str(tiny), image_size=8, labels=(1,), tune="linear", device="cpu",
+                      out=str(tmp_path / "mae")))
+    args = flamingo.Args(device="cpu", context=44, image_size=8)
+    lm, tokens = flamingo.load_lm(args, tmp_path / "gpt")
+    vit, patch, statistics = flamingo.load_vit(args, tmp_path / "mae")
+    V = own.token_embed.weight.shape[0]
+    assert (tokens.image, tokens.vocab, len(lm.pos_embed.weight)) == (V, V + 1, 44)
+    ids = tokens.encode("<end> <image> the queue <end> <image> abc")
+    text = common.BPE.load(folder)
+    assert ids == [text.BOS, V, *text.encode("the queue").tolist(), text.BOS, V, *text.encode("abc").tolist()]
+    assert tokens.decode(ids).replace(" ", "") == "thequeueabc"
+    torch.manual_seed(0)
+    joined, x = flamingo.Flamingo(lm, vit, patch, tokens.image).eval(), text.encode("in the queue abc")[None]
+    images = torch.randn(1, 3, 8, 8)
+    torch.testing.assert_close(joined.encode(images), painter.encoder(mae.patchify(images, 2)))
+    media = joined.project(joined.encode(images)[None])
+    torch.testing.assert_close(joined(x, media)[..., :V], model(x))                        # gates at 0: the language model
+    done = run("--base", tmp_path / "gpt", "--data", tmp_path / "x.txt", "--k", 2, "--example", 8, "--device", "cpu",
+               "--out", tmp_path / "lora", script="lora.py")                              # its tokenizer goes with it
+    assert done.returncode == 0 and torch.load(tmp_path / "lora/checkpoint.pt")["about"]["weights"] == str(folder), done.stderr
 
 
 def test_a_resnet_loads_by_torchvisions_names(tiny, tmp_path):
