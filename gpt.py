@@ -298,7 +298,11 @@ def load_published(args):
     """The GPT-2 and the tokenizer in the folder --weights; sets the sizes of args."""
     weights, config = common.read_weights(args.weights, GPT2)
     state, tokens = published(weights), common.BPE.load(args.weights)
-    common.require("pos_embed.weight" in state, f"--weights {args.weights} is no GPT-2")
+    common.require({"token_embed.weight", "pos_embed.weight"} <= state.keys(),
+                   f"--weights {args.weights} is no GPT-2")
+    head = weights.get("lm_head.weight", state["token_embed.weight"])
+    common.require(torch.equal(head, state["token_embed.weight"]), f"--weights {args.weights} has "
+                   "an lm_head of its own, and here it is tied to the embedding")
     context, args.dim = state["pos_embed.weight"].shape
     args.depth = sum(name.endswith("qkv.weight") for name in state)
     args.heads = config.get("n_head", args.dim // 64)

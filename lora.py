@@ -611,7 +611,11 @@ def load_published(args):
     """The GPT-2 in the folder --base as a base; see load_base."""
     weights, config = common.read_weights(args.base, GPT2, "--base")
     state = published(weights)
-    common.require("pos_embed.weight" in state, f"--base {args.base} is no GPT-2")
+    common.require({"token_embed.weight", "pos_embed.weight"} <= state.keys(),
+                   f"--base {args.base} is no GPT-2")
+    head = weights.get("lm_head.weight", state["token_embed.weight"])
+    common.require(torch.equal(head, state["token_embed.weight"]), f"--base {args.base} has an "
+                   "lm_head of its own, and here it is tied to the embedding")
     context, dim = state["pos_embed.weight"].shape
     depth, vocab = sum("qkv.weight" in name for name in state), common.BPE.load(args.base).vocab
     model = GPT(vocab, context, dim, depth, config.get("n_head", dim // 64))

@@ -252,6 +252,9 @@ def published(state):
                 ("decoder.", ""), ("vit.", ""), ("patch_embeddings.projection", "patch_embed"),
                 ("patch_embed.proj.", "patch_embed."), ("embeddings.", ""),
                 ("decoder_layers", "decoder_blocks"), ("encoder.layer", "blocks"),
+                ("layers.", "blocks."), ("attention.q_proj", "attn.query"),     # transformers 5
+                ("attention.k_proj", "attn.key"), ("attention.v_proj", "attn.value"),
+                ("attention.o_proj", "attn.proj"),
                 ("layernorm_before", "norm1"), ("layernorm_after", "norm2"), ("layernorm", "norm"),
                 ("attention.attention", "attn"), ("attention.output.dense", "attn.proj"),
                 ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2")]:

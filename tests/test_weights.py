@@ -100,6 +100,9 @@ def test_weights_of_a_folder_or_a_file(tmp_path):
     (hub / "config.json").write_text('{"n_head": 3}')
     state, config = common.read_weights(hub, "")
     assert state.keys() == {"x", "y"} and config == {"n_head": 3}
+    torch.save(a, tmp_path / "c.pt")
+    with pytest.raises(UserError, match="holds several models: give one, such as .*b.pt"):
+        common.read_weights(tmp_path, "")
     (hub / "config.json").write_text("[1, 2")
     with pytest.raises(UserError, match="config.json cannot be read"):
         common.read_weights(hub, "")
@@ -301,7 +304,11 @@ def test_other_weights_are_refused(gpt2, tmp_path):
         change()
         safetensors(folder / "model.safetensors", state)
         refused(run(*flags, script="gpt.py"), 1, words, script="gpt.py")
-    refused(run(*flags, "--data", "shapes", script="gpt.py"), 1, "--weights are of a text model, not for --data shapes", script="gpt.py")
+    state = transformers_gpt2(model) | {"lm_head.weight": torch.zeros(len(model.token_embed.weight), 24)}
+    safetensors(folder / "model.safetensors", state)
+    refused(run(*flags, script="gpt.py"), 1, "has an lm_head of its own", script="gpt.py")
+    refused(run("--base", folder, "--out", tmp_path / "run", script="lora.py"), 1, "has an lm_head of its own", script="lora.py")
+    refused(run("--data", "shapes", *flags, script="gpt.py"), 1, "--weights are of a text model, not for --data shapes", script="gpt.py")
     os.remove(folder / "model.safetensors")
     refused(run(*flags, script="gpt.py"), 1, "holds no weights. Fetch config.json, model.safetensors (548 MB)", "https://", script="gpt.py")
     assert not (tmp_path / "run").exists()
@@ -449,6 +456,14 @@ def test_mae_loads_and_paints(tiny, tmp_path):
         found = mae.load_published(args, 8)
         assert (args.dim, args.depth, args.patch, args.decoder_dim, args.decoder_depth) == (16, 2, 2, 8, 1)
         assert all(torch.equal(x, model.state_dict()[name]) for name, x in found.state_dict().items())
+    newer = {}                                                      # as transformers 5 calls them in memory
+    for name, x in transformers_mae(theirs).items():
+        for a, b in (("vit.encoder.layer", "vit.layers"), ("attention.attention.query", "attention.q_proj"),
+                     ("attention.attention.key", "attention.k_proj"), ("attention.attention.value", "attention.v_proj"),
+                     ("attention.output.dense", "attention.o_proj"), ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2")):
+            name = name.replace(a, b)
+        newer[name] = x
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in mae.published(newer).items())
     flags = ["--weights", hub, "--data", tiny, "--image-size", 8, "--labels", 2, "--tune-steps", 2, "--device", "cpu"]
     done = run(*flags, "--out", tmp_path / "run", script="mae.py")
     assert done.returncode == 0 and (tmp_path / "run/reconstructions.png").exists() and "MAE, tune all" in done.stdout, done.stderr
