@@ -244,10 +244,12 @@ def main(args):
     for step in run:                       # sets the seed and the learning rate of this step
         x = images.normalize(run.batch(images.train))
         with run.autocast():
-            inputs, target = mask(x, args.corrupt)                           # A. mask
+            inputs, target = run.part(mask(x, args.corrupt))                 # A. mask
             prediction, kl = model(inputs)                                   # B. predict
             loss = distance(prediction, target, kl, args.beta)               # C. compare
         loss.backward()
+        if not run.reduce(loss):           # of --accumulate parts, and of processes, the mean
+            continue
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()

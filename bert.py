@@ -555,10 +555,13 @@ def main(args):
     for step in run:                       # sets the seed and the learning rate of this step
         x, span_ids = examples(args, run.batch(train))
         with run.autocast():
-            inputs, target = mask(x, span_ids, words.vocab, args.mask_ratio, args.keep)   # A. mask
-            prediction = model(*inputs)                                             # B. predict
-            loss = distance(prediction, target)                                     # C. compare
+            inputs, target = run.part(mask(                                 # A. mask
+                x, span_ids, words.vocab, args.mask_ratio, args.keep))
+            prediction = model(*inputs)                                     # B. predict
+            loss = distance(prediction, target)                             # C. compare
         loss.backward()
+        if not run.reduce(loss):           # of --accumulate parts, and of processes, the mean
+            continue
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()

@@ -55,8 +55,10 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.nn.functional import all_gather
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -96,6 +98,7 @@ class Args:
     compile: bool = False        # compile the model first (for longer runs on a GPU)
     resume: bool = False         # continue the run in --out, or else the newest one
     save_every: float = 30.0     # seconds between checkpoints
+    accumulate: int = 1          # parts of a batch, one after another, where memory is short
 
     cpu = {}                     # no annotation, so no setting: defaults that differ without a GPU,
     published = {}               # and those that differ with --weights, on any device
@@ -255,16 +258,20 @@ def setup(main):
     before anything was saved leaves no folder."""
     @functools.wraps(main)
     def run(args):
+        start_processes(args)
         args = resolve(args)
         new = None if args.resume else claim(args)
         torch.set_float32_matmul_precision("high")          # TF32 on GPUs that have it
         torch.manual_seed(args.seed)
         try:
-            return main(args)
+            model = main(args)
+            if processes() > 1:
+                dist.destroy_process_group()
+            return model
         except KeyboardInterrupt:
             kept = f": python {script(args)} --resume --out {args.out} continues it"
             with contextlib.suppress(OSError):              # the terminal may be gone
-                print(f"\nStopped{kept if has_run(args.out) else ''}", file=sys.stderr)
+                rank() or print(f"\nStopped{kept if has_run(args.out) else ''}", file=sys.stderr)
             raise
         finally:
             if new and not has_run(args.out):
@@ -294,7 +301,8 @@ def guarded(main, args, name):
     except ValueError as error:
         if not ours(error):
             raise
-        print(f"{name}: {error}", file=sys.stderr)
+        if rank() == 0:
+            print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except (MemoryError, RuntimeError) as error:        # of NumPy; of PyTorch, on any device
         if not re.search("out of memory|can't allocate memory", str(error)) and \
@@ -340,6 +348,8 @@ def say(text="", width=80):
     closed terminal) the run continues in silence."""
     wrap = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False).fill
     lines = [line if len(line) <= width else wrap(line) for line in text.split("\n")]
+    if rank():
+        return
     try:
         print("\n".join(lines), flush=True)
     except OSError:
@@ -354,7 +364,8 @@ def find_device(name):
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     there += ["cpu"]
     if name == "auto":
-        return there[0]
+        local = f":{os.environ['LOCAL_RANK']}" if there[0] == "cuda" and processes() > 1 else ""
+        return there[0] + local
     try:
         known = torch.empty(0, device=name).device.type in there
     except (RuntimeError, AssertionError):            # cuda:9, tpu; a PyTorch without CUDA
@@ -396,6 +407,39 @@ def autocast(args, dtype=None):
         if on and kind == "cpu" and torch.is_grad_enabled():     # there training in bfloat16 is
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))    # faster without fused attention
         yield
+
+
+# One process for each GPU, of the same program: torchrun --nproc-per-node 4 mae.py. Each computes
+# its part of every batch; the gradients are averaged. Process 0 writes and speaks for all.
+
+
+def start_processes(args):
+    """Joins the processes that torchrun started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        cuda = args.device in ("auto", "cuda") and torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+
+
+def processes():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    """The number of this process, from 0."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def first(f):
+    """f() in process 0, and then in the others: what it leaves behind is there for them."""
+    if rank():
+        dist.barrier()
+    found = f()
+    if processes() > 1 and rank() == 0:
+        dist.barrier()
+    return found
 
 
 # -------------------------------------------------------------------------------------- data
@@ -928,7 +972,12 @@ EMBEDDED = {"shakespeare": "pydocs"}    # what to take instead without a network
 MOST_BYTES, PATIENCE = 300_000_000, 60  # of a download; seconds until a slow mirror is given up
 
 
-def fetch(name, file, data_dir, kept=None):
+def fetch(*what):
+    """fetch_once, by one of several processes."""
+    return first(lambda: fetch_once(*what))
+
+
+def fetch_once(name, file, data_dir, kept=None):
     """The path data_dir/name/file (or data_dir/kept), downloaded from a mirror if it is not there.
     The name appears only once the SHA-256 fits: a broken download never enters the cache."""
     path = data_dir / (kept or Path(name, file))
@@ -1799,6 +1848,11 @@ class Run:
         self.pending, self.loss = None, None     # the newest loss on the device, and as a number
         self.epoch, self.order = None, None      # what batch() takes its rows from
         self.stop = None                         # the signal that asked the run to stop
+        self.parts = processes() * args.accumulate       # of a batch
+        require(args.batch % self.parts == 0, f"--batch {args.batch} cannot be divided into "
+                f"{self.parts} parts, for --accumulate and the processes: take a multiple")
+        self.micro, self.weight, self.mean = 0, 1., 0.   # of these parts: see part()
+        self.stops = torch.zeros(())             # how many processes were asked to stop
         self.out.mkdir(parents=True, exist_ok=True)
         if args.resume and (self.out / "checkpoint.pt").exists():
             self.load()
@@ -1810,24 +1864,27 @@ class Run:
         began, log = last_save - self.seconds, self.open_log()
         line = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         bar = tqdm(total=args.steps, initial=self.step, ncols=80, leave=False, bar_format=line,
-                   disable=not (sys.stderr and sys.stderr.isatty()))
+                   disable=not (sys.stderr and sys.stderr.isatty()) or rank() > 0)
         usual = on_signals(self.interrupt)
         try:
             while self.step < args.steps:
-                torch.manual_seed(args.seed * 1_000_003 + self.step)
                 self.lr = args.lr * schedule(self.step, args.steps, args.warmup)
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.lr * group.get("times", 1.)   # a group's own learning rate
-                yield self.step
+                for self.micro in range(args.accumulate):
+                    torch.manual_seed(args.seed * 1_000_003 + self.step)
+                    yield self.step
                 self.step += 1
                 self.seconds, last = time.monotonic() - began, self.step == args.steps
                 bar.update()
                 if last or self.step % every == 0:
                     self.show(log, bar)
-                if last or self.stop or time.monotonic() - last_save > args.save_every:
+                stop = self.stops.item() if processes() > 1 else self.stop       # all, or none
+                if last or stop or time.monotonic() - last_save > args.save_every:
                     self.save()
                     last_save = time.monotonic()
-                if self.stop:
+                if stop:
+                    self.stop = self.stop or signal.SIGTERM
                     break
         finally:
             bar.close()
@@ -1839,6 +1896,8 @@ class Run:
             signal.raise_signal(self.stop)
         if self.saved is None:                         # no step: the model as it was made or loaded
             self.save()
+        if processes() > 1:
+            dist.barrier()                             # what is read next is there for all
         if self.loss is not None:
             say(f"{self.step} steps in {self.seconds:.0f} s, {self.status()} in the last.")
 
@@ -1854,6 +1913,48 @@ class Run:
             self.epoch, self.order = (epoch, n), torch.randperm(n, generator=g).to(data.device)
         return data[self.order[i * size:(i + 1) * size]]
 
+    def part(self, batch):
+        """Of a batch, tensors (B, ...) in a tuple or alone, the rows of this process and of this
+        part of --accumulate. From here on each part has its own random numbers. Where tokens of the
+        last tensor do not count (-100), a part weighs as much as it has others."""
+        if self.parts == 1:
+            return batch
+        i = rank() * self.args.accumulate + self.micro
+        cut = lambda x: tuple(map(cut, x)) if isinstance(x, tuple) else x.chunk(self.parts)[i]
+        before, self.weight, target = self.weight, 1., batch[-1] if isinstance(batch, tuple) else batch
+        if target.dtype == torch.int64:
+            counted = torch.stack([(x != -100).sum() for x in target.chunk(self.parts)])
+            self.weight = (counted[i] / counted.float().mean()).item()
+        for p in self.model.parameters() if self.micro else ():
+            if p.grad is not None:
+                p.grad *= before / self.weight                   # so that reduce() weighs them all
+        torch.manual_seed((self.args.seed * 1_000_003 + self.step) * 1_009 + i)
+        return cut(batch)
+
+    def reduce(self, loss):
+        """After backward(): whether the gradient is that of the whole batch: of the last part of
+        --accumulate, averaged over all processes, as DistributedDataParallel does it."""
+        if self.parts == 1:
+            return True
+        self.mean = self.mean * (self.micro > 0) + self.weight * loss.detach() / self.parts
+        if self.micro < self.args.accumulate - 1:
+            return False
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        more = torch.stack([self.mean, self.mean.new_tensor(float(self.stop is not None))])
+        flat = torch.cat([*(g.flatten() for g in grads), more])
+        flat[:-2] *= self.weight / self.parts
+        if processes() > 1:
+            dist.all_reduce(flat)
+        self.mean, self.stops = flat[-2], flat[-1]
+        for g, whole in zip(grads, flat.split([*(g.numel() for g in grads), 2])):
+            g.copy_(whole.view_as(g))
+        return True
+
+    @staticmethod
+    def gather(z):
+        """The rows (n, ...) of all processes, with gradients: (processes * n, ...)."""
+        return torch.cat(all_gather(z)) if processes() > 1 else z
+
     def autocast(self):
         """The precision of --dtype, for what is computed inside a `with`."""
         return autocast(self.args)
@@ -1861,7 +1962,7 @@ class Run:
     def log(self, loss):
         """Takes the loss of this step. It is read in the next one: no waiting for a GPU."""
         self.check()
-        self.pending = loss.detach()
+        self.pending = loss.detach() if self.parts == 1 else self.mean
 
     def check(self):
         """Reads the loss of the last step. Raises UserError if it was not finite."""
@@ -1923,6 +2024,8 @@ class Run:
 
     def open_log(self):
         """log.jsonl, a line every half per cent; what is later than the checkpoint is dropped."""
+        if rank():
+            return open(os.devnull, "a")
         path, kept = self.out / "log.jsonl", ""
         with contextlib.suppress(ValueError):                  # the last line may be cut off
             for line in path.read_text().splitlines() if self.step and path.exists() else ():
@@ -1991,6 +2094,16 @@ def has_run(out):
 
 
 def claim(args):
+    """claim_once, by one of several processes; the others get the folder, and None."""
+    new = None if rank() else claim_once(args)
+    if processes() > 1:
+        out = [args.out]
+        dist.broadcast_object_list(out)
+        args.out = out[0]
+    return new
+
+
+def claim_once(args):
     """Makes the folder of a new run, --out or the next of runs/mae, runs/mae-2, ..., writes its
     settings.json and sets args.out. Returns whether the folder is new. Two runs at once never share
     one: to make a folder, or a file with mode "x", succeeds only once. Raises UserError."""
@@ -2069,6 +2182,10 @@ def replacing(path, when=""):
     """An open file that takes the place of `path` in one motion, at the end: whoever looks sees the
     old file or the new one, whole. Raises UserError where it cannot be written."""
     part = Path(path).with_name(f"{Path(path).name}.part")
+    if rank():                                         # process 0 writes it
+        with open(os.devnull, "wb") as f:
+            yield f
+        return
     try:
         with open(part, "wb") as f:
             yield f
@@ -2258,7 +2375,7 @@ def mean_std(values, digits=1):
 
 def progress(things, what):
     """The things, one by one, under a bar that vanishes at the end (none without a terminal)."""
-    hidden = not (sys.stderr and sys.stderr.isatty())
+    hidden = not (sys.stderr and sys.stderr.isatty()) or rank() > 0
     return tqdm(things, what, ncols=80, leave=False, disable=hidden)
 
 
@@ -2277,7 +2394,7 @@ def command(args):
     usual = {f.name: f.default for f in dataclasses.fields(args)}
     usual |= type(args).published if args.uses_published else \
         type(args).cpu if args.device.startswith("cpu") else {}
-    line = ["python", script(args)]
+    line = ["python" if processes() == 1 else f"torchrun --nproc-per-node {processes()}", script(args)]
     for name, value in dataclasses.asdict(args).items():
         skip = name in ("out", "data_dir", "device", "resume", "save_every")
         if value == usual[name] or skip:

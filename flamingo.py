@@ -618,6 +618,8 @@ def train(how, model, loss_at, choices, **about):
         with run.autocast():
             loss = loss_at(run, step)
         loss.backward()
+        if not run.reduce(loss):           # of --accumulate parts, and of processes, the mean
+            continue
         nn.utils.clip_grad_norm_(model.parameters(), how.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -646,7 +648,7 @@ def train_lm(args, tokens):
     x = x.to(args.device)                                                   # (n, 1 + T)
 
     def loss_at(run, step):
-        inputs, target = mask(run.batch(x), tokens.image)
+        inputs, target = run.part(mask(run.batch(x), tokens.image))
         return distance(model(inputs), target)
     return train(how, model, loss_at, tokens.vocab)
 
@@ -870,10 +872,13 @@ def main(args):
         i = run.batch(torch.arange(len(x), device=args.device))         # (B,)
         with run.autocast():
             inputs, target = mask(x[i], tokens.image)                   # A. mask
-            media = model.project(features[ids[i]].float())             # of (B, M, N, E)
+            inputs, own, target = run.part((inputs, ids[i], target))
+            media = model.project(features[own].float())                # of (B, M, N, E)
             prediction = model(inputs, media)                           # B. predict: (B, T, V)
             loss = distance(prediction, target)                         # C. compare
         loss.backward()
+        if not run.reduce(loss):           # of --accumulate parts, and of processes, the mean
+            continue
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()

@@ -405,10 +405,12 @@ def main(args):
     run = common.Run(args, model, optimizer, uniform=math.log(tokens.vocab))
     for step in run:                       # sets the seed and the learning rate of this step
         with run.autocast():
-            inputs, target = mask(run.batch(train).long(), tokens.BOS)  # A. mask
-            prediction = model(inputs)                                  # B. predict
-            loss = distance(prediction, target)                         # C. compare
+            inputs, target = run.part(mask(run.batch(train).long(), tokens.BOS))    # A. mask
+            prediction = model(inputs)                                              # B. predict
+            loss = distance(prediction, target)                                     # C. compare
         loss.backward()
+        if not run.reduce(loss):           # of --accumulate parts, and of processes, the mean
+            continue
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()

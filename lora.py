@@ -577,10 +577,12 @@ def pretrain(args):
     run = common.Run(how, model, optimizer, uniform=math.log(BYTES.vocab))
     for step in run:
         with run.autocast():
-            inputs, target = mask(run.batch(train).long(), BYTES.BOS)   # A. mask
-            prediction = model(inputs)                                  # B. predict
-            loss = distance(prediction, target)                         # C. compare
+            inputs, target = run.part(mask(run.batch(train).long(), BYTES.BOS))     # A. mask
+            prediction = model(inputs)                                              # B. predict
+            loss = distance(prediction, target)                                     # C. compare
         loss.backward()
+        if not run.reduce(loss):           # of --accumulate parts, and of processes, the mean
+            continue
         nn.utils.clip_grad_norm_(model.parameters(), how.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -729,11 +731,13 @@ def main(args):
     run = common.Run(args, model.train(), optimizer, about=about)
     for step in run:                       # sets the seed and the learning rate of this step
         with run.autocast():
-            x, target = run.batch(examples).unbind(1)           # (B, 1 + T) each
+            x, target = run.part(run.batch(examples).unbind(1)) # (B, 1 + T) each
             inputs, _ = mask(x, tokens.BOS)                     # A. mask
             prediction = model(inputs)                          # B. predict
             loss = distance(prediction, target)                 # C. compare, without the newline
         loss.backward()
+        if not run.reduce(loss):           # of --accumulate parts, and of processes, the mean
+            continue
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -742,7 +746,7 @@ def main(args):
     model.eval()
     rows[args.method] = losses(args, model, val, old, tokens.BOS) | dict(
         trained=sum(p.numel() for p in adapter_state(model).values()),
-        bytes=save_adapter(args, model, about).stat().st_size)
+        bytes=common.first(lambda: save_adapter(args, model, about).stat().st_size))
     texts[args.method] = write(args, model, tokens)
     report(run, about, rows, texts, count)
     return model

@@ -350,6 +350,8 @@ def neighbours(args, model, images, k):
 
 @common.setup
 def main(args):
+    common.require(args.accumulate == 1, "--accumulate is not for SimCLR: its loss compares all "
+                   "images of a batch", common.UsageError)
     images = common.load_images(args)
     k = min(5, len(images.test) - 1)
     common.require(k > 0, "one test image has no neighbours: 2 or more are needed")
@@ -362,15 +364,18 @@ def main(args):
     uniform = math.log(2 * args.batch - 1) if args.loss == "ntxent" else None
     run = common.Run(args, model, optimizer, uniform=uniform, about=images.about())
     for step in run:                       # sets the seed and the learning rate of this step
-        x = run.batch(images.train).repeat(2, 1, 1, 1) / 255    # rows i, i + N: the same, in [0, 1]
+        x = run.part(run.batch(images.train))                   # one process: all of them
+        x = x.repeat(2, 1, 1, 1) / 255                          # rows i, i + N: the same, in [0, 1]
         views = images.normalize(augment(x, args.crop_scale, args.jitter, args.hue, args.blur))
         with run.autocast():
-            z1, z2 = model(views).chunk(2)                                   # (N, dim) each
+            z1, z2 = map(run.gather, model(views).chunk(2))                  # (N, dim) each
             if args.loss == "ntxent":
                 loss = ntxent(z1, z2, args.temperature)
             else:
                 loss = triplet(z1, z2, args.margin)
         loss.backward()
+        if not run.reduce(loss):           # of --accumulate parts, and of processes, the mean
+            continue
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()
