@@ -1,6 +1,7 @@
 """All scripts on a pretend GPU (pretend_gpu.py): nothing is computed from tensors of two devices, and what comes out is what
 a CPU gives, bit for bit. What CUDA itself rounds, or draws, differently is not tested here."""
 import contextlib
+import itertools
 import json
 import sys
 import types
@@ -240,12 +241,23 @@ def equal(a, b):
     assert all(Path(a, name).read_bytes() == Path(b, name).read_bytes() for name in names)
 
 
+def experiment(script, out, device):
+    """What an experiment finds in a finished run."""
+    if script == "flamingo.py":
+        return few_shot.measure(Path(out), Path(out, "few_shot.json"), device)["figures"]["right"]
+    if script == "bert.py":
+        fine_tune.main(fine_tune.options([out, "--out", f"{out}/fine_tune.json", "--repeats", "1"]))
+        return json.loads(Path(out, "fine_tune.json").read_text())["figures"]["accuracy"]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script(script, flags, here, watched, capsys):         # noqa: F811
-    """Training, evaluation, samples and pictures; and the same from checkpoints, where each training was stopped."""
+    """Training, evaluation, samples, pictures, experiments; and the same from checkpoints, where each training was stopped."""
     finish(script, flags, "cpu", "a/run")
+    found = experiment(script, "a/run", "cpu")
     with pretend_gpu():
         model = finish(script, flags, "cuda", "b/run")
+        assert experiment(script, "b/run", "cuda") == found
         assert watched["steps"] > 5 and all(x.is_cuda for x in [*model.parameters(), *model.buffers()])
         for watched["stop"] in [*STAGES.get(script, []), "run"]:
             with pytest.raises(Stop):
@@ -279,3 +291,152 @@ def test_another_device_continues(first, then, flags, here, watched, capsys):   
     with on(then):
         finish("bert.py", flags, then, "b/run", resume=True)
     equal("a/run", "b/run")
+
+
+# -------------------------------------------------------------------------------- experiments
+
+
+def on_both(what, folder):
+    """what(device) in a folder of its own on the CPU, and on the pretend GPU: both results."""
+    found = []
+    for device in "cpu", "cuda":
+        with contextlib.chdir(folder), pretend_gpu() if device == "cuda" else contextlib.nullcontext():
+            Path(device).mkdir()
+            with contextlib.chdir(device):
+                found.append(what(device))
+    return found
+
+
+def figures(name, *times):
+    """The figures of a file, without what depends on the machine."""
+    text = json.loads(Path(name).read_text())["figures"]
+    for row in text.get("rows", {}).values():
+        for cell in row.values():
+            cell.pop("seconds"), cell.pop("bytes")
+    return {key: value for key, value in text.items() if key not in ("base_seconds", "stages", "device")}
+
+
+def test_gpt_is_adapted(flags, here, capsys):         # noqa: F811
+    def run(device):
+        sizes = " --rank 2 --epochs 1 --dtype float32 --k 1 3 --repeats 1 --out x.json --device ".split()
+        own = [x for name, x in zip(flags("lora.py"), flags("lora.py")[1:]) if name in ("--data", "--old")]
+        small = ("--dim 16 --heads 2 --depth 2 --context 40 --base-steps 3 --base-batch 2 --base-lr .003 --base-dropout 0 "
+                 "--example 8 --batch 2").split()
+        adapt.main(adapt.options(["--data", own[0], "--old", own[1], *small, *sizes, device]))
+        return figures("x.json")
+    a, b = on_both(run, here)
+    one, two = a.pop("energy"), b.pop("energy")
+    assert a == b and len(a["rows"]) == 8
+    for method, name in itertools.product(one, one["lora"]):            # singular values: another routine
+        assert one[method][name] == pytest.approx(two[method][name], abs=1e-5)
+
+
+def test_encoders_are_compared(tiny, here, monkeypatch, capsys):         # noqa: F811
+    """Linear probes and fine-tuning; the scripts run in this process."""
+    small = {"simclr.py": dict(width=8, dim=8, batch=8), "autoencoder.py": dict(width=4, latent=3, batch=8),
+             "mae.py": dict(dim=16, heads=2, depth=1, decoder_dim=8, decoder_heads=2, decoder_depth=1, batch=8)}
+
+    def script(name, out, given):
+        module = module_of(name)
+        own = module.Args.cpu | vars(common.parser_of(module.Args).parse_args([*map(str, given)])) | dict(out=str(out), **small[name])
+        module.main(module.Args(**own | dict(labels=(1,), dtype="float32")))
+    monkeypatch.setattr(repeat, "run", script)
+
+    def run(device):
+        compare.main(compare.options(["--data", str(tiny), "--seeds", "1", "--labels", "1", "--steps", "2", "--tune-steps", "2",
+                                      "--device", device, "--out", "out"]))
+        own = while_training.options(["autoencoder.py", "--at", "0", "2", "--labels", "1", "--out", "x.json", "--", "--data", str(tiny),
+                                      "--steps", "2", "--width", "4", "--batch", "8", "--labels", "1", "--dtype", "float32"])
+        while_training.main(own)
+        return figures("out/compare-tiny-0.json"), figures("x.json")
+    a, b = on_both(run, here)
+    assert a == b and len(a[0]["tune"]) > 5
+
+
+# ----------------------------------------------------------------------------------- mistakes
+
+
+def planted(monkeypatch, name, old, new):
+    """A module of the project, made of its source with other words in it, in the place of the one that is there."""
+    path = ROOT / f"{name}.py"
+    source, module = path.read_text(), types.ModuleType(name)
+    assert old in source, f"{path.name} has no {old!r} any more: plant another mistake"
+    module.__file__ = str(path)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(source.replace(old, new), path, "exec"), module.__dict__)
+    return module
+
+
+TARGET = "positive = torch.arange(len(sim), device=sim.device)"
+MISTAKES = [    # a file, what is left out of a line of it, and how a run of the script ends
+    ("simclr", TARGET, TARGET.replace(", device=sim.device", ""), TWO),
+    ("autoencoder", "torch.linspace(0, 1, n, device=a.device)", "torch.linspace(0, 1, n)", TWO),
+    ("mae", "torch.rand(B, N, device=patches.device)", "torch.rand(B, N)", TWO),
+    ("bert", "words.shape, device=words.device)", "words.shape)", TWO),
+    ("gpt", "= mask(run.batch(train).long(), tokens.BOS)", "= mask(run.batch(train).long().cpu(), tokens.BOS)", TWO),
+    ("lora", "linear.weight.new_zeros(d1, rank)", "torch.zeros(d1, rank)", TWO),
+    ("lora", "torch.tensor([BOS, NEWLINE]), prompt]).to(args.device)", "torch.tensor([BOS, NEWLINE]), prompt])", TWO),
+    ("flamingo", "torch.arange(1, M + 1, device=so_far.device)", "torch.arange(1, M + 1)", TWO),
+    ("common", "torch.randperm(n, generator=g).to(", "torch.randperm(n, generator=g, device=data.device).to(", GENERATOR),
+    ("common", "large.permute(0, 2, 3, 1).cpu().numpy()", "large.permute(0, 2, 3, 1).numpy()", TO_NUMPY),
+]
+
+
+@pytest.mark.parametrize("name, old, new, error", MISTAKES)
+def test_a_mistake_is_found(name, old, new, error, flags, here, monkeypatch, capsys):         # noqa: F811
+    planted(monkeypatch, name, old, new)
+    script = "autoencoder" if name == "common" else name
+    if name == "common":
+        planted(monkeypatch, script, "", "")                        # which imports it
+    with pretend_gpu(), pytest.raises(error[0]) as found:
+        finish(f"{script}.py", flags, "cuda", "run")
+    assert error[1] in str(found.value)
+
+
+def test_a_causal_mask_on_the_cpu_is_found(monkeypatch):
+    """It is needed where several tokens come after others: no script does that."""
+    def logits(module):
+        model = module.GPT(5, 8, 8, 1, 2).to("cuda")
+        cache, x = model.new_cache(1), torch.tensor([[1, 2, 3, 4]], device="cuda")
+        return torch.cat([model(x[:, :2], cache), model(x[:, 2:], cache)], 1), model(x)
+    with pretend_gpu():
+        torch.testing.assert_close(*logits(gpt))
+        with pytest.raises(TWO[0], match=TWO[1]):
+            logits(planted(monkeypatch, "gpt", "dtype=torch.bool, device=x.device).tril", "dtype=torch.bool).tril"))
+
+
+# -------------------------------------------------------------------------- published weights
+
+
+def test_published_weights(tiny, tmp_path, capsys):
+    """GPT-2, BERT, MAE and ResNet-18: the tensors are on the device, and what is computed is the same."""
+    vocab, out = bpe_folder(tmp_path / "gpt2"), []
+    safetensors(tmp_path / "gpt2/model.safetensors", transformers_gpt2(random_weights(gpt.GPT(len(vocab), 40, 24, 2, 3))))
+    (tmp_path / "gpt2/config.json").write_text('{"n_head": 3}')
+    (tmp_path / "x.txt").write_text("in the queue abc 12 \n\n" * 99)
+    wordpiece_folder(tmp_path / "bert")
+    words = common.WordPiece.load(tmp_path / "bert")
+    state = published_names(random_weights(bert.BERT(words.vocab, 20, 16, 2, 2)))
+    for name in "bert.embeddings.word_embeddings.weight", "cls.predictions.bias":
+        state[name] = state[name][words.published.argsort()]
+    safetensors(tmp_path / "bert/model.safetensors", state)
+    (tmp_path / "bert/config.json").write_text('{"num_attention_heads": 2}')
+    torch.save(authors_mae(random_weights(mae.MAE(8, 2, 16, 2, 2, 8, 1, 2))), tmp_path / "mae.pth")
+    torch.save(simclr.ResNet(18, 8, stem=7).state_dict(), tmp_path / "resnet.pth")
+
+    def run(device):
+        how = dict(device=device, dtype="float32", out="run")
+        for script, given in (
+                (gpt, dict(weights="gpt2", prompt="the queen", length=6)),
+                (gpt, dict(weights="gpt2", prompt="the queen", length=6, data="x.txt", steps=2, context=12)),
+                (bert, dict(weights="bert", fill="the <mask> runs away.")),
+                (mae, dict(weights="mae.pth", data=tiny, image_size=8, labels=(2,), tune_steps=2, steps=1, batch=8)),
+                (simclr, dict(weights="resnet.pth", data=tiny, labels=(1,), steps=1, batch=8))):
+            for name in {"weights", "data"} & set(given):
+                given[name] = tmp_path / given[name]
+            model = script.main(script.Args(**how | given | dict(out=f"{script.__name__}-{len(given)}")))
+            assert {x.device.type for x in [*model.parameters(), *model.buffers()]} == {device}
+        return capsys.readouterr().out, [figures(path) for path in sorted(Path().glob("*/result.json"))]
+    a, b = on_both(run, tmp_path)
+    plain = lambda text: [line for line in text.splitlines() if "/s" not in line and " steps in " not in line]
+    assert plain(a[0]) == plain(b[0]) and a[1] == b[1] and len(a[1]) == 3
