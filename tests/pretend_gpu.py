@@ -46,16 +46,11 @@ def tensors(*things):
 
 
 def known(device):
-    """A device as a torch.device with its number. Raises RuntimeError if there is none."""
+    """A device as one of the two above, or another kind. Raises RuntimeError for a second GPU."""
     device = torch.device(device)
     if device.type == "cuda" and device.index not in (None, 0):
         raise RuntimeError("CUDA error: invalid device ordinal")
     return CUDA if device.type == "cuda" else device
-
-
-def refuse(what=f"at least two devices, {CUDA} and {CPU}!"):
-    """What CUDA says of tensors on two devices."""
-    raise RuntimeError(f"Expected all tensors to be on the same device, but found {what}")
 
 
 def to(x, *args, copy=False, **kwargs):
@@ -97,7 +92,8 @@ COPIES = Tensor.__deepcopy__, Tensor.new_tensor      # whose results no operator
 
 
 class Functions(TorchFunctionMode):
-    """What a call of the Python interface means on a GPU. here: the device of what it makes."""
+    """What a call of the Python interface means on a GPU. here: the device of what an operator
+    makes inside of it from no tensor, such as the zeros of F.one_hot."""
     here = CPU
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -156,7 +152,8 @@ def check(func, args, inputs):
     written = [x for x, a in zip(args, func._schema.arguments) if a.is_write]
     for x in inputs:
         if place(x) == CPU and (x.ndim or not number or any(x is y for y in written)):
-            refuse()
+            raise RuntimeError("Expected all tensors to be on the same device, but found at least "
+                               f"two devices, {CUDA} and {CPU}! (in {name})")
 
 
 class Autocast(torch.autocast):
