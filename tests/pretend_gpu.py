@@ -12,8 +12,8 @@ it, and a parameter that is moved stays the same object, as on a real GPU. Two m
                  inputs on two devices, and marks what comes out
 
 Not pretended: CUDA's own random numbers (these are the CPU's, so that results are the same bit for
-bit), CUDA's generators, its kernels and their rounding, streams, and torch.compile. The gradient of
-a leaf on the CPU that was moved inside the graph stays marked as cuda's.
+bit), CUDA's generators, its kernels and their rounding, its lists of what autocast computes in
+which type, streams, and torch.compile.
 """
 import contextlib
 from unittest.mock import patch
@@ -61,6 +61,9 @@ def to(x, *args, copy=False, **kwargs):
     device = known(device or place(x))
     new = device != place(x)
     y = x.to(dtype or x.dtype, copy=copy or new, memory_format=layout or torch.preserve_format)
+    if new and y.requires_grad:                                # the gradient goes the way back
+        back = place(x)
+        y.register_hook(lambda gradient: put(gradient.clone(), back))
     return put(y, device) if new else y
 
 
@@ -100,7 +103,7 @@ class Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in OWN:
             return OWN[func](*args, **kwargs)
-        given, before = kwargs.get("device"), self.here
+        given = kwargs.get("device")
         inputs = list(tensors(*args, *kwargs.values()))
         here = CUDA if any(place(x) == CUDA for x in inputs) else CPU
         if given is not None:
@@ -108,11 +111,9 @@ class Functions(TorchFunctionMode):
         generator = kwargs.get("generator")
         if generator is not None and here == CUDA:
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-        try:
-            self.here = here
-            out = func(*args, **kwargs)
-        finally:
-            self.here = before
+        before, self.here = self.here, here
+        out = func(*args, **kwargs)
+        self.here = before                              # where a hook was called in the midst
         return put(out, here) if given is not None or func in COPIES else out
 
 

@@ -64,6 +64,15 @@ def attention(q, k, v, mask=None):
     return F.scaled_dot_product_attention(*(t[None, None] for t in (q, k, v)), mask)
 
 
+def with_a_hook(x):
+    """The gradient of the first rows, whose hook makes a tensor on the CPU; then that of split makes
+    zeros for the other rows."""
+    part = x.requires_grad_().split(2)[0]
+    part.register_hook(lambda gradient: gradient if torch.ones(2).is_cpu else None)
+    part.sum().backward()
+    return x.grad
+
+
 RULES = {        # what is computed: on which device the result is, None if it is no tensor; or how
     "add": (lambda t: t.x + t.c, TWO),                                          # it is refused
     "add a row": (lambda t: t.c + t.row, TWO),
@@ -118,6 +127,11 @@ RULES = {        # what is computed: on which device the result is, None if it i
     "copy_ to the CPU's": (lambda t: t.c.copy_(t.x), "cpu"),
     "fill_": (lambda t: t.x.fill_(t.cnumber), "cuda"),
     "a gradient": (lambda t: t.layer(t.x).sum().backward() or t.layer.weight.grad, "cuda"),
+    "a gradient back to the CPU": (lambda t: (
+        t.c.requires_grad_().to("cuda") * t.x).sum().backward() or t.c.grad, "cpu"),
+    "a gradient back to the GPU": (lambda t: (
+        t.x.requires_grad_().cpu() * t.c).sum().backward() or t.x.grad, "cuda"),
+    "a gradient with a hook": (lambda t: with_a_hook(t.x), "cuda"),
     "a parameter's data": (lambda t: setattr(t.layer.weight, "data", t.c) or t.layer(t.x), TWO),
     "numpy": (lambda t: t.x.numpy(), NUMPY),
     "an array": (lambda t: np.asarray(t.x), NUMPY),
