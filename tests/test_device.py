@@ -65,8 +65,8 @@ def attention(q, k, v, mask=None):
 
 
 def with_a_hook(x):
-    """The gradient of the first rows, whose hook makes a tensor on the CPU; then that of split makes
-    zeros for the other rows."""
+    """The gradient of the first rows, whose hook makes a tensor on the CPU; after it, split's makes
+    zeros for the others."""
     part = x.requires_grad_().split(2)[0]
     part.register_hook(lambda gradient: gradient if torch.ones(2).is_cpu else None)
     part.sum().backward()
