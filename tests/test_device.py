@@ -174,7 +174,7 @@ RULES = {        # what is computed: on which device the result is, None if it i
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rules(rule):
-    """Those of CUDA's tensors."""
+    """Those of CUDA's tensors, and its kinds of errors; the sentences differ with the operator."""
     compute, expected = RULES[rule]
     with pretend_gpu():
         if isinstance(expected, tuple):
@@ -213,8 +213,9 @@ def test_files(tmp_path):
         assert torch.load(path)["weight"].is_cuda and torch.load(other).is_cpu
         assert torch.load(path, map_location="cpu")["weight"].is_cpu
         assert torch.load(other, map_location="cuda").is_cuda
-    with pytest.raises(RuntimeError, match="Attempting to deserialize object on a CUDA device"):
-        torch.load(path)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="deserialize object on a CUDA device"):
+            torch.load(path)
     assert torch.equal(torch.load(path, map_location="cpu")["weight"], layer.weight)
 
 
@@ -490,7 +491,7 @@ MISTAKES = [    # a file, words in it, what stands there instead, and how the sc
     ("autoencoder", "torch.linspace(0, 1, n, device=a.device)", "torch.linspace(0, 1, n)", TWO),
     ("mae", "torch.rand(B, N, device=patches.device)", "torch.rand(B, N)", TWO),
     ("bert", "words.shape, device=words.device)", "words.shape)", TWO),
-    ("gpt", "mask(run.batch(train).long(), ", "mask(run.batch(train).long().cpu(), ", TWO),
+    ("gpt", "loss = distance(prediction, target)", "loss = distance(prediction, target.cpu())", TWO),
     ("lora", "linear.weight.new_zeros(d1, rank)", "torch.zeros(d1, rank)", TWO),
     ("lora", "NEWLINE]), prompt]).to(args.device)", "NEWLINE]), prompt])", TWO),
     ("flamingo", "torch.arange(1, M + 1, device=so_far.device)", "torch.arange(1, M + 1)", TWO),
