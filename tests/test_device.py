@@ -491,7 +491,7 @@ MISTAKES = [    # a file, words in it, what stands there instead, and how the sc
     ("autoencoder", "torch.linspace(0, 1, n, device=a.device)", "torch.linspace(0, 1, n)", TWO),
     ("mae", "torch.rand(B, N, device=patches.device)", "torch.rand(B, N)", TWO),
     ("bert", "words.shape, device=words.device)", "words.shape)", TWO),
-    ("gpt", "loss = distance(prediction, target)", "loss = distance(prediction, target.cpu())", TWO),
+    ("gpt", "= distance(prediction, target)", "= distance(prediction, target.cpu())", TWO),
     ("lora", "linear.weight.new_zeros(d1, rank)", "torch.zeros(d1, rank)", TWO),
     ("lora", "NEWLINE]), prompt]).to(args.device)", "NEWLINE]), prompt])", TWO),
     ("flamingo", "torch.arange(1, M + 1, device=so_far.device)", "torch.arange(1, M + 1)", TWO),
