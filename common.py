@@ -1921,7 +1921,8 @@ class Run:
             return batch
         i = rank() * self.args.accumulate + self.micro
         cut = lambda x: tuple(map(cut, x)) if isinstance(x, tuple) else x.chunk(self.parts)[i]
-        before, self.weight, target = self.weight, 1., batch[-1] if isinstance(batch, tuple) else batch
+        before, self.weight = self.weight, 1.
+        target = batch[-1] if isinstance(batch, tuple) else batch
         if target.dtype == torch.int64:
             counted = torch.stack([(x != -100).sum() for x in target.chunk(self.parts)])
             self.weight = (counted[i] / counted.float().mean()).item()
@@ -2394,7 +2395,8 @@ def command(args):
     usual = {f.name: f.default for f in dataclasses.fields(args)}
     usual |= type(args).published if args.uses_published else \
         type(args).cpu if args.device.startswith("cpu") else {}
-    line = ["python" if processes() == 1 else f"torchrun --nproc-per-node {processes()}", script(args)]
+    line = ["python" if processes() == 1 else f"torchrun --nproc-per-node {processes()}",
+            script(args)]
     for name, value in dataclasses.asdict(args).items():
         skip = name in ("out", "data_dir", "device", "resume", "save_every")
         if value == usual[name] or skip:

@@ -872,8 +872,8 @@ def main(args):
         i = run.batch(torch.arange(len(x), device=args.device))         # (B,)
         with run.autocast():
             inputs, target = mask(x[i], tokens.image)                   # A. mask
-            inputs, own, target = run.part((inputs, ids[i], target))
-            media = model.project(features[own].float())                # of (B, M, N, E)
+            inputs, image_ids, target = run.part((inputs, ids[i], target))
+            media = model.project(features[image_ids].float())          # of (B, M, N, E)
             prediction = model(inputs, media)                           # B. predict: (B, T, V)
             loss = distance(prediction, target)                         # C. compare
         loss.backward()

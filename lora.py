@@ -683,8 +683,9 @@ def save_adapter(args, model, about):
     """Writes adapter.pt: what was trained, and how and for which base. Returns its path."""
     path = Path(args.out, "adapter.pt")
     how = {name: getattr(args, name) for name in ("method", "targets", "rank")}
-    state = dict(fingerprint=about["fingerprint"], tensors=adapter_state(model),
-                 adapter=how | dict(alpha=args.alpha or args.rank))
+    state = dict(fingerprint=about["fingerprint"],
+                 adapter=how | dict(alpha=args.alpha or args.rank),
+                 tensors={name: x.cpu() for name, x in adapter_state(model).items()})
     with common.replacing(path) as f:
         torch.save(state, f)
     return path
