@@ -48,6 +48,10 @@ bench: $(BENCH) ## our speed beside other packages (ARGS=--quick; make bench-mae
 bench-%: $(BENCH)
 	.venv-bench/bin/python experiments/bench_$*.py $(ARGS)
 
+# With a Python that has PyTorch for CUDA, and transformers and peft: make gpu PYTHON=python3
+gpu: ## all that is measured on a CUDA GPU (ARGS=--quick, on a CPU, too)
+	$(PYTHON) experiments/gpu.py $(ARGS)
+
 results: $(ENV) ## write the figures of results/ into the README and the docstrings
 	.venv/bin/python tests/test_readme.py
 
@@ -64,4 +68,4 @@ $(BENCH): experiments/requirements.txt
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r experiments/requirements.txt
 	@touch $@
 
-.PHONY: help test runs compare adapt few-shot bench results clean $(SCRIPTS)
+.PHONY: help test runs compare adapt few-shot bench gpu results clean $(SCRIPTS)
