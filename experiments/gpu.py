@@ -65,8 +65,9 @@ QUICK = dict(         # beside 50 steps, with --quick
     lora=dict(TEXT, k=16, epochs=50, base_steps=50, base_batch=8, context=32, length=8),
     flamingo=dict(TEXT, batch=8, lm_steps=50, lm_batch=8, vit_steps=50, vit_batch=16, vit_dim=32,
                   vit_depth=1, vit_heads=2, images=500, tests=12, shots=(0, 1)))
-GPT2 = dict(vocab=50304, context=1024, dim=768, depth=12, heads=12)    # 50,257 words, and no words
-SMALL = dict(TEXT, vocab=512, context=64)
+GPT2 = dict(vocab=50304, context=1024, dim=768, depth=12, heads=12)    # 50,257 words, rounded up
+SMALL = dict(TEXT, vocab=512, context=64)                              # with --quick
+BATCH = dict(gpt=8, bert=256, mae=64, lora=64, resnet=128, sample=1)   # in phase c
 
 
 class Skip(Exception):
@@ -134,7 +135,8 @@ def media(m, images):
 
 def example(name, model, B=8):
     """A script's inputs and target, on the CPU; and its loss, a function of a model and these."""
-    script, loss = load(name), lambda m, *batch: script.distance(m(*batch[:-1]), batch[-1])
+    script, loss = load(name), lambda m, *batch: script.distance(m(*batch[:-1]), single(batch[-1]))
+    single = lambda x: x.float() if x.is_floating_point() else x     # as distance() makes logits
     images = lambda vit, patch: torch.randn(B, 3, *(patch * side for side in vit.grid))
     torch.manual_seed(1)
     if name == "simclr":
@@ -142,7 +144,7 @@ def example(name, model, B=8):
         return [views], lambda m, x: script.ntxent(*m(x).chunk(2), .2)
     if name == "autoencoder":
         x = torch.randn(B, 3, *[model.decoder.size] * 2)
-        return [x], lambda m, x: script.distance(m(x)[0], x)
+        return [x], lambda m, x: script.distance(m(x)[0], single(x))
     if name == "mae":
         inputs, target = script.mask(images(model.encoder, 4), 4, .75)
         return [*inputs, target], loss
@@ -271,6 +273,16 @@ def compiled(loss, model, dtype, ours=True):
     return pairs.training(loss, model, dtype, ours)
 
 
+def compiling(peer):
+    """bench_gpt.peer, with our model compiled, and theirs made to compile itself in generate()."""
+    def build(ours, **sizes):
+        theirs = peer(ours, **sizes)
+        theirs.generation_config.cache_implementation = "static"
+        ours.compile()
+        return theirs
+    return build
+
+
 def gpt_step(bench, dtype, B, how):
     """A training step of our GPT and of transformers'."""
     torch.manual_seed(0)
@@ -307,37 +319,29 @@ def beside(own, name, seconds):
     for needed in classes:
         if why := pairs.missing(needed):
             raise Skip(f"{needed} cannot be imported ({why})")
-    dtype, rounds, peer = pairs.DTYPES[-1], 2 if q else 20, getattr(bench, "peer", None)
+    dtype, rounds, B = pairs.DTYPES[-1], 2 if q else 20, 1 if q else BATCH[kind]
+    bench.B = bench.BATCH = B
     bench.training = compiled if how == "compiled" else pairs.training
-
-    def compiling(ours, **sizes):                # our model, and theirs, which compiles itself then
-        theirs = peer(ours, **sizes)
-        theirs.generation_config.cache_implementation = "static"
-        ours.compile()
-        return theirs
     if kind == "gpt":
-        sides = gpt_step(bench, dtype, 1 if q else 8, SMALL if q else bench.GPT2)
+        sides = gpt_step(bench, dtype, B, SMALL if q else bench.GPT2)
     elif kind == "bert":
-        bench.B, bench.DEPTH = (2, 1) if q else (256, bench.DEPTH)
         sides = bench.sides("full", dtype)
     elif kind == "resnet":
-        sides = resnet_step(bench, dtype, *(2, 32) if q else (128, 224))
+        sides = resnet_step(bench, dtype, B + q, 32 if q else 224)
     elif kind == "sample":
-        bench.peer = compiling if how == "compiled" else peer
-        sides = bench.sampling(dtype, SMALL if q else bench.GPT2, 1, 8 if q else 256)[2:]
+        bench.peer = compiling(bench.peer) if how == "compiled" else bench.peer
+        sides = bench.sampling(dtype, SMALL if q else bench.GPT2, B, 8 if q else 256)[2:]
     if kind == "mae":
-        bench.CASES["gpu"] = ("ViT", 32, 4, 2, (32, 1, 2), (16, 1, 2)) if q else \
-            (*bench.CASES["base"][:3], 64, *bench.CASES["base"][4:])
+        what, size, patch, _, *sizes = bench.CASES["tiny" if q else "base"]
+        bench.CASES["gpu"] = what, size, patch, B, *sizes
         (found,) = bench.measure("gpu", dtype, rounds)
-    elif kind == "lora":
-        bench.BATCH, bench.HOW["depth"] = (1, 1) if q else (64, bench.HOW["depth"])
-        found = bench.timed_step(dtype, True, rounds)
     else:
-        found = pairs.pair(*sides, rounds)
+        found = bench.timed_step(dtype, True, rounds) if kind == "lora" else \
+            pairs.pair(*sides, rounds)
     (low, high), other = found["quartiles"], classes[-1].split(".")[0]
-    return found | dict(dtype=dtype, beside=other, summary=f"{found['ours_ms']:.1f} ms, {other} "
-                        f"{found['theirs_ms']:.1f} ms: {found['ratio']:.2f} times as long "
-                        f"[{low:.2f} to {high:.2f}]")
+    return found | dict(case=f"{name}, batch {B}", dtype=dtype, beside=other, summary=f"{dtype}, "
+                        f"{found['ours_ms']:.1f} ms; {other} {found['theirs_ms']:.1f} ms, "
+                        f"{found['ratio']:.2f} times as long [{low:.2f} to {high:.2f}]")
 
 
 # --------------------------------------------------------------------------------- d. headlines
