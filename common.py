@@ -404,8 +404,9 @@ def autocast(args, dtype=None):
     kind, on = args.device.split(":")[0], (dtype or precision(args)) == "bfloat16"
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(kind, torch.bfloat16, enabled=on))
-        if on and kind == "cpu" and torch.is_grad_enabled():     # there training in bfloat16 is
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))    # faster without fused attention
+        short = getattr(args, "context", 0) < 256                # training in bfloat16 is faster
+        if on and kind == "cpu" and short and torch.is_grad_enabled():   # without fused attention
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))            # on short texts
         yield
 
 
