@@ -116,17 +116,37 @@ def test_the_model_and_the_method_need_torch_alone(scripts):
         assert not missing, (script, missing)
 
 
-def test_the_readme_trains_what_was_pasted():
-    """Its imports, mae.py's two sections and its loop, one below the other: the loss falls."""
-    imports, loop = (block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-                     if "import math" in block or "loader" in block)
+IMPORTS = "import math, torch\nimport torch.nn.functional as F\nfrom torch import nn\n"
+
+
+def recipes():
+    """{script: the lines of the README below "# <script>: ..."}"""
+    (block,) = re.findall(r"```python\n(# simclr.py: .*?)```", (ROOT / "README.md").read_text(), re.S)
+    parts = re.split(r"^# (\w+\.py): .*\n", block, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+@pytest.mark.parametrize("script", TRIALS)
+def test_the_recipes_of_the_readme_run(script):
+    """The imports, the two sections of a script and its recipe, one below the other: a loss with gradients; of mae.py, which
+    trains, it falls."""
+    text = (ROOT / "README.md").read_text()
+    assert all(f"`{line}`" in " ".join(text.split()) for line in IMPORTS.splitlines())
     torch.manual_seed(0)
-    x = torch.linspace(-1, 1, 32).expand(16, 3, 32, 32) * torch.randn(16, 3, 1, 1)
+    x = torch.linspace(0, 1, 32).expand(8, 3, 32, 32) * torch.rand(8, 3, 1, 1)
     losses = []
-    pasted = dict(loader=[x] * 20, watch=losses.append)
-    exec(imports + sections("mae.py")["the model"] + sections("mae.py")["the method"]
-         + loop.replace("    loss.backward()", "    watch(loss.item())\n    loss.backward()"), pasted)
-    assert len(losses) == 20 and losses[-1] < .7 * losses[0]
+    pasted = dict(x=x, loader=[4 * x - 2] * 20, watch=losses.append, tokens=torch.randint(5, 200, (3, 32)))
+    exec(IMPORTS + sections(script)["the model"] + sections(script)["the method"]
+         + recipes()[script].replace("    loss.backward()", "    watch(loss.item())\n    loss.backward()"), pasted)
+    assert pasted["loss"].isfinite()
+    if script == "mae.py":
+        assert len(losses) == 20 and losses[-1] < .7 * losses[0]
+    elif script == "gpt.py":
+        assert pasted["text"].shape == (1, 20)
+    elif script == "lora.py":
+        assert set(pasted["adapter"]) == {f"linear{i}.{name}" for i in (1, 2) for name in "AB"}
+    if script not in ("mae.py", "lora.py"):
+        pasted["loss"].backward()
 
 
 def test_importing_has_no_side_effect(scripts, capsys):
