@@ -15,6 +15,14 @@ from types import SimpleNamespace
 
 import torch
 
+# torchvision's wheel is for CUDA: beside a CPU build of torch its own operators do not load, and its
+# import, which transformers and lightly need, fails where it describes these. Nothing here uses them.
+try:
+    import torchvision                                                         # noqa: F401
+except (ImportError, RuntimeError):
+    for name in "nms", "qnms":
+        torch.library.define(f"torchvision::{name}", "(Tensor x, Tensor scores, float iou) -> Tensor")
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common                                                                  # noqa: E402
 
