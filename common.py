@@ -9,7 +9,7 @@ fine-tuning, pictures. No model, loss, mask, augmentation or sampler lives here.
                  Bytes, Words           tokenizers: a token per byte, or a token per word
     training     adamw, Muon, Run, stage  schedule, autocast, log, checkpoints, exact resume
     evaluation   k_shot, probe, finetune     what do k labels per class buy?
-    output       save_png, table, report
+    output       save_png, save_curve, table, report
 
 `python common.py` prints one table of all runs under runs/.
 Letters: B batch, C channels, S side of an image in pixels; images are (B, 3, S, S).
@@ -1901,6 +1901,7 @@ class Run:
             dist.barrier()                             # what is read next is there for all
         if self.loss is not None:
             say(f"{self.step} steps in {self.seconds:.0f} s, {self.status()} in the last.")
+            self.curve()
 
     def batch(self, data):
         """The next args.batch rows of data, (B, ...): each row once per epoch, in a new order."""
@@ -2046,6 +2047,13 @@ class Run:
         bar.set_postfix_str(f"{self.status()}, {rate:,.0f}/s", refresh=False)
         if bar.disable and self.step % math.ceil(steps / 10) < math.ceil(steps / 200):
             say(f"step {self.step}/{steps}  {self.status()}  {rate:,.0f}/s")
+
+    def curve(self):
+        """Writes loss.svg, the losses of log.jsonl."""
+        with contextlib.suppress(OSError, ValueError, KeyError):       # the log is not needed else
+            rows = [json.loads(row) for row in (self.out / "log.jsonl").read_text().splitlines()]
+            x, y = [row["step"] for row in rows], [row["loss"] for row in rows]
+            save_curve(self.out / "loss.svg", x, y, "loss over training steps")
 
     def status(self):
         """The newest loss and, where it is known, that of a uniform guess."""
@@ -2360,6 +2368,30 @@ def save_png(path, pictures, columns, group=0, zoom=3):
     with replacing(path) as f:
         f.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines))
                 + chunk(b"IEND", b""))
+
+
+def save_curve(path, x, y, title):
+    """Writes y over x, two lists of numbers, as an SVG that is readable on a light and on a dark
+    page."""
+    low, high = min(y), max(*y, min(y) + .001)
+    span, most = high - low, max(x)
+    at = lambda a, b: (f"{70 + 550 * a / most:.1f}", f"{270 - 240 * (b - low) / span:.1f}")
+    unit = 10 ** math.floor(math.log10(span))
+    unit *= next(f for f in (.1, .2, .5, 1, 2) if span / (f * unit) <= 6)
+    grid = [n * unit for n in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
+    lines = [f'<line x1="70" x2="620" y1="{at(0, v)[1]}" y2="{at(0, v)[1]}"/><text x="62" '
+             f'y="{at(0, v)[1]}" dy="4" text-anchor="end">{v:.6g}</text>' for v in grid]
+    lines += [f'<text x="{at(a, 0)[0]}" y="292" text-anchor="middle">{a:,.0f}</text>'
+              for a in (most * i / 4 for i in range(5))]
+    points = " ".join(",".join(at(a, b)) for a, b in zip(x, y))
+    style = ("text { font: 12px sans-serif; fill: #59636e } line { stroke: #d1d9e0 } "
+             "polyline { fill: none; stroke: #0969da; stroke-width: 1.5 } "
+             "@media (prefers-color-scheme: dark) { text { fill: #9198a1 } "
+             "line { stroke: #3d444d } polyline { stroke: #4493f8 } }")
+    with replacing(path) as f:
+        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 310"><style>{style}'
+                f'</style><text x="70" y="18">{title}</text>{"".join(lines)}<polyline '
+                f'points="{points}"/></svg>\n'.encode())
 
 
 def table(rows):

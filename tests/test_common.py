@@ -1134,3 +1134,23 @@ def test_replacing_is_all_or_nothing(tmp_path):
         f.write(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_curve_shows_the_losses(tmp_path):
+    """The points of the polyline, by hand, and the numbers at the lines; one value, and none that changes."""
+    import re
+    import xml.etree.ElementTree as tree
+
+    def drawn(x, y):
+        common.save_curve(tmp_path / "x.svg", x, y, "title")
+        root = tree.parse(tmp_path / "x.svg").getroot()
+        named = lambda kind: [e for e in root.iter() if e.tag.endswith("}" + kind)]
+        points = [tuple(map(float, p.split(","))) for p in named("polyline")[0].get("points").split()]
+        return points, [e.text for e in named("text")], [float(e.get("y1")) for e in named("line")]
+    points, texts, lines = drawn([10, 20, 40], [3., 1., 2.])
+    assert points == [(207.5, 30.), (345., 270.), (620., 150.)]
+    assert texts == ["title", "1", "1.5", "2", "2.5", "3", "0", "10", "20", "30", "40"] and lines == [270., 210., 150., 90., 30.]
+    for x, y in ([5], [2.]), ([1, 2], [3., 3.]), ([1, 2], [-1e9, 3e12]), ([1, 2], [0., 1e-30]):
+        points, texts, lines = drawn(x, y)
+        assert 1 <= len(lines) <= 8 and all(30 <= b <= 270 for _, b in points)
+    assert re.search(r"prefers-color-scheme: dark", (tmp_path / "x.svg").read_text())

@@ -710,7 +710,7 @@ def test_a_run_goes_on_when_nobody_reads(where, flags, here):
     done = subprocess.run(["bash", "-c", f"{line} {where}; exit ${{PIPESTATUS[0]}}"], cwd=here, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert common.read_checkpoint("runs/mae")["step"] == 30
-    assert set(os.listdir("runs/mae")) == {"checkpoint.pt", "log.jsonl", "reconstructions.png", "result.json", "settings.json"}
+    assert set(os.listdir("runs/mae")) == {"checkpoint.pt", "log.jsonl", "loss.svg", "reconstructions.png", "result.json", "settings.json"}
 
 
 def test_the_table_of_runs_piped_into_head(here):
