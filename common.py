@@ -579,7 +579,10 @@ UNSEEN = [(i, (3 * i + 1) % len(COLOURS)) for i in range(len(FIGURES))]  # one o
 SEEN = [kind for kind in KINDS if kind not in UNSEEN]
 NUMBERS = ["one", "two", "three"]
 ABOUT = ["colour", "shape", "number", "side"]
-NEW_WORDS = "dax blicket wug toma fep zib koba mip lun vosk tazz pim gorp nal sefi rud".split()
+BEGINNINGS, ENDINGS = "bli da ko wu".split(), "cket x ba g".split()        # of new words
+NEW_WORDS = [a + b for a in BEGINNINGS for b in ENDINGS]
+HELD_OUT = [a + b for a, b in zip(BEGINNINGS, ENDINGS)]      # these come with no image in training
+TRAINED = [word for word in NEW_WORDS if word not in HELD_OUT]
 
 
 class Figure(typing.NamedTuple):
@@ -671,17 +674,16 @@ def question(rng, figures, about=None):
 # Documents of this world are lists of chunks (scene, kind, text): what is said of the image of a
 # scene, and how words can stand in the place of that image (kind).
 
-HELD_OUT = 4    # the first of the new words, which come with no image in training
 IN_WORDS = "colour", "shape", "both"      # the words for a single figure
 
 
 class SceneTokens:
-    """Tokenizer of texts with <image>: a token per word of the shapes world; or, for an LM of
-    gpt.py, its own (`text`: Bytes or BPE), where <end> is BOS, and <image> is byte 0, which is in
-    no text, or for BPE one more token."""
+    """Tokenizer of texts with <image>: a token per word of the shapes world, and two per new word,
+    as in WordPiece (blicket: bli ##cket); or, for an LM of gpt.py, its own (`text`: Bytes or BPE),
+    where <end> is BOS, and <image> is byte 0, which is in no text, or for BPE one more token."""
     WORDS = [*("a is what colour shape it the one of how many figures are there which side "
                "on left right above small large and two three ? , .").split(), *COLOURS,
-             *FIGURES, *NEW_WORDS]
+             *FIGURES, *BEGINNINGS, *(f"##{ending}" for ending in ENDINGS)]
 
     def __init__(self, text=None):
         self.text, self.words = text, [] if text else ["<end>", "<image>", *self.WORDS]
@@ -690,16 +692,18 @@ class SceneTokens:
             self.end, self.image = text.BOS, 0 if isinstance(text, Bytes) else text.vocab
             self.vocab = max(text.vocab, self.image + 1)
         self.ids = {word: i for i, word in enumerate(self.words)}
+        self.pieces = {a + b: (a, f"##{b}") for a in BEGINNINGS for b in ENDINGS}
 
     def encode(self, text):
         """str -> a list of tokens. Raises UserError for a word that is not of this world."""
         if self.text:
-            special, found = {"<end>": [self.end], "<image>": [self.image]}, []
+            special, tokens = {"<end>": [self.end], "<image>": [self.image]}, []
             for part in re.split(" *(<end>) *|(<image>) ?", text.strip(" ")):
                 raw = (part or "").encode(errors="surrogateescape")
-                found += special.get(part) or self.text.encode(raw).tolist()
-            return found
-        words = re.findall(r"<\w+>|\w+|[^\w\s]", text)
+                tokens += special.get(part) or self.text.encode(raw).tolist()
+            return tokens
+        found = re.findall(r"<\w+>|\w+|[^\w\s]", text)
+        words = [piece for word in found for piece in self.pieces.get(word, (word,))]
         for word in words:
             require(word in self.ids, f"the LM has no word {word!r}; its words are "
                            + " ".join(self.words))
@@ -709,7 +713,7 @@ class SceneTokens:
         """Tokens -> str."""
         if self.text:
             return self.text.decode(t for t in tokens if t != self.image)
-        return " ".join(self.words[int(t)] for t in tokens)
+        return " ".join(self.words[int(t)] for t in tokens).replace(" ##", "")
 
 
 class Scenes:
@@ -732,10 +736,12 @@ class Scenes:
             row[:len(words)] = torch.tensor(words)
         return rows
 
-    def same_colour(self):
-        """For each colour, the indices of its single figures."""
-        return [torch.tensor([i for kind, own in self.of.items() if kind[1] == colour for i in own])
-                for colour in range(len(COLOURS))]
+    def alike(self):
+        """The indices of the scenes with one, two and three figures, those of the same colours side
+        by side: three tensors."""
+        colours = lambda i: sorted(figure.colour for figure in self.all[i])
+        order = sorted(range(len(self.all)), key=colours)
+        return [torch.tensor([i for i in order if len(self.all[i]) == n]) for n in (1, 2, 3)]
 
 
 def new_words(rng, scenes, names, k, ways, kind="both"):
@@ -763,7 +769,7 @@ def captions(rng, scenes, k):
     """k captions, and questions with their answers, of any scenes."""
     chunks = []
     for _ in range(k):
-        i = rng.randrange(len(scenes.all))
+        i = rng.randrange(0, len(scenes.all), 2)     # every second scene has 1 to 3 figures
         if rng.random() < .65:                       # only a caption says the size
             chunks.append((i, "caption", f"there is {caption(scenes.all[i])}"))
         else:
@@ -814,13 +820,13 @@ def image_documents(seed, tokens, scenes, n, length, fraction=.4):
     """What a model of images and text reads, `fraction` of it on new words: tokens (n, 1 + length),
     -100 after the last chunk that fits, and the indices of the images (n, M), at most 9; where
     there are fewer, 0, which is never used, since no <image> token asks for it."""
-    rng, names = random.Random(seed + 1), NEW_WORDS[HELD_OUT:]
+    rng = random.Random(seed + 1)
     x, ids = torch.full((n, length + 1), -100), torch.zeros(n, 9, dtype=torch.long)
     for row, images in zip(x, ids):
         text, shown = [tokens.end], []
         while not shown:                             # a caption in bytes may not fit
             kind = rng.choice(("colour", "shape"))
-            for i, words, chunk in document(rng, scenes, names, fraction, kind):
+            for i, words, chunk in document(rng, scenes, TRAINED, fraction, kind):
                 if words in IN_WORDS and rng.random() < .4:
                     chunk = in_words(scenes.all[i], words, chunk)           # beside the image
                 chunk = tokens.encode(f"<image> {chunk} <end>")
@@ -863,12 +869,13 @@ def queries(seed, n, shots):
             if text:
                 found.append(Query((about, sort), f"<image> {text}", [i], answer,
                                    in_words(figures, "question", text)))
-    trained, held_out = NEW_WORDS[HELD_OUT:], NEW_WORDS[:HELD_OUT]
     for k in shots:
         for _ in range(n):
             for name, episode in (
-                    ("new word", new_words(rng, others, trained, k, 2)),
-                    ("held-out word", new_words(rng, others, held_out, k, 2)),
+                    ("new word", new_words(rng, others, TRAINED, k, 2)),
+                    ("held-out word", new_words(rng, others, HELD_OUT, k, 2)),
+                    ("new word of 3", new_words(rng, others, TRAINED, k, 3)),
+                    ("held-out word of 3", new_words(rng, others, HELD_OUT, k, 3)),
                     ("unasked question", unasked(rng, others, rng.choice(ABOUT[:3]), k))):
                 *texts, answer = " ".join(f"<image> {text} <end>" for _, _, text in episode
                                           ).removesuffix(" <end>").split(" ")

@@ -600,9 +600,9 @@ def normalize(images, mean=(.2, .2, .2), std=(.2, .2, .2)):
 
 # -------------------------------------------------------------------- the LM and the vision encoder
 # Documents come from common.py. A new word means a kind of figure, another one in each document:
-#     the LM       a large ring on the left . what colour is it ? red <end> blue moon lun <end> ...
+#     the LM       a large ring on the left . what colour is it ? red <end> blue moon dax <end> ...
 #     Flamingo     <image> what colour is it ? red <end> <image> there is a large ring ... <end> ...
-#     new words    <image> pim <end> <image> rud <end> <image> rud <end> <image> pim <end> ...
+#     new words    <image> dag <end> <image> kox <end> <image> kox <end> <image> dag <end> ...
 #     an unasked question        <image> red <end> <image> blue <end> <image> green <end> ...
 
 LM = "lm_new_words", "context", "dim", "depth", "heads"                     # these make another LM
@@ -666,13 +666,14 @@ def train_vit(args, tokens, scenes, images):
     torch.manual_seed(args.seed)
     model = CLIP(build_vit(args), tokens.vocab, args.vit_dim, args.patch).to(args.device)
     common.say(f"Then the ViT learns which caption belongs to an image. It is kept in {how.out}.")
-    words, same_colour = scenes.captions(tokens).to(args.device), scenes.same_colour()
+    words, alike = scenes.captions(tokens).to(args.device), scenes.alike()
 
     def loss_at(run, step):
         i = run.batch(torch.arange(len(images), device=args.device))
-        if step % 3:             # hard negatives: single figures of one colour, so that only shape,
-            own = same_colour[step % len(same_colour)]               # size and side tell them apart
-            i = own[torch.randint(len(own), (how.batch,))].to(args.device)
+        if step % 4:             # hard negatives: scenes of the same colours, so that only shapes,
+            own = alike[step % 4 - 1]                            # sizes and places tell them apart
+            start = torch.randint(max(1, len(own) - how.batch + 1), (1,)).item()
+            i = own[start:start + how.batch].to(args.device)
         return clip_loss(*model(normalize(images[i]), words[i]))
     return train(how, model, loss_at, how.batch, mean=(.2, .2, .2), std=(.2, .2, .2))
 
@@ -781,8 +782,10 @@ def tables(args, model, right):
                       for layer in model.gated)
     return "\n\n".join([
         grid("exactly right, %", ["caption", *common.ABOUT, "LM alone"], common.SORTS),
-        grid("examples in the prompt", ["unasked question", "new word"], [*map(str, args.shots)]),
-        "From 2 examples on, the new word is one of two: always the same one is right in 50 %.",
+        grid("examples in the prompt", ["unasked question", "new word", "held-out word"],
+             [*map(str, args.shots)]),
+        "From 2 examples on, the new word is one of two: always the same one is right in 50 %. No "
+        "image came with the held-out words, only with their syllables, in other words.",
         f"tanh of the gates, attention and feed-forward, layer by layer: {gates}"])
 
 
@@ -797,7 +800,7 @@ def show(args, run, model, tokens, own, statistics):
     if mine and run.loss is None:
         return common.say(mine[0])
     fits = lambda q: len(tokens.encode(f"<end> {q.prompt} {q.answer} <end>")) <= context
-    asked = [q for q in asked if q.group[0] != "held-out word" and fits(q)]
+    asked = [q for q in asked if not q.group[0].endswith("of 3") and fits(q)]
     features = encode(args, model, images, statistics)
     lines = describe(args, model, tokens, asked, features, images)
     right = evaluate(args, model, tokens, asked, features)

@@ -1,10 +1,11 @@
 """Flamingo in numbers: its answers beside those of its LM alone, and what each of its parts is for.
 
 Groups of questions: captions and questions of scenes with 1, 2 or 3 figures and of kinds (pairs of
-shape and colour) that were in no training image; and few-shot episodes: a new word, a held-out new
-word (one that came with no image in training), a question that is not asked. Answers count where
-they are exactly right. Beside Flamingo: the LM alone, without images; the LM with captions in place
-of the images, as far as they fit its context; and the most frequent answer of the group.
+shape and colour) that were in no training image; and few-shot episodes: a new word, one of two or
+of three; a held-out new word (one that came with no image in training; its syllables did, in other
+words); a question that is not asked. Answers count where they are exactly right. Beside Flamingo:
+the LM alone, without images; the LM with captions in place of the images, as far as they fit its
+context; and the most frequent answer of the group.
 
 Run      python experiments/few_shot.py runs/flamingo          evaluates a finished run, or several
          python experiments/few_shot.py --seeds 0 1 2 --ablate -- --lm-steps 900
@@ -28,7 +29,8 @@ ABLATIONS = {"all": dict(attend="all"), "every-2": dict(every=2), "every-4": dic
              "latents-0": dict(latents=0), "no-freeze": dict(freeze=False),
              "no-gate": dict(gate_start=math.inf), "start-half": dict(gate_start=.5)}
 WHO = dict(flamingo="Flamingo", captions="LM, captions", lm="LM alone", majority="majority")
-EPISODES = {"unasked question": "unasked", "new word": "new", "held-out word": "held-out"}
+EPISODES = {"unasked question": "unasked", "new word": "new", "held-out word": "held-out",
+            "new word of 3": "new of 3", "held-out word of 3": "held-out of 3"}
 
 
 def queries(args, tokens, context):
@@ -163,7 +165,8 @@ def ablations(results):
     columns = {"caption": ("caption, 1 figure", "flamingo"),
                "LM, captions": ("caption, 1 figure", "captions"),
                "shape": ("shape, unseen kind", "flamingo"),
-               **{title: (f"{name}, {k}", "flamingo") for name, title in EPISODES.items()}}
+               **{title: (f"{name}, {k}", "flamingo") for name, title in EPISODES.items()
+                  if "of 3" not in name}}
     return [["exactly right, %", *columns]] + [
         [name.removeprefix("ablated-"), *(cell(seeds, *of, digits=0) for of in columns.values())]
         for name, seeds in results.items()]
@@ -223,9 +226,9 @@ def main(args):
         results.setdefault(name, []).append(result)
     both = [*tables(results["plain"])] + [ablations(results)] * args.ablate
     common.say("".join(f"\n{common.table(rows)}\n" for rows in both))
-    common.say("LM, captions: the LM alone, with captions in place of the images. From 2 examples "
-               "on, the new word is one of two: always the same one is right in 50 %."
-               + " Means ± standard deviations." * (len(results["plain"]) > 1))
+    common.say("LM, captions: the LM alone, with captions in place of the images. When all have been "
+               "shown, the new word is one of two, or of three: always the same one is right in 50 "
+               "or 33 %." + " Means ± standard deviations." * (len(results["plain"]) > 1))
 
 
 if __name__ == "__main__":

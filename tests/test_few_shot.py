@@ -38,12 +38,12 @@ def test_what_is_asked():
         elif "word" in group:
             assert prompt.endswith("<image>") and in_words.count("<end>") == len(images) - 1
             assert in_words.endswith(common.kind_name(scenes[images[-1]][0]))
-            names = common.NEW_WORDS[:4] if group.startswith("held-out") else common.NEW_WORDS[4:]
+            names = common.HELD_OUT if group.startswith("held-out") else common.TRAINED
             assert answer in names
             shown = dict((scenes[i][0][:2], chunk.split()[-1]) for i, chunk in zip(images, prompt.split("<end>")[:-1]))
             assert len(set(images)) == len(images)                             # the image asked about was not shown,
             assert len(images) == 1 or shown[scenes[images[-1]][0][:2]] == answer      # its kind was
-            assert len(set(shown.values())) == len(shown) == min(2, len(images) - 1)
+            assert len(set(shown.values())) == len(shown) == min(3 if "of 3" in group else 2, len(images) - 1)
         elif group.startswith("unasked"):
             assert prompt.endswith("<image>")
             assert in_words == "" or in_words.endswith(".") and in_words.count(" . ") == len(images) - 1
@@ -53,7 +53,7 @@ def test_what_is_asked():
             assert scenes[images[0]][0][:2] in common.UNSEEN and 40 <= images[0] < 80
         if group.endswith("figure"):
             assert len(scenes[images[0]]) == 1
-    assert len({q.group for q in asked}) == 16 + 9
+    assert len({q.group for q in asked}) == 16 + 15
 
 
 def test_the_questions_are_those_of_the_results():
@@ -61,17 +61,17 @@ def test_the_questions_are_those_of_the_results():
     _, asked = asked_in_a_test(tests=12, seed=3)
     held_out = [(q.prompt, q.answer, q.images) for q in asked if q.group == "held-out word, 2"]
     assert len(held_out) == 12 and held_out[:2] == [
-        ("<image> blicket <end> <image> toma <end> <image>", "toma", [1807, 799, 935]),
-        ("<image> dax <end> <image> blicket <end> <image>", "dax", [1141, 1503, 1365])]
+        ("<image> wug <end> <image> blicket <end> <image>", "blicket", [835, 509, 65]),
+        ("<image> blicket <end> <image> wug <end> <image>", "wug", [27, 460, 1397])]
     path, seen = ROOT / "results/flamingo-middle-0.json", set()
     if path.exists():                              # how often the most frequent answer occurs tells the questions
         _, asked = asked_in_a_test(tests=300, shots=(0, 1, 2, 4, 8), context=48)
         for group, right in json.loads(path.read_text())["figures"]["right"].items():
             texts = [q.answer for q in asked if q.group == group]
-            if texts:
+            if texts and group.split(", ")[0] not in few_shot.EPISODES:        # of these results, new words had one token
                 seen.add(group)
                 assert right["majority"] == pytest.approx(100 * max(map(texts.count, texts)) / len(texts)), group
-        assert seen == {q.group for q in asked}
+        assert seen == {q.group for q in asked if q.group.split(", ")[0] not in few_shot.EPISODES}
 
 
 def test_captions_in_place_of_images_have_to_fit():
@@ -98,7 +98,7 @@ def test_right_answers_are_counted(monkeypatch):
         return [q.answer if len(q.answer) % 2 else f"{q.answer} and" for q in part]
     monkeypatch.setattr(flamingo, "answers", answers)
     found = few_shot.evaluate(None, None, None, asked, "features")
-    assert len(found) == 16 + 12 + 1                                           # and all captions
+    assert len(found) == 16 + 20 + 1                                           # and all captions
     for group, right in found.items():
         own = [q for q in asked if q.group == group or group == "caption, all" and q.group in (
             "caption, 1 figure", "caption, 2 figures", "caption, 3 figures")]

@@ -531,7 +531,7 @@ def test_what_flamingo_reads():
                 sort = {(): "image alone", (colour,): "colour", (shape,): "shape", (colour, shape): "both"}[tuple(words[:-1])]
                 sorts[sort] += 1
                 by |= {sort}
-                assert len(figures) == 1 and words[-1] in common.NEW_WORDS[common.HELD_OUT:]
+                assert len(figures) == 1 and words[-1] in common.TRAINED
                 assert meant.setdefault((colour, shape), words[-1]) == words[-1]
             elif words[0] == "there":
                 sorts["caption"] += 1
@@ -544,7 +544,9 @@ def test_what_flamingo_reads():
     in_words = sum(sorts[by] for by in ("colour", "shape", "both"))
     assert min(sorts.values()) > 30 and .3 < in_words / (in_words + sorts["image alone"]) < .5
     words = {word for row in x for word in tokens.decode(row[row >= 0]).split()}
-    assert not words & set(common.NEW_WORDS[:common.HELD_OUT]) and set(common.NEW_WORDS[common.HELD_OUT:]) <= words
+    assert not words & set(common.HELD_OUT) and set(common.TRAINED) <= words
+    came = {token for row in x for token in row[row >= 0].tolist()}            # but all their syllables do, in other words
+    assert all(came >= set(tokens.encode(word)) for word in common.HELD_OUT)
     again = documents(400)
     assert torch.equal(again[2], x) and torch.equal(again[3], ids)
     sizes = set()
@@ -566,7 +568,8 @@ def test_what_the_lm_reads():
     come with a colour, a shape, or both, in a document in one way."""
     tokens = common.SceneTokens()
     x = common.text_documents(0, tokens, 400, 64, .4)
-    assert x.shape == (400, 65) and set(tokens.words) <= {w for row in x for w in tokens.decode(row).split()}
+    assert x.shape == (400, 65) and set(x.flatten().tolist()) == set(range(tokens.vocab))
+    assert set(common.NEW_WORDS) <= {w for row in x for w in tokens.decode(row).split()}
     ways, with_image, missing = {}, {}, {}
     for row in x:
         chunks = [(image, words) for image, words in read(tokens, row)[:9] if words[-1:] and words[-1] in common.NEW_WORDS]
@@ -631,6 +634,29 @@ def test_tokens():
     with pytest.raises(common.UserError, match="has no word 'sphere'"):
         tokens.encode("a red sphere")
     assert tokens.encode("<image>what colour is it?") == tokens.encode("<image> what colour is it ?")
+    pieces = lambda text: [tokens.words[t] for t in tokens.encode(text)]
+    assert pieces("<image> blicket <end> red dag") == ["<image>", "bli", "##cket", "<end>", "red", "da", "##g"]
+    for word in common.NEW_WORDS:
+        assert tokens.decode(tokens.encode(f"a {word} .")) == f"a {word} ." and len(tokens.encode(word)) == 2
+    with pytest.raises(common.UserError, match="has no word 'cket'"):
+        tokens.encode("a cket")
+    assert len(common.NEW_WORDS) == len(set(common.NEW_WORDS)) == 16 and len(common.HELD_OUT) == 4
+    for i in 0, 1:                                                             # no syllable is held out
+        assert len({tuple(tokens.encode(word))[i] for word in common.TRAINED}) == 4
+
+
+def test_scenes_of_the_same_colours_are_side_by_side():
+    scenes = common.Scenes(0, 600, common.SEEN)
+    assert sorted(torch.cat(scenes.alike()).tolist()) == list(range(600))
+    for n, own in enumerate(scenes.alike(), 1):
+        colours = [tuple(sorted(figure.colour for figure in scenes.all[i])) for i in own]
+        assert {len(scenes.all[i]) for i in own} == {n} and colours == sorted(colours) and len(set(colours)) < len(own) / 2
+
+
+def test_as_many_captions_of_one_as_of_two_and_of_three_figures():
+    scenes = common.Scenes(0, 600, common.SEEN)
+    counts = [len(scenes.all[i]) for i, _, _ in common.captions(random.Random(0), scenes, 3000)]
+    assert all(.28 < counts.count(n) / 3000 < .39 for n in (1, 2, 3))
 
 
 # ----------------------------------------------------------------------------------------- evaluation
@@ -659,10 +685,11 @@ def test_what_is_asked():
             assert len(images) == 1 + int(column) == len(set(images)) and min(images) >= 80
             assert prompt.endswith("<image>")
             examples = [chunk.split()[-1] for chunk in prompt.split("<end>")[:-1]]
-            if row.endswith("word"):
+            if "word" in row:
                 shown = dict(zip([figures[0][:2] for figures in own], examples))
-                assert answer in (common.NEW_WORDS[common.HELD_OUT:] if row == "new word" else common.NEW_WORDS[:common.HELD_OUT])
-                assert words.endswith(common.kind_name(own[-1][0])) and len(set(examples)) == len(shown) == min(2, len(examples))
+                assert answer in (common.TRAINED if row.startswith("new word") else common.HELD_OUT)
+                assert words.endswith(common.kind_name(own[-1][0])) and \
+                    len(set(examples)) == len(shown) == min(3 if row.endswith("of 3") else 2, len(examples))
                 assert not examples or shown[own[-1][0][:2]] == answer
             else:
                 texts = {about: [common.question(random.Random(0), figures, about)[2] for figures in own] for about in common.ABOUT[:3]}
@@ -758,7 +785,7 @@ def test_what_a_run_shows(done):
     assert all(len(line) <= 80 for line in text.splitlines())
     f = figures(out)
     assert {"caption, 1 figure", "colour, unseen kind", "new word, 0", "unasked question, 4", "LM alone, 3 figures"} <= set(f["right"])
-    assert not [group for group in f["right"] if "held-out" in group]          # experiments/few_shot.py has these
+    assert {"held-out word, 2"} <= set(f["right"]) and not [group for group in f["right"] if "of 3" in group]    # few_shot.py has these
     assert f["lines"][-1].startswith("<image> what colour is it ? -> ") and f["lines"][-1] in " ".join(text.split())
     assert [line[:2] for line in f["lines"] if line[:2].strip()][:12] == [f"{i:>2}" for i in range(1, 13)]
     assert (out / "scenes.png").read_bytes()[:4] == b"\x89PNG"
@@ -768,10 +795,10 @@ def test_what_a_run_shows(done):
 
 
 def test_how_the_lm_and_the_vit_are_trained(tmp_path, monkeypatch):
-    """The LM starts from weights for its width and reads each document once; of three batches of the ViT two hold single
-    figures of one colour."""
+    """The LM starts from weights for its width and reads each document once; of four batches of the ViT one holds single
+    figures, one pairs and one triples, of few colours."""
     read, tokens = [], common.SceneTokens()
-    args = common.resolve(flamingo.Args(**SMALL | dict(lm_steps=4, vit_steps=6, lm_new_words=.2, lm_lr=0., out=str(tmp_path))))
+    args = common.resolve(flamingo.Args(**SMALL | dict(lm_steps=4, vit_steps=8, vit_batch=6, lm_new_words=.2, lm_lr=0., out=str(tmp_path))))
     monkeypatch.setattr(flamingo, "mask", lambda x, image: read.append(x) or (x[:, :-1], x[:, 1:]))
     assert flamingo.train_lm(args, tokens) == f"{tmp_path}/lm"
     made = common.text_documents(0, tokens, 16, args.context, .2)
@@ -781,8 +808,11 @@ def test_how_the_lm_and_the_vit_are_trained(tmp_path, monkeypatch):
     forward = flamingo.CLIP.forward
     monkeypatch.setattr(flamingo.CLIP, "forward", lambda self, x, y: captions.append(y) or forward(self, x, y))
     assert flamingo.train_vit(args, tokens, scenes, common.paint(scenes.all)) == f"{tmp_path}/vit"
-    colours = [{word for row in batch for word in tokens.decode(row).split() if word in common.COLOURS} for batch in captions]
-    assert [len(names) == 1 for names in colours] == [False, True, True] * 2 and len(set.union(*colours[1:3])) == 2
+    figures = [[sum(word in common.COLOURS for word in tokens.decode(row).split()) for row in batch] for batch in captions]
+    assert [set(counts) for counts in figures[1:4] + figures[5:]] == [{1}, {2}, {3}] * 2 and set(figures[0] + figures[4]) == {1, 2, 3}
+    first = lambda row: min([*common.COLOURS].index(w) for w in tokens.decode(row).split() if w in common.COLOURS)
+    colours = [{first(row) for row in batch} for batch in captions]
+    assert all(len(own) <= 2 for own in colours[1:4] + colours[5:]) and len(colours[0]) > 2
 
 
 def test_captions_belong_to_their_images(tmp_path, monkeypatch):
@@ -983,7 +1013,7 @@ def test_other_and_broken_folders(done, tmp_path):
     state = saved(out / "lm")
     no(r"trained on images \(shapes\).*another --lm", lm=broken({**state, "script": "gpt.py", "args": {**state["args"], "data": "shapes"}}))
     state["model"]["pos_embed.weight"] = state["model"]["pos_embed.weight"][:30]
-    no("has 62 tokens and a context of 30, and 62 and at least 41 are needed", lm=broken(state))
+    no("has 54 tokens and a context of 30, and 54 and at least 41 are needed", lm=broken(state))
     state["model"]["token_embed.weight"] = state["model"]["token_embed.weight"][:50]
     no("has 50 tokens", lm=broken(state))
     assert not (tmp_path / "out").exists()
