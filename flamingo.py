@@ -95,7 +95,7 @@ class Args(common.Args):
     shots: tuple[int, ...] = (0, 1, 2, 4, 8)    # examples before a few-shot question, in [0, 100]
     prompt: str = ""                # asked at the end: "<image> what colour is it ?"
 
-    cpu = dict(steps=800, batch=32, lr=3e-3, images=16_000, tests=200, context=48,
+    cpu = dict(steps=800, batch=32, lr=3e-3, images=32_000, tests=200, context=48,
                resampler_depth=1, lm_steps=600, lm_batch=96, lm_lr=3e-3, dim=128, depth=4, heads=4,
                vit_steps=800, vit_batch=128, vit_lr=2e-3, vit_dim=128, vit_depth=3, vit_heads=4)
 
