@@ -791,7 +791,7 @@ def test_what_a_run_shows(done):
     assert (out / "scenes.png").read_bytes()[:4] == b"\x89PNG"
     for words in ("First the LM", "Then the ViT", "Last the multimodal training", "tanh of the gates", "exactly right, %", "examples in the prompt"):
         assert words in text
-    assert {p.name for p in out.iterdir()} == {"lm", "vit", "checkpoint.pt", "log.jsonl", "result.json", "settings.json", "scenes.png"}
+    assert {p.name for p in out.iterdir()} == {"lm", "vit", "checkpoint.pt", "log.jsonl", "loss.svg", "result.json", "settings.json", "scenes.png"}
 
 
 def test_how_the_lm_and_the_vit_are_trained(tmp_path, monkeypatch):
