@@ -1,0 +1,403 @@
+"""Examples in the prompt, or training on them? The same k examples, on a GPT that can do both.
+
+The GPT learned an invented language: each of 128 words takes an ending, and the words are in 16
+classes with 4 endings each. A dialect, the task, chooses one of the four for each class. A text of
+the training is 33 words of one dialect, each followed by its ending, and no dialect comes twice in
+practice (there are 4^16). So the GPT learns to find out the dialect from the words so far.
+
+Then come new dialects, of two kinds, each with k examples, which are words with their endings:
+    of the family     a dialect as in training
+    half outside      eight of the classes take the endings of each other: never so in training
+In-context has the examples in its prompt, as many as its context holds; LoRA, (IA)^3, BitFit and
+full tuning train on them, all in each step, without any in the prompt. Asked are the endings of all
+other words. The row "shown" is the fraction of them whose class is among the examples': of the
+others one can only guess.
+
+The learning rate is the best of several for each kind, method and k, on other dialects (--choose)
+and the base of the first seed. In-context has nothing to choose.
+
+Run      python experiments/prompt_or_training.py            three bases, five dialects of a kind
+         python experiments/prompt_or_training.py --quick    hardly trained, and little: seconds
+Writes   one JSON file (--out), after each dialect, and beside it the curves as an SVG. The same
+         command continues it; more of --seeds or --tasks add to it; with other settings it is
+         refused. The bases are in runs/.
+"""
+import copy
+import json
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import common, curves, lora                                                    # noqa: E402
+
+CLASSES, WORDS, ENDINGS = 16, 128, 4              # words of all classes together; endings of each
+BOS = WORDS + CLASSES * ENDINGS                   # tokens: words, endings, BOS
+KINDS = ["of the family", "half outside"]
+RATES = dict(lora=(1e-3, 3e-3, 1e-2, 3e-2), ia3=(1e-2, 3e-2, 1e-1, 3e-1),
+             bitfit=(3e-3, 1e-2, 3e-2, 1e-1), full=(1e-4, 3e-4, 1e-3, 3e-3))
+METHODS = ["the base", "in-context", *RATES]
+USUAL = dict(context=66, dim=64, depth=2, heads=4, base_steps=800, base_batch=32, base_lr=3e-3,
+             muon_lr=.02, base_dropout=0., steps=100, weight_decay=.01)
+QUICK = dict(dim=16, heads=2, base_steps=20, base_batch=4, steps=3)
+
+
+# ------------------------------------------------------------------------------------- the tasks
+
+
+def endings(dialect, words):
+    """The tokens of the endings of words (..., n) in dialects (..., CLASSES), which hold the number
+    of each class's ending among all endings. The class of a word is its number modulo CLASSES."""
+    return WORDS + dialect.gather(-1, words % CLASSES)
+
+
+def dialects(n, generator=None):
+    """n dialects of the family at random: (n, CLASSES)."""
+    choice = torch.randint(ENDINGS, (n, CLASSES), generator=generator)
+    return torch.arange(CLASSES) * ENDINGS + choice
+
+
+def texts(n, generator=None, words=33):
+    """n texts, each of so many words of a dialect of its own, with endings: (n, 2 * words)."""
+    order = torch.rand(n, WORDS, generator=generator).argsort(-1)[:, :words]
+    return torch.stack([order, endings(dialects(n, generator), order)], -1).flatten(1)
+
+
+def task(kind, number):
+    """All words in one order, with their endings in a dialect: (WORDS, 2). The first k are the
+    examples, also of a larger k. Tasks of the two kinds with the same number have the same words
+    and choices."""
+    generator = torch.Generator().manual_seed(number)
+    order = torch.randperm(WORDS, generator=generator)
+    dialect, cycle = dialects(1, generator)[0], torch.randperm(CLASSES, generator=generator)
+    if kind == KINDS[1]:
+        cycle = cycle[:CLASSES // 2]
+        dialect[cycle] = dialect[cycle.roll(1)]                  # of these none keeps its own
+    return torch.stack([order, endings(dialect, order)], -1)
+
+
+def shown(x, k):
+    """The fraction of the words after the k examples in x (WORDS, 2) whose class is among theirs,
+    in %."""
+    return 100 * torch.isin(x[k:, 0] % CLASSES, x[:k, 0] % CLASSES).float().mean().item()
+
+
+# ---------------------------------------------------------------------------------- the learners
+
+
+def pretrain(args):
+    """The base, which is trained unless it is there: a GPT in evaluation mode, and what it is."""
+    how, done = common.stage(args, "base", ("data", "context", "dim", "depth", "heads", "dropout"),
+                             weight_decay=.1, warmup=.05, data="dialects")
+    if not done:
+        common.say(f"First the base of seed {args.seed}. It is kept in {how.out}.")
+        torch.manual_seed(args.seed)
+        model = lora.GPT(BOS + 1, args.context, args.dim, args.depth, args.heads,
+                         args.base_dropout).to(args.device)
+        optimizer = common.optimizer(how, model.named_parameters())
+        run = common.Run(how, model, optimizer, uniform=math.log(ENDINGS))
+        for step in run:
+            inputs, target = lora.mask(texts(how.batch).to(args.device), BOS)
+            with run.autocast():
+                loss = lora.distance(model(inputs)[:, 1::2], target[:, 1::2])    # of endings
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), how.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log(loss)
+    return lora.load_base(args, how.out)
+
+
+@torch.no_grad()
+def evaluate(model, asked, examples=None):
+    """Of the endings of words (m, 2), perhaps after examples (k, 2) in the same prompt: accuracy in
+    %, and loss in nats."""
+    x = asked if examples is None else lora.in_context(examples, asked)
+    inputs, target = lora.mask(x, BOS)
+    logits, target = model(inputs)[:, -1].float(), target[:, -1]
+    right = (logits.argmax(-1) == target).float().mean().item()
+    return dict(accuracy=100 * right, loss=F.cross_entropy(logits, target).item())
+
+
+def tune(base, method, lr, examples, args):
+    """A copy of the base that was trained on the examples (k, 2) in one of lora.py's ways."""
+    torch.manual_seed(args.seed)
+    model = lora.adapt(copy.deepcopy(base), method)
+    optimizer = common.adamw(model.parameters(), lr, args.weight_decay)
+    inputs, target = lora.mask(examples, BOS)
+    for step in range(args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * common.schedule(step, args.steps, args.warmup)
+        loss = lora.distance(model(inputs)[:, 1:], target[:, 1:])                # of endings
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def learn(base, method, lr, x, k, args):
+    """Accuracy and loss of a method that has the first k rows of a task x (WORDS, 2), on the
+    others."""
+    examples, asked = x[:k], x[k:]
+    if method == "the base":
+        return evaluate(base, asked)
+    if method == "in-context":
+        return evaluate(base, asked, examples)
+    return evaluate(tune(base, method, lr, examples, args), asked)
+
+
+# ----------------------------------------------------------------------------------- the program
+
+
+def options(argv=None):
+    """The command line. Exits with status 2 and one sentence where it makes no sense."""
+    parser = common.Parser(prog="prompt_or_training.py", description=__doc__.split("\n\n")[0],
+                           allow_abbrev=False, usage="%(prog)s [--flag value ...]")
+    add = parser.add_argument
+    add("--seeds", nargs="+", type=int, metavar="N", help="each with its own base and dialects "
+        "[0 1 2; with --quick 0 1]")
+    add("--tasks", type=int, metavar="N", help="dialects of each kind for each seed [5; with "
+        "--quick 2]")
+    add("--choose", type=int, metavar="N", help="other dialects, to choose the learning rates on "
+        "[2; with --quick 1]")
+    add("--k", nargs="+", type=int, metavar="N", help="numbers of examples [1 2 4 8 16 32 64; with "
+        "--quick 1 4 64]")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps [auto]")
+    add("--quick", action="store_true", help="sizes that are too small to learn anything")
+    add("--out", metavar="FILE", help="file of the figures [results/prompt-or-training.json; with "
+        "--quick runs/quick-prompt-or-training.json]")
+    own = parser.parse_args(argv)
+    usual = dict(seeds=[0, 1], tasks=2, choose=1, k=[1, 4, 64]) if own.quick else dict(
+        seeds=[0, 1, 2], tasks=5, choose=2, k=[1, 2, 4, 8, 16, 32, 64])
+    for name, value in usual.items():
+        setattr(own, name, getattr(own, name) or value)
+    if min(own.tasks, own.choose, *own.k) < 1 or max(own.k) > WORDS - 32:
+        parser.error(f"--tasks, --choose and --k must be 1 or more, and --k at most {WORDS - 32}")
+    if min(own.seeds) < 0 or max(own.seeds) > 1e9 or max(own.tasks, own.choose) > 1000:
+        parser.error("--seeds must be from 0 to 1e9, and --tasks and --choose at most 1000")
+    if len(set(own.seeds)) < len(own.seeds) or len(set(own.k)) < len(own.k):
+        parser.error("--seeds and --k: each once")
+    own.k.sort()
+    own.out = own.out or ("runs/quick-" if own.quick else "results/") + "prompt-or-training.json"
+    own.sizes = USUAL | (QUICK if own.quick else {})
+    return own
+
+
+def new_result(own):
+    """What the file holds at first: the settings."""
+    device = common.find_device(own.device)
+    lists = [f"--{name} {' '.join(map(str, getattr(own, name)))}" for name in ("seeds", "k")]
+    command = ["python experiments/prompt_or_training.py", *["--quick"] * own.quick, *lists,
+               f"--tasks {own.tasks} --choose {own.choose}"]
+    return dict(command=" ".join(command), summary="",
+                figures=dict(k=own.k, bases={}, rates={}, rows={}), machine=common.machine(device),
+                threads=torch.get_num_threads(), seconds=0.,
+                settings=own.sizes | dict(k=own.k, choose=own.choose, dtype="float32"),
+                versions=dict(python=platform.python_version(), torch=torch.__version__))
+
+
+def continued(own, new):
+    """The figures that the file holds already, in the new result. Raises UserError where they are
+    of other settings."""
+    if not Path(own.out).exists():
+        return new
+    try:
+        old = json.loads(Path(own.out).read_text())
+        differ = [common.flag(name) for name, value in new["settings"].items()
+                  if old["settings"].get(name) != value]
+        new = new | dict(figures=old["figures"], seconds=old["seconds"])
+        [old["figures"][name].items() for name in ("bases", "rates", "rows")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise common.UserError(f"{own.out} is no file of prompt_or_training.py: choose another "
+                               "--out") from None
+    common.require(not differ, f"{own.out} has figures of another {', '.join(differ)}: choose "
+                   "another --out")
+    return new
+
+
+def save(own, result):
+    """Writes the file in one motion."""
+    Path(own.out).parent.mkdir(parents=True, exist_ok=True)
+    with common.replacing(own.out) as f:
+        f.write((json.dumps(result, indent=1) + "\n").encode())
+
+
+def number(seed, i, choose=False):
+    """The number of the i-th task of a seed, or of the i-th task to choose rates on: no two are the
+    same."""
+    return 2000 * seed + 1000 * choose + i
+
+
+def load(own, seed, figures):
+    """The settings of a seed, and its base. Raises UserError where the file is of another base."""
+    args = lora.Args(**own.sizes, seed=seed, out=f"runs/{Path(own.out).stem}-{seed}",
+                     device=common.find_device(own.device), dtype="float32")
+    base, about = pretrain(args)
+    known = figures["bases"].setdefault(str(seed), about["fingerprint"])
+    common.require(known == about["fingerprint"], f"{own.out} has figures of another base for seed "
+                   f"{seed}: choose another --out")
+    return args, base
+
+
+def cells(own, context):
+    """What there is to do: (kind, method, k); in-context, where the context holds k examples and
+    one more, and the base for each k, too, since each k asks other words."""
+    for kind in KINDS:
+        for method in METHODS:
+            for k in own.k:
+                if method != "in-context" or 2 * (k + 1) <= context:
+                    yield kind, method, k
+
+
+def place(tree, *names):
+    """The dict at these keys of nested dicts, which are made where they are missing."""
+    for name in names:
+        tree = tree.setdefault(str(name), {})
+    return tree
+
+
+def choose(own, result):
+    """Fills in figures["rates"]: {kind: {method: {k: {rate: the losses on the tasks to choose on}}}
+    }, with the base of the first seed of the file."""
+    figures = result["figures"]
+    wanted = [(kind, method, k, lr) for kind, method, k in cells(own, 0)
+              for lr in RATES.get(method, ())]
+    missing = [cell for cell in wanted if len(place(figures["rates"], *cell[:3]).get(
+        f"{cell[3]:g}", ())) < own.choose]
+    if not missing:
+        return
+    seed = int(next(iter(figures["bases"]), own.seeds[0]))
+    args, base = load(own, seed, figures)
+    start = time.monotonic() - result["seconds"]
+    for n, (kind, method, k, lr) in enumerate(common.progress(missing, "choosing rates")):
+        tasks = [task(kind, number(seed, i, choose=True)) for i in range(own.choose)]
+        place(figures["rates"], kind, method, k)[f"{lr:g}"] = [
+            learn(base, method, lr, x.to(args.device), k, args)["loss"] for x in tasks]
+        result["seconds"] = time.monotonic() - start
+        if n % 8 == 7 or n == len(missing) - 1:
+            save(own, result)
+
+
+def best(figures, kind, method, k):
+    """The chosen learning rate, as the file names it: the least mean loss; "" where there is
+    none."""
+    rates = figures["rates"].get(kind, {}).get(method, {}).get(str(k), {})
+    sound = {lr: np.mean(losses) for lr, losses in rates.items() if np.isfinite(losses).all()}
+    return min(sound, key=sound.get, default="")
+
+
+def measure(own, result, seed):
+    """Fills in figures["rows"] for a seed: {kind: {method: {k: {seed: {accuracy, loss: a value per
+    task}}}}}, and, as if it were an accuracy, what the examples show."""
+    figures, context = result["figures"], own.sizes["context"]
+    missing = [cell for cell in cells(own, context) if len(place(figures["rows"], *cell, seed).get(
+        "accuracy", ())) < own.tasks]
+    if not missing:
+        return
+    args, base = load(own, seed, figures)
+    start = time.monotonic() - result["seconds"]
+    for kind, method, k in common.progress(missing, f"seed {seed}"):
+        row = place(figures["rows"], kind, method, k, seed)
+        limit = place(figures["rows"], kind, "shown", k, seed)
+        for i in range(len(row.get("accuracy", ())), own.tasks):
+            x, lr = task(kind, number(seed, i)), best(figures, kind, method, k)
+            found = learn(base, method, float(lr or 0), x.to(args.device), k, args)
+            for name, value in found.items():
+                row.setdefault(name, []).append(value)
+            if method == METHODS[0]:
+                limit.setdefault("accuracy", []).append(shown(x, k))
+        result["seconds"] = time.monotonic() - start
+        save(own, result)
+
+
+def asked(own, figures):
+    """The figures of those seeds and tasks alone that the command names."""
+    cut = lambda seeds: {seed: {name: values[:own.tasks] for name, values in f.items()}
+                         for seed, f in seeds.items() if int(seed) in own.seeds}
+    rows = {kind: {method: {k: cut(f) for k, f in ks.items()}
+                   for method, ks in methods.items()} for kind, methods in figures["rows"].items()}
+    return figures | dict(rows=rows)
+
+
+def means(figures, kind, method, k, what="accuracy"):
+    """A mean over tasks for each seed; nothing where the context does not hold k examples."""
+    row = figures["rows"][kind].get(method, {}).get(str(k), {})
+    return [np.mean(f[what]) for f in row.values() if what in f]
+
+
+def table(figures, kind, what):
+    """Rows of a table: for each method and k the mean over seeds, with the standard deviation."""
+    digits = 0 if what == "accuracy" else 2
+    cell = lambda method, k: common.mean_std(means(figures, kind, method, k, what), digits).replace(
+        " +- ", " ±") if means(figures, kind, method, k, what) else ""
+    names = METHODS + ["shown"] * (what == "accuracy")
+    return [["k", *map(str, figures["k"])]] + [
+        [method, *(cell(method, k) for k in figures["k"])] for method in names]
+
+
+def crossing(figures, kind, method):
+    """The least k from which on a method is right more often than in-context with as many examples,
+    or where these do not fit with the most that do; None if there is no such k."""
+    first, prompt = None, 0.
+    for k in figures["k"]:
+        prompt = np.mean(means(figures, kind, "in-context", k) or prompt)
+        above = np.mean(means(figures, kind, method, k)) > prompt
+        first = (first or k) if above else None
+    return first
+
+
+def crossings(figures):
+    """A sentence per kind of task."""
+    for kind in KINDS:
+        first = {method: crossing(figures, kind, method) for method in RATES}
+        words = [f"{method} from k = {k}" if k else f"{method} never"
+                 for method, k in first.items()]
+        yield f"more often right than in-context, {kind}: {', '.join(words)}"
+
+
+def draw(figures):
+    """The curves of the accuracy as an SVG."""
+    panels = []
+    for kind in KINDS:
+        lines = {}
+        for method in ["in-context", *RATES, "the base", "shown"]:
+            found = [(k, means(figures, kind, method, k)) for k in figures["k"]]
+            lines[method] = [(k, np.mean(x), np.std(x, ddof=1) if len(x) > 1 else 0.)
+                             for k, x in found if x]
+        panels.append(dict(title=f"new dialects {kind}", x="examples k", lines=lines,
+                           y="endings of other words, % right"))
+    return curves.draw(panels, log2=True, y_ends=(0, 100))
+
+
+def main(own):
+    torch.set_float32_matmul_precision("high")
+    result = continued(own, new_result(own))
+    figures = result["figures"]
+    choose(own, result)
+    for seed in own.seeds:
+        measure(own, result, seed)
+    figures = asked(own, figures)
+    result["summary"] = "; ".join(crossings(figures))
+    save(own, result)
+    chart = Path(own.out).with_suffix(".svg")
+    chart.write_text(draw(figures))
+    over = f"mean ± standard deviation of {len(own.seeds)} seeds, " * (len(own.seeds) > 1)
+    for what, unit in ("accuracy", "% of the endings right"), ("loss", "nats per ending"):
+        for kind in KINDS:
+            common.say(f"\nNew dialects {kind}, {unit} ({over}{own.tasks} dialects each):\n\n"
+                       f"{common.table(table(figures, kind, what))}")
+    common.say("\n" + "\n".join(f"{line[0].upper()}{line[1:]}." for line in crossings(figures))
+               + f"\n\nFigures: {own.out}; curves: {chart}")
+
+
+if __name__ == "__main__":
+    own = options()
+    common.guarded(main, own, "prompt_or_training.py")
