@@ -112,7 +112,7 @@ def draw(panels, log2=False, y_ends=(None, None)):
     x_axis = axis([p[0] for p in all], log2)
     y_axis = axis([p[1] + sign * p[2] for p in all for sign in (1, -1)], False, *y_ends)
     names = list(dict.fromkeys(name for panel in panels for name in panel["lines"]))
-    width = LEFT + len(panels) * (WIDE + GAP)
+    width = LEFT + len(panels) * (WIDE + GAP) - GAP + 16
     rules = lambda colours: "".join(f".c{i}{{stroke:{c}}}.f.c{i},.b.c{i}{{fill:{c}}}"
                                     for i, c in enumerate(colours))
     key, height = legend(names, width)

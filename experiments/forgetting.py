@@ -98,7 +98,7 @@ def new_result(own, args):
     command = ["python experiments/forgetting.py", "--methods", *own.methods, "--times",
                *(f"{x:g}" for x in own.times), "--seeds", *own.seeds, *flags]
     return dict(command=" ".join(map(str, command)), summary="",
-                figures=dict(old=args.old or "pydocs", at=points(args.steps), bases={}, rows={}),
+                figures=dict(at=points(args.steps), bases={}, rows={}),
                 machine=common.machine(args.device), threads=torch.get_num_threads(), seconds=0.,
                 settings=json.loads(json.dumps(settings)),
                 versions=dict(python=platform.python_version(), torch=torch.__version__))

@@ -1,5 +1,8 @@
 """Examples in the prompt, or training on them? The same k examples, on a GPT that can do both.
 
+With 20 to 70 examples, training a little is better than examples in the prompt, say Liu et al. 2022
+("T-Few", arXiv 2205.05638) of models of billions of parameters. Here one can see what it hangs on.
+
 The GPT learned an invented language: each of 128 words takes an ending, and the words are in 16
 classes with 4 endings each. A dialect, the task, chooses one of the four for each class. A text of
 the training is 33 words of one dialect, each followed by its ending, and no dialect comes twice in
@@ -41,8 +44,8 @@ import common, curves, lora                                                    #
 CLASSES, WORDS, ENDINGS = 16, 128, 4              # words of all classes together; endings of each
 BOS = WORDS + CLASSES * ENDINGS                   # tokens: words, endings, BOS
 KINDS = ["of the family", "half outside"]
-RATES = dict(lora=(1e-3, 3e-3, 1e-2, 3e-2), ia3=(1e-2, 3e-2, 1e-1, 3e-1),
-             bitfit=(3e-3, 1e-2, 3e-2, 1e-1), full=(1e-4, 3e-4, 1e-3, 3e-3))
+RATES = dict(lora=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), ia3=(1e-2, 3e-2, 1e-1, 3e-1, 1.),
+             bitfit=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), full=(1e-4, 3e-4, 1e-3, 3e-3))
 METHODS = ["the base", "in-context", *RATES]
 USUAL = dict(context=66, dim=64, depth=2, heads=4, base_steps=800, base_batch=32, base_lr=3e-3,
              muon_lr=.02, base_dropout=0., steps=100, weight_decay=.01)

@@ -72,7 +72,10 @@ def test_shown():
 
 def gpt(context=66):
     torch.manual_seed(0)
-    return lora.GPT(BOS + 1, context, 16, 1, 2).eval()
+    model = lora.GPT(BOS + 1, context, 16, 1, 2).eval()
+    for p in model.parameters():
+        p.data *= 1 + 9 * (p.ndim > 1)                          # so that what comes earlier in the prompt matters
+    return model
 
 
 def test_evaluate_asks_one_word_after_another():
@@ -249,7 +252,7 @@ def test_crossing():
 
 
 def test_best_rate():
-    rates = {"lora": {"4": {"0.1": [1., 3.], "0.2": [0., math.nan], "0.3": [2., 1.5]}}}
+    rates = {"lora": {"4": {"0.2": [0., math.nan], "0.1": [1., 3.], "0.3": [2., 1.5]}}}
     assert experiment.best(dict(rates={FAMILY: rates}), FAMILY, "lora", 4) == "0.3"
     assert experiment.best(dict(rates={FAMILY: rates}), FAMILY, "in-context", 4) == ""
 
@@ -273,8 +276,10 @@ def test_a_chart_shows_the_points():
     """Places in pixels are those of the values; bands are there where there is a spread; a name has one colour."""
     root, paths, circles, texts = drawn(PANELS, log2=True, y_ends=(0, 100))
     words = [t.text for t in texts]
-    for expected in "left < right", "right", "k", "% right", "one", "two", "three", "0", "1", "2", "4", "100":
+    for expected in "left < right", "right", "k", "% right", "one", "two", "three", "100":
         assert expected in words, expected
+    below = [t.text for t in texts if float(t.get("y")) == curves.TOP + curves.HIGH + 18]
+    assert below == ["0", "1", "2", "4"] * 2
     at = [(float(c.get("cx")), float(c.get("cy")), c.get("class")) for c in circles]
     assert len(at) == 3 + 2 + 1 + 1 and [c[2] for c in at] == ["c0 f"] * 3 + ["c1 f"] * 3 + ["c2 f"]
     (x0, y0, _), (x1, y1, _), (x4, y4, _), (_, _, _), (x2, y2, _) = at[:5]
