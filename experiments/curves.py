@@ -8,8 +8,8 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-LIGHT = "#0969da #cf222e #1a7f37 #8250df #bc4c00 #57606a #9a6700 #bf3989".split()
-DARK = "#58a6ff #ff7b72 #56d364 #bc8cff #f0883e #b1bac4 #e3b341 #f778ba".split()
+LIGHT = "#0969da #cf222e #1a7f37 #8250df #bc4c00 #57606a #bf3989 #9a6700".split()
+DARK = "#58a6ff #ff7b72 #56d364 #bc8cff #f0883e #b1bac4 #f778ba #e3b341".split()
 DASHES = "", "7 4", "2 3"                 # after the eighth line its colours begin again, dashed
 WIDE, HIGH, LEFT, TOP, GAP = 330, 260, 52, 30, 62             # of a panel, in pixels
 LETTER = 6.6                                                  # pixels of a letter, about

@@ -176,7 +176,7 @@ def test_quick(done):
                 ours = experiment.learn(bases[1], method, float(lr or 0), task, int(k), args)
                 assert {name: values[1] for name, values in seeds["1"].items()} == ours
                 assert found["rows"][kind]["shown"][k]["1"]["accuracy"][1] == experiment.shown(task, int(k))
-    assert max(map(len, text.splitlines())) <= 80 and "More often right than in-context, half outside: lora " in text
+    assert max(map(len, text.splitlines())) <= 80 and "Less loss than in-context, half outside: lora " in text
     assert common.mean_std(experiment.means(found, FAMILY, "full", 64), 0).replace(" +- ", " ±") in text
     assert (folder / "runs/quick-prompt-or-training.svg").read_text() == experiment.draw(found)
 
@@ -235,20 +235,29 @@ def test_figures_of_other_settings_are_never_overwritten(done, monkeypatch, tmp_
 
 
 def made(accuracy):
-    """Figures of one seed and task: accuracy {method: {k: value}} of both kinds."""
-    rows = {method: {str(k): {"0": dict(accuracy=[value])} for k, value in ks.items()} for method, ks in accuracy.items()}
+    """Figures of two tasks of a seed: accuracy {method: {k: their mean}} of both kinds; the two are 4 apart, and of
+    methods other than in-context perhaps by `apart` more. Losses are the other way round."""
+    def row(value, apart=0.):
+        values = [value - 2. - apart, value + 2. + apart]
+        return {"0": dict(accuracy=values, loss=[-x for x in values])}
+    rows = {method: {str(k): row(*np.atleast_1d(value)) for k, value in ks.items()} for method, ks in accuracy.items()}
     return dict(k=[1, 2, 4, 8], rows={kind: rows for kind in experiment.KINDS})
 
 
 def test_crossing():
-    """From which k on a method is above; the longest prompt that fits stands for longer ones; once is not from there on."""
+    """From which k on a method is above; the longest prompt that fits stands for longer ones; once is not from there on,
+    and what is within two standard errors of the differences is not above."""
     found = made({"in-context": {1: 10., 2: 20., 4: 50.}, "lora": {1: 11., 2: 19., 4: 60., 8: 70.},
-                  "ia3": {1: 0., 2: 0., 4: 0., 8: 50.}, "bitfit": {1: 11., 2: 21., 4: 51., 8: 51.},
+                  "ia3": {1: 0., 2: 0., 4: 0., 8: 50.}, "bitfit": {1: 11., 2: 21., 4: (51., .6), 8: (51., .4)},
                   "full": {1: 11., 2: 21., 4: 49., 8: 51.}})
-    assert [experiment.crossing(found, FAMILY, method) for method in ("lora", "ia3", "bitfit", "full")] == [4, None, 1, 8]
-    one, two = experiment.crossings(found)
-    assert one == "more often right than in-context, of the family: lora from k = 4, ia3 never, bitfit from k = 1, full from k = 8"
-    assert two.startswith("more often right than in-context, half outside")
+    for what in "accuracy", "loss":
+        assert [experiment.crossing(found, FAMILY, m, what) for m in ("lora", "ia3", "bitfit", "full")] == [4, None, 8, 8]
+    lines = list(experiment.crossings(found))
+    assert lines[0] == "more often right than in-context, of the family: lora from k = 4, ia3 never, bitfit from k = 8, full from k = 8"
+    assert lines[3].startswith("less loss than in-context, half outside: lora from k = 4")
+    assert experiment.ahead(found, FAMILY, "bitfit", 4, "accuracy") == pytest.approx((1., .6))
+    assert experiment.lead(found, FAMILY)[3] == ["bitfit", "+1 ±0", "+1 ±0", "+1 ±1", "+1 ±0"]
+    assert experiment.lead(found, FAMILY)[2][-1] == "+0 ±0"
 
 
 def test_best_rate():
