@@ -19,7 +19,7 @@ def ticks(low, high):
     """Round numbers from low to high, about five, at equal distances."""
     rough = max(high - low, 1e-9) / 5
     power = 10 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * .999)
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= .7 * rough)
     first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
     return [round(i * step, 10) for i in range(first, last + 1)]
 

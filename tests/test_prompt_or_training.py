@@ -330,6 +330,7 @@ def test_more_lines_than_colours():
 
 
 @pytest.mark.parametrize("low, high, expected", [(0, 100, [0, 20, 40, 60, 80, 100]), (1.48, 1.93, [1.5, 1.6, 1.7, 1.8, 1.9]),
-                                                 (-3, 3, [-2, 0, 2]), (0, .0011, [0, .00025, .0005, .00075, .001])])
+                                                 (-3, 3, [-3, -2, -1, 0, 1, 2, 3]), (0, .0011, [0, .0002, .0004, .0006, .0008, .001]),
+                                                 (0, 0, [0])])
 def test_ticks(low, high, expected):
     assert curves.ticks(low, high) == pytest.approx(expected)
