@@ -131,17 +131,28 @@ def save(own, result):
         f.write((json.dumps(result, indent=1) + "\n").encode())
 
 
+@torch.no_grad()
+def change(model, base):
+    """How far all weights together moved from those of the base: the norm of the difference, in %
+    of the norm of the base's. What LoRA and (IA)^3 added counts as the change of their matrices."""
+    new, old = lora.merge_and_unload(copy.deepcopy(model)).state_dict(), base.state_dict()
+    norm = lambda weights: sum(w.float().square().sum().item() for w in weights) ** .5
+    return 100 * norm(new[name] - w for name, w in old.items()) / norm(old.values())
+
+
 def follow(args, base, examples, at, measure):
     """Adapts a copy of the base as lora.py does, but at a constant rate after the first steps.
-    Returns the figures: {new, old: a loss for each of the steps `at`, in nats per token; trained:
-    parameters; seconds: with the evaluations}. measure(model) -> dict(new, old)."""
+    Returns the figures: {new, old, change: for each of the steps `at` the losses, in nats per
+    token, and change(); trained: parameters; seconds: with the evaluations}. measure(model) ->
+    dict(new, old)."""
     torch.manual_seed(args.seed)
-    model, found = lora.build(args, copy.deepcopy(base)), dict(new=[], old=[])
+    model, found = lora.build(args, copy.deepcopy(base)), dict(new=[], old=[], change=[])
 
     def after(n):
         if n in at:
             for name, loss in measure(model.eval()).items():
                 found[name].append(loss)
+            found["change"].append(change(model, base))
             model.train()
     optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)
     with tempfile.TemporaryDirectory() as args.out, contextlib.redirect_stdout(io.StringIO()):
@@ -175,10 +186,10 @@ def load(args, seed):
     return model, about, examples, common.evenly(val, 400), common.evenly(old, 100)
 
 
-def reached(curve, loss):
-    """The old loss where a curve {new, old} first comes to this new loss, on the straight line
-    between the two points around it; nan where it never does."""
-    new, old = curve["new"], curve["old"]
+def reached(curve, loss, what="old"):
+    """The old loss (or the change) where a curve {new, old, change} first comes to this new loss,
+    on the straight line between the two points around it; nan where it never does."""
+    new, old = curve["new"], curve[what]
     for i, value in enumerate(new):
         if value <= loss + 1e-9:
             if i == 0 or value == new[i - 1]:
@@ -196,8 +207,9 @@ def common_loss(figures, seed):
 
 def compared(figures):
     """Of each method and rate: {level: the rise of the old loss at that fraction of the way to the
-    new loss that all reach, one value per seed}, {"least": its own least new loss, "there": the
-    rise there}. Nats per token. And the new losses themselves, {level: one value per seed}."""
+    new loss that all reach, "change": the change at the last level, "least": its own least new
+    loss, "there": the rise there}, one value per seed each. And the new losses themselves, {level:
+    one value per seed}."""
     found, losses = {}, {level: [] for level in LEVELS}
     for seed, start in figures["bases"].items():
         least = common_loss(figures, seed)
@@ -209,6 +221,7 @@ def compared(figures):
                 for level in LEVELS:
                     rise = reached(curve, losses[level][-1]) - start["old"]
                     cell.setdefault(level, []).append(rise)
+                cell.setdefault("change", []).append(reached(curve, losses[1.][-1], "change"))
                 best = int(np.argmin(curve["new"]))
                 cell.setdefault("least", []).append(curve["new"][best])
                 cell.setdefault("there", []).append(curve["old"][best] - start["old"])
@@ -233,8 +246,10 @@ def table(figures):
     """The table, and a line: the rise of the old loss at the new loss that all reach."""
     found, losses = compared(figures)
     rows = [["method", "rate", *(f"at new {np.mean(x):.3f}" for x in losses.values()),
-             "least new", "rise there"]]
-    rows += [[method, rate, *map(show, cell.values())] for (method, rate), cell in found.items()]
+             "change, %", "least new", "there"]]
+    rows += [[method, rate, *(show(cell[level]) for level in LEVELS),
+              f"{np.mean(cell['change']):.1f}", show(cell["least"]), f"{np.mean(cell['there']):.3f}"]
+             for (method, rate), cell in found.items()]
     end = ", ".join(f"{method} {rate} +{np.mean(cell[1.]):.3f}"
                     for (method, rate), cell in found.items())
     return rows, f"old loss at a new loss of {np.mean(losses[1.]):.3f}: {end}"
@@ -301,8 +316,9 @@ def main(own):
     starts = [[f[name] for f in figures["bases"].values()] for name in ("new", "old")]
     common.say(f"\nThe base: {show(starts[0])} on new text, {show(starts[1])} on old text (nats "
                f"per token; seeds {' '.join(figures['bases'])}). How far the old loss rose when "
-               "the new loss had come half of the way to the least that all reach, and all of it; "
-               f"each one's least new loss, and the rise there:\n\n{common.table(rows)}\n\n"
+               "the new loss had come half of the way to the least that all reach, and all of it, "
+               "and how far the weights had moved by then; each one's least new loss, and the rise "
+               f"there:\n\n{common.table(rows)}\n\n"
                f"Figures: {own.out}; curves: {chart}")
 
 

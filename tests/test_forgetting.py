@@ -54,6 +54,8 @@ def test_curves_of_all_methods(done):
         "lora": ["0.001", "0.003"], "full": ["5e-05", "0.00015"]}
     for rates in found["rows"].values():
         for row in rates.values():
+            for curve in row.values():
+                assert len(curve["change"]) == 5 and curve["change"][0] < 1e-4 < curve["change"][1] < curve["change"][-1]
             for seed, curve in row.items():
                 assert len(curve["new"]) == len(curve["old"]) == 5 and curve["new"][0] != curve["new"][-1]
                 assert [curve[name][0] for name in ("new", "old")] == pytest.approx([found["bases"][seed][name]
@@ -175,10 +177,37 @@ def test_reached():
 
 def made():
     """Two seeds: b goes further than a, and forgets twice as much on its way."""
-    a = lambda shift: dict(new=[2. + shift, 1.8 + shift, 1.6 + shift], old=[1., 1.1, 1.3])
-    b = lambda shift: dict(new=[2. + shift, 1.6 + shift, 1.4 + shift], old=[1., 1.4, 1.9 + shift])
+    a = lambda shift: dict(new=[2. + shift, 1.8 + shift, 1.6 + shift], old=[1., 1.1, 1.3], change=[0., 1., 3.])
+    b = lambda shift: dict(new=[2. + shift, 1.7 + shift, 1.5 + shift], old=[1., 1.3, 1.9 + shift], change=[0., 2., 8.])
     rows = {"lora": {"0.001": {"0": a(0.), "1": a(.1)}}, "full": {"5e-05": {"0": b(0.), "1": b(.1)}}}
     return dict(bases={"0": dict(new=2., old=1.), "1": dict(new=2.1, old=1.)}, rows=rows)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "bitfit", "full"])
+def test_change(method):
+    """The norm of the difference, of matrices with what was added to them."""
+    torch.manual_seed(0)
+    base = lora.GPT(9, 8, 16, 2, 2)
+    model = lora.adapt(lora.GPT(9, 8, 16, 2, 2), method)
+    model.load_state_dict({name: base.state_dict()[name.replace(".linear.", ".")] for name in model.state_dict()
+                           if name.replace(".linear.", ".") in base.state_dict()}, strict=False)
+    assert forgetting.change(model, base) == 0
+    with torch.no_grad():
+        for p in lora.adapter_state(model):
+            model.get_parameter(p).add_(.1)
+    moved, before = [], torch.cat([p.flatten() for p in base.parameters()]).norm()
+    for name, p in base.named_parameters():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, lora.LoRA) and name.endswith("weight"):
+            moved.append(layer.delta())
+        elif isinstance(layer, lora.IA3):
+            scale = layer.scale if not layer.outputs else torch.cat([torch.ones(16), layer.scale])
+            shape = (-1, 1) if layer.outputs and p.ndim == 2 else (-1,)
+            moved.append(p * (scale.view(shape) - 1) if layer.outputs or p.ndim == 2 else 0 * p)
+        elif not isinstance(layer, lora.LoRA):
+            moved.append(model.get_parameter(name) - p)
+    expected = 100 * torch.cat([x.flatten() for x in moved]).norm() / before
+    assert expected > .1 and forgetting.change(model, base) == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_compared_at_the_same_new_loss():
@@ -186,11 +215,12 @@ def test_compared_at_the_same_new_loss():
     assert losses[1.] == pytest.approx([1.6, 1.7]) and losses[.5] == pytest.approx([1.8, 1.9])
     a, b = found["lora", "0.001"], found["full", "5e-05"]
     assert a[.5] == pytest.approx([.1, .1]) and a[1.] == pytest.approx([.3, .3])
-    assert b[.5] == pytest.approx([.2, .2]) and b[1.] == pytest.approx([.4, .4])
-    assert b["least"] == pytest.approx([1.4, 1.5]) and b["there"] == pytest.approx([.9, 1.])
+    assert b[.5] == pytest.approx([.2, .2]) and b[1.] == pytest.approx([.6, .65])
+    assert a["change"] == pytest.approx([3., 3.]) and b["change"] == pytest.approx([5., 5.])
+    assert b["least"] == pytest.approx([1.5, 1.6]) and b["there"] == pytest.approx([.9, 1.])
     rows, line = forgetting.table(made())
-    assert rows[0][2:4] == ["at new 1.850", "at new 1.650"] and rows[2][-1] == "0.950 ±0.071"
-    assert line == "old loss at a new loss of 1.650: lora 0.001 +0.300, full 5e-05 +0.400"
+    assert rows[0][2:4] == ["at new 1.850", "at new 1.650"] and rows[2][4:] == ["5.0", "1.550 ±0.071", "0.950"]
+    assert line == "old loss at a new loss of 1.650: lora 0.001 +0.300, full 5e-05 +0.625"
     assert max(map(len, common.table(rows).splitlines())) <= 80
 
 
