@@ -248,7 +248,8 @@ def table(figures):
     rows = [["method", "rate", *(f"at new {np.mean(x):.3f}" for x in losses.values()),
              "change, %", "least new", "there"]]
     rows += [[method, rate, *(show(cell[level]) for level in LEVELS),
-              f"{np.mean(cell['change']):.1f}", show(cell["least"]), f"{np.mean(cell['there']):.3f}"]
+              f"{np.mean(cell['change']):.1f}", show(cell["least"]),
+              f"{np.mean(cell['there']):.3f}"]
              for (method, rate), cell in found.items()]
     end = ", ".join(f"{method} {rate} +{np.mean(cell[1.]):.3f}"
                     for (method, rate), cell in found.items())

@@ -19,13 +19,13 @@ others one can only guess.
 The learning rate is the best of several for each kind, method and k, on other dialects (--choose)
 and the base of the first seed. In-context has nothing to choose.
 
-Expect   In the family the prompt is as good as training (91 % right at 32 examples, training 89 to
-         91), and its loss is the least; training wins at 64 examples, of which the context holds 32.
-         Half outside, training wins from a few examples on: 72 to 90 % at 32, the prompt 45.
+Expect   In the family the prompt is about as good as training (at 32 examples 91 % right, training
+         89 to 91), with the least loss; at 64, of which the context holds 32, training is better.
+         Half outside, training is better from a few examples on: at 32 72 to 90 %, the prompt 45.
 
 Run      python experiments/prompt_or_training.py            three bases, five dialects of a kind
          python experiments/prompt_or_training.py --quick    hardly trained, and little: seconds
-Writes   one JSON file (--out), after each dialect, and beside it the curves as an SVG. The same
+Writes   one JSON file (--out), after every few trainings, and beside it the curves as an SVG. The same
          command continues it; more of --seeds or --tasks add to it; with other settings it is
          refused. The bases are in runs/.
 """
@@ -421,8 +421,8 @@ def main(own):
     chart = Path(own.out).with_suffix(".svg")
     chart.write_text(draw(figures))
     for kind in KINDS:
-        common.say(f"\nNew dialects {kind} ({len(own.seeds)} seeds, {own.tasks} dialects each), % of "
-                   f"the endings right:\n\n{common.table(table(figures, kind, 'accuracy'))}\n\n"
+        common.say(f"\nNew dialects {kind} ({len(own.seeds)} seeds, {own.tasks} dialects each), % "
+                   f"of the endings right:\n\n{common.table(table(figures, kind, 'accuracy'))}\n\n"
                    "More than in-context, which stays at the most that its context holds (points, "
                    f"± standard error):\n\n{common.table(lead(figures, kind))}\n\nLoss, nats per "
                    f"ending:\n\n{common.table(table(figures, kind, 'loss'))}")
