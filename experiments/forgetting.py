@@ -7,6 +7,11 @@ they went; on the curves they are compared where they know the new text equally 
 Each seed has its own base, examples and first weights. The rates are lora.LR's, the best of a
 search, and three times as high. A rate rises over the first steps, and then stays as it is.
 
+Expect   Where all know the new text equally well (1.575 nats per token, from 1.921), full tuning has
+         forgotten least (the old loss rose by 0.025), then the last two blocks (0.027), LoRA
+         (0.056), BitFit (0.158) and (IA)^3 (0.197). The fewer parameters are trained, the farther
+         they move: the weights together by 0.9, 1.5, 3.2, 10.5 and 17.1 %.
+
 Run      python experiments/forgetting.py            1024 examples, three bases
          python experiments/forgetting.py --quick    a tiny GPT, hardly trained: seconds
 Writes   one JSON file (--out), after each training, and beside it the curves as an SVG. The same

@@ -25,8 +25,8 @@ Expect   In the family the prompt is about as good as training (at 32 examples 9
 
 Run      python experiments/prompt_or_training.py            three bases, five dialects of a kind
          python experiments/prompt_or_training.py --quick    hardly trained, and little: seconds
-Writes   one JSON file (--out), after every few trainings, and beside it the curves as an SVG. The same
-         command continues it; more of --seeds or --tasks add to it; with other settings it is
+Writes   one JSON file (--out), after every few trainings, and beside it the curves as an SVG. The
+         same command continues it; more of --seeds or --tasks add to it; with other settings it is
          refused. The bases are in runs/.
 """
 import copy
@@ -123,14 +123,16 @@ def pretrain(args):
 
 
 @torch.no_grad()
-def evaluate(model, asked, examples=None):
-    """Of the endings of words (m, 2), perhaps after examples (k, 2) in the same prompt: accuracy in
-    %, and loss in nats."""
-    x = asked if examples is None else lora.in_context(examples, asked)
-    inputs, target = lora.mask(x, BOS)
+def evaluate(model, asked, examples, in_context=False):
+    """Of the endings of words (m, 2), in_context: after the examples (k, 2) in the same prompt:
+    accuracy in %, the same of those words alone whose class is among the examples', and loss in
+    nats."""
+    inputs, target = lora.mask(lora.in_context(examples, asked) if in_context else asked, BOS)
     logits, target = model(inputs)[:, -1].float(), target[:, -1]
-    right = (logits.argmax(-1) == target).float().mean().item()
-    return dict(accuracy=100 * right, loss=F.cross_entropy(logits, target).item())
+    right = 100 * (logits.argmax(-1) == target).float()
+    known = torch.isin(asked[:, 0] % CLASSES, examples[:, 0] % CLASSES)
+    return dict(accuracy=right.mean().item(), accuracy_shown=right[known].mean().item(),
+                loss=F.cross_entropy(logits, target).item())
 
 
 def tune(base, method, lr, examples, args):
@@ -151,14 +153,11 @@ def tune(base, method, lr, examples, args):
 
 
 def learn(base, method, lr, x, k, args):
-    """Accuracy and loss of a method that has the first k rows of a task x (WORDS, 2), on the
+    """Accuracies and loss of a method that has the first k rows of a task x (WORDS, 2), on the
     others."""
     examples, asked = x[:k], x[k:]
-    if method == "the base":
-        return evaluate(base, asked)
-    if method == "in-context":
-        return evaluate(base, asked, examples)
-    return evaluate(tune(base, method, lr, examples, args), asked)
+    model = tune(base, method, lr, examples, args) if method in RATES else base
+    return evaluate(model, asked, examples, method == "in-context")
 
 
 # ----------------------------------------------------------------------------------- the program
@@ -303,7 +302,7 @@ def best(figures, kind, method, k):
 
 def measure(own, result, seed):
     """Fills in figures["rows"] for a seed: {kind: {method: {k: {seed: {accuracy, loss: a value per
-    task}}}}}, and, as if it were an accuracy, what the examples show."""
+    task}}}}}, also accuracy_shown; and, as if it were an accuracy, what the examples show."""
     figures, context = result["figures"], own.sizes["context"]
     missing = [cell for cell in cells(own, context) if len(place(figures["rows"], *cell, seed).get(
         "accuracy", ())) < own.tasks]
@@ -345,8 +344,9 @@ def table(figures, kind, what):
     deviation."""
     def cell(method, k):
         found = means(figures, kind, method, k, what)
-        if what == "loss":
-            return f"{np.mean(found):.2f}" if found else ""
+        if what != "accuracy":
+            digits = 2 if what == "loss" else 0
+            return f"{np.mean(found):.{digits}f}" if found else ""
         return common.mean_std(found, 0).replace(" +- ", " ±") if found else ""
     names = METHODS + ["shown"] * (what == "accuracy")
     return [["k", *map(str, figures["k"])]] + [
@@ -361,7 +361,7 @@ def ahead(figures, kind, method, k, what):
         return np.array([value for f in row.values() for value in f.get(what, ())])
     prompts = [values("in-context", n) for n in figures["k"] if n <= k]
     found = values(method, k) - [x for x in prompts if len(x)][-1]
-    found = found if what == "accuracy" else -found
+    found = -found if what == "loss" else found
     return found.mean(), found.std(ddof=1) / len(found) ** .5 if len(found) > 1 else 0.
 
 
@@ -408,6 +408,22 @@ def draw(figures):
     return curves.draw(panels, log2=True, y_ends=(0, 100))
 
 
+def report(own, figures):
+    """The tables on the terminal."""
+    what = ["", "More than in-context, which stays at the most that its "
+            "context holds (points, ± standard error)", "Of the words whose class is among the "
+            "examples', % right", "Loss, nats per ending"]
+    for kind in KINDS:
+        what[0] = (f"New dialects {kind} ({len(own.seeds)} seeds, {own.tasks} dialects each), "
+                   "% of the endings right")
+        tables = [table(figures, kind, "accuracy"), lead(figures, kind),
+                  table(figures, kind, "accuracy_shown"), table(figures, kind, "loss")]
+        for words, rows in zip(what, tables):
+            common.say(f"\n{words}:\n\n{common.table(rows)}")
+    common.say("\nBy more than two standard errors from there on:\n\n"
+               + "\n".join(f"{line[0].upper()}{line[1:]}." for line in crossings(figures)))
+
+
 def main(own):
     torch.set_float32_matmul_precision("high")
     result = continued(own, new_result(own))
@@ -420,15 +436,8 @@ def main(own):
     save(own, result)
     chart = Path(own.out).with_suffix(".svg")
     chart.write_text(draw(figures))
-    for kind in KINDS:
-        common.say(f"\nNew dialects {kind} ({len(own.seeds)} seeds, {own.tasks} dialects each), % "
-                   f"of the endings right:\n\n{common.table(table(figures, kind, 'accuracy'))}\n\n"
-                   "More than in-context, which stays at the most that its context holds (points, "
-                   f"± standard error):\n\n{common.table(lead(figures, kind))}\n\nLoss, nats per "
-                   f"ending:\n\n{common.table(table(figures, kind, 'loss'))}")
-    common.say("\nBy more than two standard errors from there on:\n\n"
-               + "\n".join(f"{line[0].upper()}{line[1:]}." for line in crossings(figures))
-               + f"\n\nFigures: {own.out}; curves: {chart}")
+    report(own, figures)
+    common.say(f"\nFigures: {own.out}; curves: {chart}")
 
 
 if __name__ == "__main__":

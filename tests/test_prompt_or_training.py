@@ -82,15 +82,18 @@ def test_evaluate_asks_one_word_after_another():
     model, x = gpt(), experiment.task(FAMILY, 0)
     examples, asked = x[:3], x[3:40]
     for prompt in None, examples:
-        found = experiment.evaluate(model, asked, prompt)
-        right, nats = 0, 0.
+        found = experiment.evaluate(model, asked, examples, prompt is not None)
+        right, nats, known = 0, 0., []
         for word, ending in asked.tolist():
             before = [BOS] + ([] if prompt is None else prompt.flatten().tolist()) + [word]
             with torch.no_grad():
                 logits = model(torch.tensor([before]))[0, -1]
             right += logits.argmax().item() == ending
+            if word % CLASSES in (examples[:, 0] % CLASSES).tolist():
+                known.append(logits.argmax().item() == ending)
             nats -= logits.log_softmax(0)[ending].item()
         assert found["accuracy"] == pytest.approx(100 * right / len(asked))
+        assert found["accuracy_shown"] == pytest.approx(100 * np.mean(known)) and 0 < len(known) < len(asked)
         assert found["loss"] == pytest.approx(nats / len(asked), rel=1e-4)
 
 
@@ -102,9 +105,9 @@ def test_tuning(method):
     lr = max(experiment.RATES[method])
     model = experiment.tune(base, method, lr, x[:4], args)
     assert all(w.equal(before[name]) for name, w in base.state_dict().items()) and not model.training
-    start, end = experiment.evaluate(base, x[:4])["loss"], experiment.evaluate(model, x[:4])["loss"]
+    start, end = (experiment.evaluate(m, x[:4], x[:4])["loss"] for m in (base, model))
     assert end < start - dict(full=1., lora=.1, bitfit=.1, ia3=.01)[method]
-    assert experiment.learn(base, method, lr, x, 4, args) == experiment.evaluate(model, x[4:])
+    assert experiment.learn(base, method, lr, x, 4, args) == experiment.evaluate(model, x[4:], x[:4])
     changed = {name for name, w in lora.merge_and_unload(model).state_dict().items() if not w.equal(before[name])}
     if method == "bitfit":
         assert changed and all(name.endswith("bias") for name in changed)
@@ -116,8 +119,8 @@ def test_tuning(method):
 
 def test_learn_without_training():
     base, x = gpt(), experiment.task(HALF, 3)
-    assert experiment.learn(base, "the base", 0., x, 5, None) == experiment.evaluate(base, x[5:])
-    assert experiment.learn(base, "in-context", 0., x, 5, None) == experiment.evaluate(base, x[5:], x[:5])
+    assert experiment.learn(base, "the base", 0., x, 5, None) == experiment.evaluate(base, x[5:], x[:5])
+    assert experiment.learn(base, "in-context", 0., x, 5, None) == experiment.evaluate(base, x[5:], x[:5], True)
 
 
 def test_the_base_learns_to_use_examples(tmp_path, monkeypatch):
