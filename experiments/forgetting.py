@@ -166,9 +166,10 @@ def follow(args, base, examples, at, measure):
         for step in run:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1., (step + 1) / RISE)
-            inputs, target = lora.mask(run.batch(examples), lora.BOS)
+            x, target = run.batch(examples).unbind(1)
+            inputs, _ = lora.mask(x, lora.BYTES.BOS)
             with run.autocast():
-                loss = lora.distance(model(inputs)[:, 1:], target[:, 1:])
+                loss = lora.distance(model(inputs), target)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
@@ -181,7 +182,7 @@ def follow(args, base, examples, at, measure):
 
 def load(args, seed):
     """The base of a seed, which is trained if it is not there yet: the model, what it is, and the
-    texts: examples (k, 1 + T), new (m, 1 + T) and old (m, context) to evaluate on."""
+    texts: examples (k, 2, 1 + T), new (m, 2, 1 + T) and old (m, context) to evaluate on."""
     train, val = lora.load_examples(args)
     torch.manual_seed(seed)
     model, about = lora.load_base(args, args.base or lora.pretrain(args))

@@ -90,7 +90,7 @@ def test_the_training_is_that_of_lora_py_at_a_constant_rate(done, monkeypatch):
             group["lr"] = 3 * lora.LR["full"] * min(1, (step + 1) / 10)
         order = torch.randperm(6, generator=torch.Generator().manual_seed(3 * 1_000_003 + step // 3))
         x = examples[order[step % 3 * 2:][:2]]
-        inputs, target = lora.mask(x, lora.BOS)
+        inputs, target = lora.mask(x[:, 0], lora.BYTES.BOS)
         lora.distance(model(inputs)[:, 1:], target[:, 1:]).backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
