@@ -312,6 +312,31 @@ def fastest(_):
     return table(["", "what", "beside", "theirs / ours"], rows, "---")
 
 
+def experiment(name):
+    """A program of experiments/ as a module."""
+    if str(ROOT / "experiments") not in sys.path:
+        sys.path.insert(0, str(ROOT / "experiments"))
+    return importlib.import_module(name)
+
+
+def forgotten(file):
+    """The old loss at the same new loss, as experiments/forgetting.py shows it."""
+    (r,) = load(file)
+    (head, *rows), _ = experiment("forgetting").table(r["figures"])
+    return table(head, rows) + f"\n\n`{r['command']}`; {len(r['figures']['bases'])} bases; {where(r)}."
+
+
+def prompted(file):
+    """Examples in the prompt beside training, as experiments/prompt_or_training.py shows them."""
+    (r,) = load(file)
+    show = experiment("prompt_or_training")
+    tables = []
+    for kind in show.KINDS:
+        head, *rows = show.table(r["figures"], kind, "accuracy")
+        tables.append(table([f"right, %, {kind}; k =", *head[1:]], rows))
+    return "\n\n".join(tables) + f"\n\n`{r['command']}`; {len(r['figures']['bases'])} bases; {where(r)}."
+
+
 def texts(name):
     """A text of results/templates.md, with its figures."""
     return filled(re.search(rf"^# {name}\n\n(.*?)(?=\n\n# |\n*\Z)", TEMPLATES, re.S | re.M)[1])
@@ -335,7 +360,7 @@ def expect(name):
 
 
 BLOCKS = {f.__name__: f for f in (accuracies, variants, shown, adapted, searched, energy, tried, answered, shots, compared,
-                                  speed, memory, fastest, texts)}
+                                  speed, memory, fastest, forgotten, prompted, texts)}
 
 
 def written(text):
@@ -350,21 +375,18 @@ def expected(text):
     return re.sub(r"^Expect   .*?(?=\n\w)", lambda m: expect(name), text, count=1, flags=re.M | re.S)
 
 
-def compare():
-    """The module experiments/compare.py."""
-    if str(ROOT / "experiments") not in sys.path:
-        sys.path.insert(0, str(ROOT / "experiments"))
-    return importlib.import_module("compare")
-
-
 def curves():
     """{results/compare-<data>.svg: its text}, of the runs of experiments/compare.py."""
     drawn = {}
     for data in "shapes", "fashion-mnist":
         runs = load(f"compare-{data}-*.json")
         chance = next(iter(runs[0]["chance"].values()))
-        drawn[ROOT / f"results/compare-{data}.svg"] = compare().draw(
+        drawn[ROOT / f"results/compare-{data}.svg"] = experiment("compare").draw(
             runs[0]["settings"]["labels"], [r["figures"] for r in runs], chance, runs[0]["most"])
+    (r,), (prompts,) = load("forgetting.json"), load("prompt-or-training.json")
+    times = [float(x) for x in re.search(r"--times ([\d. ]+)", r["command"])[1].split()]
+    drawn[ROOT / "results/forgetting.svg"] = experiment("forgetting").draw(r["figures"], times)
+    drawn[ROOT / "results/prompt-or-training.svg"] = experiment("prompt_or_training").draw(prompts["figures"])
     return drawn
 
 
@@ -400,6 +422,8 @@ QUICK = {   # added to a command, so that it takes seconds
                    "--images 500 --vit-dim 8 --vit-heads 2 --vit-depth 1 --tests 12 --shots 0 1",
     "experiments/adapt.py": "--quick --k 1 2 --repeats 1 --base-steps 2 --context 60 --epochs 1"}
 QUICK["experiments/search.py"] = "--quick --seeds 0"
+QUICK["experiments/forgetting.py"] = "--quick --k 4 --seeds 0"
+QUICK["experiments/prompt_or_training.py"] = "--quick --k 1 2 --seeds 0 --tasks 1 --choose 1"
 QUICK["experiments/few_shot.py"] = f"--quick --seeds 0 -- {QUICK['flamingo.py']}"
 
 
@@ -464,7 +488,7 @@ def test_command_runs(line, tmp_path):
         assert run(*flags, script=script).stdout.startswith(f"usage: {script}")
         return
     if script == "experiments/compare.py":                               # minutes, whatever the flags
-        compare().options(flags)
+        experiment("compare").options(flags)
         return
     for name in re.findall(r"(?<!--out )runs/(\w+)", line):              # of the other's plain command
         quick(f"{name}.py", tmp_path)
