@@ -28,10 +28,10 @@ Expect   of held-out scenes 99.3 ± 0.7, 49.2 ± 11.5 and 9.5 ± 7.6 % of the ca
          new word means, from 4, in 92.3 ± 1.2 % (chance 50) (3 seeds; 158 s of training for the LM
          and the ViT, then 110 s, on 1 thread, beside other jobs; Intel(R) Xeon(R) Processor, 2
          cores, Python 3.11.7, torch 2.13.0+cpu)
-Differs  A toy world: eight shapes in eight colours, 60 words. Theirs are Chinchilla and an NFNet;
+Differs  A toy world: eight shapes in eight colours, 54 tokens. Theirs are Chinchilla and an NFNet;
          here both are trained first: the LM on text of this world in which words, and sometimes an
          <image> token whose embedding is 0, stand in the place of images; the ViT by CLIP's loss,
-         in batches of one colour. Muon (common.py) trains the matrices of the blocks, AdamW the
+         in batches of like colours. Muon (common.py) trains the matrices of the blocks, AdamW the
          rest (theirs: AdamW all); the gates learn at ten times the rate. Text always attends to the
          image before it (theirs, on web pages, half of the time to the one after it). No video.
 

@@ -85,6 +85,42 @@ def contrast(rank, port, x, folder):
     torch.save((loss.detach(), encoder.weight.grad), folder / f"{rank}.pt")
 
 
+def gradient(rank, port, world, accumulate, folder):
+    """The gradient of a batch of which some targets do not count, and the loss of the log."""
+    if world > 1:
+        os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank))
+        common.start_processes(common.Args(device="cpu"))
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Linear(6, 4), torch.randn(8, 3, 6), torch.randint(4, (8, 3))
+    y[0, :2] = y[5, 1:] = -100
+    args = common.Args(steps=1, batch=8, device="cpu", accumulate=accumulate, out=str(folder / f"{world}{accumulate}"))
+    run = common.Run(args, model, torch.optim.SGD(model.parameters(), 0.))
+    for _ in run:
+        inputs, target = run.part((x, y))
+        loss = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), target.flatten())
+        loss.backward()
+        if run.reduce(loss):
+            run.log(loss)
+    if rank == 0:
+        torch.save((model.weight.grad, run.loss), folder / f"{world}{accumulate}.pt")
+
+
+def test_the_gradient_is_that_of_the_whole_batch(tmp_path):
+    """Also its size, to which AdamW is blind."""
+    for world in 1, 2:
+        for accumulate in 1, 2, 4:
+            if world > 1:
+                mp.start_processes(gradient, (free_port(), world, accumulate, tmp_path), nprocs=world, start_method="fork")
+            else:
+                gradient(0, 0, 1, accumulate, tmp_path)
+    whole, loss = torch.load(tmp_path / "11.pt")
+    assert whole.norm() > .1
+    for name in "12", "14", "21", "22", "24":
+        grad, other = torch.load(tmp_path / f"{name}.pt")
+        torch.testing.assert_close(grad, whole), name
+        assert other == pytest.approx(loss, rel=1e-5), name
+
+
 def test_negatives_come_from_all_processes(tmp_path):
     torch.manual_seed(1)
     x = torch.randn(2, 8, 6)

@@ -236,7 +236,7 @@ def tried(pattern):
 
 WHO = {"flamingo": "Flamingo", "captions": "the LM, captions in place of images", "lm": "the LM alone",
        "majority": "most frequent answer"}
-EPISODES = "new word", "held-out word", "unasked question"
+EPISODES = "new word", "new word of 3", "held-out word", "held-out word of 3", "unasked question"
 
 
 def answered(pattern):
@@ -255,8 +255,8 @@ def shots(pattern):
     rows = [[f"{group}: {title}", *(cell(runs, f"right/{group}, {k}/{who}") for k in counts)]
             for group in EPISODES for who, title in WHO.items() if who != "majority"]
     return table(["exactly right, %", *(f"{k} shot{'s' * (k != 1)}" for k in counts)], rows) + (
-        f"\n\n{over(runs)}, {runs[0]['settings']['tests']} episodes each; two new words per episode. The one asked for "
-        "was shown: at 1 shot it is enough to repeat it; from 2 on both were shown, and chance is 50 %.")
+        f"\n\n{over(runs)}, {runs[0]['settings']['tests']} episodes each; two new words per episode, or three. The one "
+        "asked for was shown: at 1 shot it is enough to repeat it; where all were shown, chance is 50 %, or 33.")
 
 
 def compared(pattern):
