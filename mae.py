@@ -383,6 +383,9 @@ def load_published(args, image_size):
         common.require(torch.allclose(weights[name].float(), fixed, atol=1e-3),
                        f"--weights {args.weights} is no MAE: its {name} is learned")
     model = build(args, image_size)
+    for layer in model.modules():                          # of its authors 1e-6, of others 1e-12
+        if isinstance(layer, nn.LayerNorm):
+            layer.eps = config.get("layer_norm_eps", layer.eps)
     common.fill_in(model, state, args.weights, missing=("decoder", "mask_token"))
     return model
 
