@@ -15,7 +15,7 @@ Loss     GPT's, L = -1 / T sum_t log p(x_t | BOS, newline, x_1 ... x_{t-1}). Wha
          ia3     three vectors l per block: l_k * (W_k x), l_v * (W_v x), W_2 (l_f * gelu(W_1 x))
          bitfit  all biases
          first, middle, last: two blocks at that place (surgical fine-tuning); full: everything
-         Beside it, in-context: nothing; the examples are in the prompt, if the context holds them
+         Beside it, in-context: nothing; the examples stand in the prompt, if the context holds them
 
 Flow     the base: a GPT that learned the old text, as in gpt.py (trained once: <out>/base)
          examples (k, 1 + T) of the new text: a newline, and the T bytes after it (of --data x.tsv
@@ -54,7 +54,7 @@ import common
 # -------------------------------------------------------------------------------------- settings
 
 Method = Literal["lora", "ia3", "bitfit", "first", "middle", "last", "full"]
-# The best on average over k = 1 to 256, of three or four for each: experiments/adapt.py --search
+# Of three or four rates for each, the best on average over k: experiments/adapt.py --search
 LR = dict(lora=1e-3, ia3=1e-2, bitfit=1e-3, first=1e-4, middle=1e-4, last=1e-4, full=5e-5)
 GPT2 = ("config.json, model.safetensors (548 MB), vocab.json and merges.txt of https://huggingface"
         ".co/openai-community/gpt2, or name the folder of a run of gpt.py or lora.py")
@@ -222,13 +222,19 @@ class IA3(nn.Module):
     get_extra_state, set_extra_state = LoRA.get_extra_state, LoRA.set_extra_state
 
 
-def adapt(model, method, targets=("qkv", "proj", "fc1", "fc2"), rank=3, alpha=3., dropout=0.):
-    """Freezes a GPT, in place, except for what the method trains: afterwards these are the tensors
-    that require gradients. Returns the model, which computes the same as before."""
+def adapt(model, method, targets=("qkv", "proj", "fc1", "fc2"), rank=3, alpha=None, dropout=0.):
+    """Freezes a model, in place, except for what the method trains: afterwards these are the
+    tensors that require gradients. Returns the model, which computes the same as before. alpha
+    None: as the rank. ia3, first, middle and last are for a GPT of this file, the others for any
+    model. Raises ValueError, and replaces nothing, where targets or rank do not fit."""
+    if method in ("ia3", "first", "middle", "last") and not hasattr(model, "blocks"):
+        raise ValueError(f"{method} is for a GPT of this file, not for {type(model).__name__}")
+    added = {path: LoRA(linear, rank, rank if alpha is None else alpha, dropout) for path, linear
+             in (target_layers(model, targets).items() if method == "lora" else ())}
     model.requires_grad_(False)
     if method == "lora":
-        for path, linear in target_layers(model, targets).items():
-            model.set_submodule(path, LoRA(linear, rank, alpha, dropout))
+        for path, layer in added.items():
+            model.set_submodule(path, layer)
     elif method == "ia3":
         for block in model.blocks:
             keys_values = block.attn.qkv.out_features * 2 // 3      # the last two of q, k, v
@@ -251,6 +257,7 @@ def adapt(model, method, targets=("qkv", "proj", "fc1", "fc2"), rank=3, alpha=3.
 def target_layers(model, targets):
     """The linear layers of a model whose own name is one of the targets: {path: nn.Linear}. Raises
     ValueError for a name that no layer has."""
+    targets = [targets] if isinstance(targets, str) else targets
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     names = dict.fromkeys(path.split(".")[-1] for path in layers)
     for name in targets:
@@ -522,10 +529,11 @@ def line_starts(args, documents):
 
 def lines(args, texts, tokens):
     """Whole lines, at most --example tokens, with BOS after a shorter one, which does not count; in
-    a .tsv what stands before the first tab does not count either."""
+    a .tsv what stands before the first tab does not count either. At most 20,000 of them."""
     pairs, T = args.data.endswith(".tsv"), args.example
     newline, rows = tokens.encode("\n"), []
-    for number, line in [*enumerate(texts, 1)][::max(1, len(texts) // 20_000)]:
+    for i in torch.linspace(0, len(texts) - 1, min(len(texts), 20_000)).long().tolist():
+        line, number = texts[i], i + 1
         before, tab, after = line.partition(b"\t") if pairs else (b"", b"", line)
         common.require(tab or not pairs or not line.strip(), f"line {number} of {args.data} has no "
                        "tab: each line is a pair, with a tab between its texts")
@@ -545,7 +553,7 @@ def choose(train, k, seed):
 
 
 def in_a_row(examples, bos):
-    """The tokens of examples (k, 2, 1 + T) one after another, without those after short ones."""
+    """The tokens of examples (k, 2, 1 + T) one after another, without the BOS after short ones."""
     return examples[:, 0][examples[:, 0] != bos]
 
 
@@ -649,8 +657,8 @@ def recipe(args):
 
 @torch.no_grad()
 def evaluate(args, model, x, target=None, examples=None, bos=BYTES.BOS):
-    """Loss on texts x (m, T), in nats per token; of targets (m, T) that are not -100, where they
-    are given; after examples (k, T') or (n,) in the same context, if there are any."""
+    """Loss on texts x (m, T), in nats per token: of all tokens, or of the targets (m, T) that are
+    not -100; with examples (k, T') or (n,), after these in the same context."""
     nats, count, T = 0., 0, x.shape[1]
     both = torch.stack([x, x if target is None else target], 1).long()
     with common.autocast(args):

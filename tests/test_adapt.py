@@ -203,7 +203,7 @@ def test_mistakes_are_one_sentence(done, tmp_path):
     flags = [*flags, "--out", tmp_path / "x.json"]
     refused(adapt_py(folder, *flags, "--k", 999), 1, "--k 999 is more than the 107 examples")
     refused(adapt_py(folder, *flags, "--rank", 0), 2, "--rank must be 1 or more")
-    refused(adapt_py(folder, *flags, "--k", 2, "--base", "nowhere"), 1, "there is no nowhere/checkpoint.pt")
+    refused(adapt_py(folder, *flags, "--k", 2, "--base", "nowhere"), 1, "--base nowhere holds no weights. Fetch config.json")
     diverged = adapt_py(folder, *flags, "--k", 3, "--methods", "ia3", "full", "--epochs", 9, "--lr", 1e30,
                         "--base", folder / "runs/a/base")
     assert diverged.returncode == 1 and "k = 3: " in diverged.stderr and "Traceback" not in diverged.stderr, diverged.stderr

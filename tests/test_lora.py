@@ -319,6 +319,13 @@ def test_wrong_names_and_ranks(base):
     lora.adapt(base, "lora", ["qkv"], rank=C)
     with pytest.raises(ValueError, match="no method 'adapter'"):
         lora.adapt(base, "adapter")
+    small = nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 2))
+    with pytest.raises(ValueError, match="last is for a GPT of this file, not for Sequential"):
+        lora.adapt(small, "last")
+    with pytest.raises(ValueError, match="rank 3 of a 2 x 9 matrix"):
+        lora.adapt(small, "lora", ["0", "1"], rank=3)
+    assert all(isinstance(layer, nn.Linear) for layer in small)                 # nothing was replaced
+    assert lora.adapt(small, "lora", "0", rank=4)[0].scale == 1.                # one name, and the scale without alpha
 
 
 # ------------------------------------------------------------------------------------- the method

@@ -135,14 +135,14 @@ def test_the_recipes_of_the_readme_run(script):
     torch.manual_seed(0)
     x = torch.linspace(0, 1, 32).expand(8, 3, 32, 32) * torch.rand(8, 3, 1, 1)
     losses = []
-    pasted = dict(x=x, loader=[4 * x - 2] * 20, watch=losses.append, tokens=torch.randint(5, 200, (3, 32)))
+    pasted = dict(x=x, loader=[(4 * x - 2, None)] * 20, watch=losses.append, tokens=torch.randint(5, 200, (3, 32)))
     exec(IMPORTS + sections(script)["the model"] + sections(script)["the method"]
          + recipes()[script].replace("    loss.backward()", "    watch(loss.item())\n    loss.backward()"), pasted)
     assert pasted["loss"].isfinite()
     if script == "mae.py":
         assert len(losses) == 20 and losses[-1] < .7 * losses[0]
     elif script == "gpt.py":
-        assert pasted["text"].shape == (1, 20)
+        assert pasted["new"].shape == (1, 20) and pasted["prompt"][0, 0] == 256
     elif script == "lora.py":
         assert set(pasted["adapter"]) == {f"linear{i}.{name}" for i in (1, 2) for name in "AB"}
     if script not in ("mae.py", "lora.py"):

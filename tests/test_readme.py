@@ -172,7 +172,7 @@ def adapted(patterns):
     for method, row in f["rows"].items():
         one = list(row.values())[-1]
         trained, size = f"{one['trained'][0]:,}", f"{one['bytes'][0]:,}"
-        size = size if one["trained"][0] else f"{how['example']} × k"
+        size = size if one["trained"][0] else f"{how['example'] + 1} × k"
         trained += f" ({100 * one['trained'][0] / f['parameters']:.1f} %)" * (one["trained"][0] > 0)
         rows.append([method, trained, size, *(cell(runs, f"rows/{method}/{k}/{what}", 3) for k in ks)])
     head = [f"loss on {how['data'] if what == 'new' else f['old']}", "trained", "bytes"]
