@@ -18,11 +18,11 @@ Loss     GPT's, L = -1 / T sum_t log p(x_t | BOS, newline, x_1 ... x_{t-1}). Wha
          Beside it, in-context: nothing; the examples stand in the prompt, if the context holds them
 
 Flow     the base: a GPT that learned the old text, as in gpt.py (trained once: <out>/base)
-         examples (k, 1 + T) of the new text: a newline, and the T bytes after it (of --data x.tsv
-         whole lines: their first column is given, and the loss counts the second)
+         examples of the new text, tokens and targets (k, 1 + T) each: a newline and the T bytes
+         after it (of --data x.tsv whole lines, of which the loss counts the second column)
          A. mask      shift: BOS before, without the last one -> inputs, target (B, 1 + T)
          B. predict   the GPT, with what was added to it      -> logits (B, 1 + T, 257)
-         C. compare   cross-entropy of the T bytes after the newline
+         C. compare   cross-entropy of what counts: not the newline
          at the end   the loss on the new text, and on the OLD one: what was forgotten
 
 Run      python lora.py --method lora --k 64
@@ -599,8 +599,9 @@ def pretrain(args):
 
 
 def load_base(args, folder):
-    """The base in the folder of a run, of gpt.py or of lora.py, and what it is: its folder, its
-    fingerprint, the old text, which it knows, and the published weights that it began with."""
+    """The base in the folder of a run of gpt.py or of lora.py (or the GPT-2 in --base), and what it
+    is: its folder, its fingerprint, the old text, which it knows, and the published weights that
+    it began with."""
     if args.uses_published:
         return load_published(args)
     read = lambda folder: common.read_checkpoint(folder, "gpt.py", "lora.py", flag="--base")
