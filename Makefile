@@ -3,7 +3,7 @@ PYTHON ?= python3
 ARGS   ?=
 SCRIPTS = simclr autoencoder bert mae gpt lora flamingo
 BENCHES = mae simclr bert gpt lora flamingo
-TESTS   = readme $(filter-out readme,$(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py)))
+TESTS   = readme run processes $(filter-out readme run processes,$(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py)))
 ENV     = .venv/installed
 BENCH   = .venv-bench/installed
 
