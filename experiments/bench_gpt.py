@@ -20,7 +20,10 @@ import torch
 from torch.nn import functional as F
 
 from pairs import DEVICE, agree, bench, pair, training           # first: it finds the scripts
+import pairs
 import gpt
+
+pairs.CONTEXT = 256                                   # as --context there
 
 SMALL = dict(vocab=257, context=512, dim=384, depth=6, heads=6)
 GPT2 = dict(vocab=50257, context=1024, dim=768, depth=12, heads=12)

@@ -28,7 +28,10 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 import torch
 
 from pairs import DEVICE, autocast, bench, pair, training       # first: it finds the scripts
+import pairs
 import lora
+
+pairs.CONTEXT = 256                                   # as --context there
 
 CASES = ["step", "memory"]
 NEEDS = dict.fromkeys(CASES, ["transformers.GPT2LMHeadModel", "peft.get_peft_model"])

@@ -27,13 +27,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common                                                                  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CONTEXT = 0                                   # of a benchmark's texts, which chooses the attention
 DTYPES = ["float32"] + ["bfloat16"] * common.has_bfloat16(DEVICE)            # where it is native
 
 
 def autocast(dtype, ours=True):
     """The precision of a case: of our side as in our scripts, of theirs as PyTorch has it."""
     if ours:
-        return common.autocast(SimpleNamespace(device=DEVICE, dtype=dtype))
+        return common.autocast(SimpleNamespace(device=DEVICE, dtype=dtype, context=CONTEXT))
     return torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
