@@ -58,7 +58,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -1963,7 +1962,10 @@ class Run:
     @staticmethod
     def gather(z):
         """The rows (n, ...) of all processes, with gradients: (processes * n, ...)."""
-        return torch.cat(all_gather(z)) if processes() > 1 else z
+        if processes() == 1:
+            return z
+        from torch.distributed.nn.functional import all_gather      # not in every build of PyTorch
+        return torch.cat(all_gather(z))
 
     def autocast(self):
         """The precision of --dtype, for what is computed inside a `with`."""
