@@ -218,28 +218,6 @@ def gather(x, positions):
     return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
 
 
-def published(state, ids):
-    """The tensors of a published BERT, by the names of this file. ids (V,): of our vocabulary in
-    theirs."""
-    found = {}
-    for name, x in state.items():
-        name = name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias")
-        if "position_ids" in name or "seq_relationship" in name or "predictions.decoder" in name:
-            continue                                # 0, 1, 2 ...; next-sentence prediction; tied
-        for theirs, ours in [
-                ("embeddings.word_embeddings", "token_embed"), ("embeddings.LayerNorm", "norm"),
-                ("embeddings.position_embeddings", "pos_embed"), ("encoder.layer", "blocks"),
-                ("embeddings.token_type_embeddings", "segment_embed"), ("attention.self", "attn"),
-                ("attention.output.dense", "attn.proj"), ("attention.output.LayerNorm", "norm1"),
-                ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"),
-                ("output.LayerNorm", "norm2"), ("pooler.dense", "pooler"),
-                ("cls.predictions.transform.dense", "mlm_transform"),
-                ("cls.predictions.transform.LayerNorm", "mlm_norm"), ("cls.predictions.", "mlm_")]:
-            name = name.replace(theirs, ours)
-        found[name] = x[ids] if name in ("token_embed.weight", "mlm_bias") else x
-    return found
-
-
 # ------------------------------------------------------------------------------------ the method
 
 PAD, UNK, CLS, SEP, MASK = range(5)      # the special tokens, which are never masked
@@ -372,19 +350,32 @@ FILES = ("config.json, model.safetensors (440 MB) and vocab.txt of "
          "https://huggingface.co/google-bert/bert-base-uncased")
 
 
+# The names of BERT's authors for the parts of this model, and ours.
+NAMES = ("bert.= gamma=weight beta=bias embeddings.word_embeddings=token_embed "
+         "embeddings.position_embeddings=pos_embed embeddings.token_type_embeddings=segment_embed "
+         "embeddings.LayerNorm=norm encoder.layer=blocks attention.self=attn "
+         "attention.output.dense=attn.proj attention.output.LayerNorm=norm1 "
+         "intermediate.dense=mlp.fc1 output.dense=mlp.fc2 output.LayerNorm=norm2 "
+         "pooler.dense=pooler cls.predictions.transform.dense=mlm_transform "
+         "cls.predictions.transform.LayerNorm=mlm_norm cls.predictions.=mlm_")
+
+
 def load_published(args):
     """The BERT and the tokenizer in the folder --weights; sets the sizes of args. Where there is no
     head for masked words (sentence encoders have none) that head is random."""
-    weights, config = common.read_weights(args.weights, FILES)
+    state, config = common.published(
+        args.weights, FILES, NAMES, "pos_embed.weight", ("position_ids", "seq_relationship"),
+        [("mlm_decoder.weight", "token_embed.weight"), ("mlm_decoder.bias", "mlm_bias")])
     words = common.WordPiece.load(args.weights)
-    state = published(weights, words.published)
-    common.require("pos_embed.weight" in state and "num_attention_heads" in config, f"--weights "
-                   f"{args.weights} is no BERT, or has no config.json: fetch it, too")
+    for name in {"token_embed.weight", "mlm_bias"} & state.keys():
+        if len(state[name]) == words.vocab:                    # here the special tokens come first
+            state[name] = state[name][words.published]
+    common.require("num_attention_heads" in config, f"--weights {args.weights} has no config.json")
     context, args.dim = state["pos_embed.weight"].shape
     args.depth = sum(name.endswith("query.weight") for name in state)
     args.heads = config["num_attention_heads"]
     model = BERT(words.vocab, context, args.dim, args.depth, args.heads, args.dropout)
-    common.fill_in(model, state, args.weights, missing=("pooler", "mlm"))
+    common.fill_in(model, state, args.weights, config, missing=("pooler", "mlm"))
     return model.to(args.device), words, "mlm_bias" in state
 
 

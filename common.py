@@ -22,6 +22,7 @@ import difflib
 import functools
 import gzip
 import hashlib
+import heapq
 import http.client
 import inspect
 import itertools
@@ -109,8 +110,9 @@ class Args:
 
     @property
     def uses_published(self):
-        """Whether the run begins with published weights."""
-        return bool(getattr(self, "weights", ""))
+        """Whether the run begins with published weights: --weights, or a --base that is no run."""
+        base = getattr(self, "base", "")
+        return bool(getattr(self, "weights", "") or base and not has_run(base))
 
 
 def flag(name):
@@ -1461,20 +1463,28 @@ class BPE:
         raise UserError(f"{folder} holds no tokenizer: fetch vocab.json and merges.txt to it, too")
 
     def join(self, word):
-        """The tokens of a word: again and again, of all neighbours those are joined that come first
-        in the list of merges."""
-        ids = [self.byte_ids[byte] for byte in word.encode()]
-        while len(ids) > 1:
-            pair = min(zip(ids, ids[1:]), key=lambda pair: self.pairs.get(pair, (math.inf,)))
-            if pair not in self.pairs:
-                break
-            new, i = [], 0
-            while i < len(ids):
-                found = (*ids[i:i + 2],) == pair
-                new.append(self.pairs[pair][1] if found else ids[i])
-                i += 1 + found
-            ids = new
-        return ids
+        """The tokens of a word: again and again those neighbours are joined that come first in the
+        list of merges, and of equal ones the left. A heap holds the pairs that can be joined."""
+        ids = [self.byte_ids[byte] for byte in word.encode()] + [None]
+        left, right, heap = [*range(-1, len(ids) - 1)], [*range(1, len(ids) + 1)], []
+
+        def look(i):
+            pair = ids[i], ids[right[i]]
+            if pair in self.pairs:
+                heapq.heappush(heap, (self.pairs[pair][0], i, pair))
+
+        for i in range(len(ids) - 1):
+            look(i)
+        while heap:
+            _, i, pair = heapq.heappop(heap)
+            j = right[i]
+            if ids[i] is not None and pair == (ids[i], ids[j]):           # not joined since
+                ids[i], ids[j], right[i] = self.pairs[pair][1], None, right[j]
+                left[right[j]] = i
+                look(i)
+                if left[i] >= 0:
+                    look(left[i])
+        return [token for token in ids if token is not None]
 
     def encode(self, text, dtype=np.int64):
         """str or bytes -> (n,) int64. Bytes that are no UTF-8 become U+FFFD."""
@@ -1712,15 +1722,59 @@ def read_weights(path, wanted, flag="--weights"):
             f"{file} holds no table of tensors")
         found |= state
     try:
-        return found, json.loads(config.read_text()) | {} if config.exists() else {}
-    except (OSError, ValueError, TypeError):
+        settings = json.loads(config.read_text()) if config.exists() else {}
+        return found, {name: x for name, x in settings.items() if type(x) in (int, float)}
+    except (OSError, ValueError, AttributeError):
         raise UserError(f"{config} cannot be read: fetch it anew") from None
 
 
-def fill_in(model, state, path, missing=()):
-    """Puts tensors by name into a model; those that begin with one of `missing` need not be there,
-    nor a BatchNorm's count of batches: they keep their values. Raises UserError that names the
-    first that does not fit."""
+def rename(state, names, back=False):
+    """Tensors {name: tensor} under other names. names: "theirs=ours theirs=ours ...", parts of a
+    name that are replaced one after the other; back: ours by theirs."""
+    pairs = [pair.split("=")[::-1 if back else 1] for pair in names.split()]
+    replaced = lambda name: functools.reduce(lambda name, pair: name.replace(*pair), pairs, name)
+    return {replaced(name): x for name, x in state.items()}
+
+
+def published(path, wanted, names, needs, left_out=(), tied=(), flag="--weights"):
+    """Published weights by the names of a script, {name: tensor}, and the settings beside them.
+
+    path, wanted, flag: see read_weights; names: see rename; needs: a name without which it is
+    another model; left_out: parts of the names of tensors that are not used; tied: pairs of names,
+    of a tensor that is another one's copy, and is left out, and of that one. Raises UserError."""
+    weights, config = read_weights(path, wanted, flag)
+    state = rename({name: x for name, x in weights.items()
+                    if not any(part in name for part in left_out)}, names)
+    require(needs in state, f"{flag} {path} is of another kind of model: fetch {wanted}")
+    for copy, original in tied:
+        x = state.pop(copy, None)
+        require(x is None or original in state and torch.equal(x, state[original]), f"{flag} {path}"
+                f" has its own {copy}, and here it is tied to {original}")
+    return state, config
+
+
+# The names of transformers (versions 4 and 5) for the parts of a ViT, and timm's.
+VIT = ("patch_embeddings.projection=patch_embed patch_embed.proj=patch_embed decoder.= vit.= "
+       "embeddings.= position_embeddings=pos_embed decoder_layers=decoder_blocks "
+       "encoder.layer=blocks "
+       "layers.=blocks. attention.q_proj=attn.query attention.k_proj=attn.key "
+       "attention.v_proj=attn.value attention.o_proj=attn.proj attention.attention=attn "
+       "attention.output.dense=attn.proj intermediate.dense=mlp.fc1 output.dense=mlp.fc2 "
+       "layernorm_before=norm1 layernorm_after=norm2 layernorm=norm")
+
+
+def join_qkv(state):
+    """The tensors of a ViT with query, key and value in one, as timm has them and MAE's authors."""
+    for name in [name for name in state if "attn.query" in name]:
+        parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        state[name.replace("query", "qkv")] = torch.cat(parts)
+    return state
+
+
+def fill_in(model, state, path, config={}, missing=()):
+    """Puts tensors by name into a model, and into its LayerNorms the eps of config, if it has one.
+    Tensors that begin with one of `missing` need not be there, nor a BatchNorm's count of batches:
+    they keep their values. Raises UserError that names the first that does not fit."""
     here, there = ({name: tuple(x.shape) for name, x in tensors.items()}
                    for tensors in (model.state_dict(), state))
     for name in {**there, **here}:
@@ -1729,6 +1783,10 @@ def fill_in(model, state, path, missing=()):
         require(a == b or a == "missing" and may_miss,
                 f"the weights in {path} are of another model: {name} is {a} there and {b} here")
     model.load_state_dict(state, strict=False)
+    eps = config.get("layer_norm_eps", config.get("layer_norm_epsilon"))
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.LayerNorm) and eps:
+            layer.eps = eps
 
 
 # ---------------------------------------------------------------------------------- training

@@ -200,22 +200,6 @@ class Cache:
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
 
-def published(state):
-    """The tensors of a published GPT-2, by the names of this file. There matrices are (in, out)."""
-    found = {}
-    for name, x in state.items():
-        name = name.removeprefix("transformer.")
-        if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue                                            # tied to wte; the causal mask
-        for theirs, ours in [
-                ("wte", "token_embed"), ("wpe", "pos_embed"), ("h.", "blocks."), ("ln_f", "norm"),
-                ("ln_", "norm"), ("c_attn", "qkv"), ("attn.c_proj", "attn.proj"), ("c_fc", "fc1"),
-                ("mlp.c_proj", "mlp.fc2")]:
-            name = name.replace(theirs, ours)
-        found[name] = x.T if x.ndim == 2 and "embed" not in name else x
-    return found
-
-
 # ------------------------------------------------------------------------------------ the method
 
 
@@ -294,20 +278,22 @@ GPT2 = ("config.json, model.safetensors (548 MB), vocab.json and merges.txt of "
         "https://huggingface.co/openai-community/gpt2, or of gpt2-medium, -large, -xl there")
 
 
-def load_published(args):
-    """The GPT-2 and the tokenizer in the folder --weights; sets the sizes of args."""
-    weights, config = common.read_weights(args.weights, GPT2)
-    state, tokens = published(weights), common.BPE.load(args.weights)
-    common.require({"token_embed.weight", "pos_embed.weight"} <= state.keys(),
-                   f"--weights {args.weights} is no GPT-2")
-    head = weights.get("lm_head.weight", state["token_embed.weight"])
-    common.require(torch.equal(head, state["token_embed.weight"]), f"--weights {args.weights} has "
-                   "an lm_head of its own, and here it is tied to the embedding")
-    context, args.dim = state["pos_embed.weight"].shape
-    args.depth = sum(name.endswith("qkv.weight") for name in state)
-    args.heads = config.get("n_head", args.dim // 64)
-    model = GPT(tokens.vocab, context, args.dim, args.depth, args.heads, args.dropout)
-    common.fill_in(model, state, args.weights)
+# GPT-2's names for the parts of this model, and ours.
+NAMES = ("wte=token_embed wpe=pos_embed h.=blocks. ln_f.=norm. ln_=norm c_attn=qkv "
+         "attn.c_proj=attn.proj mlp.c_proj=mlp.fc2 c_fc=fc1")
+
+
+def load_gpt2(path, flag="--weights", dropout=0.):
+    """The GPT-2 in a folder, and its tokenizer."""
+    state, config = common.published(path, GPT2, "transformer.= " + NAMES, "pos_embed.weight",
+                                     (".attn.bias", ".attn.masked_bias"),        # the causal mask
+                                     [("lm_head.weight", "token_embed.weight")], flag)
+    state = {name: x.T if x.ndim == 2 and "embed" not in name else x
+             for name, x in state.items()}                                      # (in, out) there
+    context, dim = state["pos_embed.weight"].shape
+    depth, tokens = sum("qkv.weight" in name for name in state), common.BPE.load(path)
+    model = GPT(tokens.vocab, context, dim, depth, config.get("n_head", dim // 64), dropout)
+    common.fill_in(model, state, path, config)
     return model, tokens
 
 
@@ -391,7 +377,9 @@ def main(args):
     images, model, tokens = common.is_images(args.data), None, BYTES
     if args.weights:
         common.require(not images, f"--weights are of a text model, not for --data {args.data}")
-        model, tokens = load_published(args)
+        model, tokens = load_gpt2(args.weights, dropout=args.dropout)
+        args.dim, args.depth = model.norm.weight.numel(), len(model.blocks)
+        args.heads = model.blocks[0].attn.heads
     prompt = None if images else prompt_tokens(args, tokens)
     if args.weights and not args.data:                              # nothing to train on or to test
         common.say(write(args, model.to(args.device).eval(), prompt, tokens))

@@ -97,11 +97,6 @@ class Args(common.Args):
                depth=4, heads=4)
     published = dict(epochs=5, batch=4, rank=4, example=64, prompt="The", length=60)
 
-    @property
-    def uses_published(self):
-        """Whether --base is a GPT-2 as published."""
-        return bool(self.base) and not common.has_run(self.base)
-
 
 # ------------------------------------------------------------------------------------- the model
 
@@ -415,35 +410,6 @@ class Cache:
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
 
-def published(state):
-    """The tensors of a published GPT-2, by the names of this file. There matrices are (in, out)."""
-    found = {}
-    for name, x in state.items():
-        name = name.removeprefix("transformer.")
-        if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue                                            # tied to wte; the causal mask
-        for theirs, ours in [
-                ("wte", "token_embed"), ("wpe", "pos_embed"), ("h.", "blocks."), ("ln_f", "norm"),
-                ("ln_", "norm"), ("c_attn", "qkv"), ("attn.c_proj", "attn.proj"), ("c_fc", "fc1"),
-                ("mlp.c_proj", "mlp.fc2")]:
-            name = name.replace(theirs, ours)
-        found[name] = x.T if x.ndim == 2 and "embed" not in name else x
-    return found
-
-
-def publish(model):
-    """The tensors of a GPT by the names of a published GPT-2, as transformers loads them."""
-    found = {}
-    for name, x in model.state_dict().items():
-        for ours, theirs in [
-                ("token_embed", "wte"), ("pos_embed", "wpe"), ("blocks.", "h."), ("norm.", "ln_f."),
-                ("norm", "ln_"), ("qkv", "c_attn"), ("fc1", "c_fc"), ("fc2", "c_proj"),
-                (".proj", ".c_proj")]:
-            name = name.replace(ours, theirs)
-        found[f"transformer.{name}"] = x.T.contiguous() if x.ndim == 2 and "h." in name else x
-    return found
-
-
 # ------------------------------------------------------------------------------------ the method
 
 
@@ -603,7 +569,10 @@ def load_base(args, folder):
     is: its folder, its fingerprint, the old text, which it knows, and the published weights that
     it began with."""
     if args.uses_published:
-        return load_published(args)
+        model, _ = load_gpt2(args.base, "--base")
+        return model.to(args.device).eval(), dict(
+            base=args.base, fingerprint=common.fingerprint(model.state_dict()),
+            old=args.old or "pydocs", weights=args.base)
     read = lambda folder: common.read_checkpoint(folder, "gpt.py", "lora.py", flag="--base")
     folder = read(folder)["about"].get("base", folder)    # of a run that adapted a base: that one
     state = read(folder)
@@ -618,27 +587,29 @@ def load_base(args, folder):
         weights=how.get("weights", ""))
 
 
-def load_published(args):
-    """The GPT-2 in the folder --base as a base; see load_base."""
-    weights, config = common.read_weights(args.base, GPT2, "--base")
-    state = published(weights)
-    common.require({"token_embed.weight", "pos_embed.weight"} <= state.keys(),
-                   f"--base {args.base} is no GPT-2")
-    head = weights.get("lm_head.weight", state["token_embed.weight"])
-    common.require(torch.equal(head, state["token_embed.weight"]), f"--base {args.base} has an "
-                   "lm_head of its own, and here it is tied to the embedding")
+# GPT-2's names for the parts of this model, and ours.
+NAMES = ("wte=token_embed wpe=pos_embed h.=blocks. ln_f.=norm. ln_=norm c_attn=qkv "
+         "attn.c_proj=attn.proj mlp.c_proj=mlp.fc2 c_fc=fc1")
+
+
+def load_gpt2(path, flag="--weights", dropout=0.):
+    """The GPT-2 in a folder, and its tokenizer."""
+    state, config = common.published(path, GPT2, "transformer.= " + NAMES, "pos_embed.weight",
+                                     (".attn.bias", ".attn.masked_bias"),        # the causal mask
+                                     [("lm_head.weight", "token_embed.weight")], flag)
+    state = {name: x.T if x.ndim == 2 and "embed" not in name else x
+             for name, x in state.items()}                                      # (in, out) there
     context, dim = state["pos_embed.weight"].shape
-    depth, vocab = sum("qkv.weight" in name for name in state), common.BPE.load(args.base).vocab
-    model = GPT(vocab, context, dim, depth, config.get("n_head", dim // 64))
-    common.fill_in(model, state, args.base)
-    about = dict(base=args.base, fingerprint=common.fingerprint(model.state_dict()),
-                 old=args.old or "pydocs", weights=args.base)
-    return model.to(args.device).eval(), about
+    depth, tokens = sum("qkv.weight" in name for name in state), common.BPE.load(path)
+    model = GPT(tokens.vocab, context, dim, depth, config.get("n_head", dim // 64), dropout)
+    common.fill_in(model, state, path, config)
+    return model, tokens
 
 
-def tokenizer(about):
-    """GPT-2's for a base that began with its weights, else bytes."""
-    return common.BPE.load(about["weights"]) if about["weights"] else BYTES
+def publish(model):
+    """The tensors of a GPT by GPT-2's names, as transformers loads them."""
+    return {f"transformer.{name}": x.T.contiguous() if x.ndim == 2 and "h." in name else x
+            for name, x in common.rename(model.state_dict(), NAMES, back=True).items()}
 
 
 def build(args, model):
@@ -722,7 +693,7 @@ def report(run, about, rows, texts, count):
 def main(args):
     recipe(args)
     base = load_base(args, args.base) if args.base else None        # raises now if it is wrong
-    tokens = tokenizer(base[1]) if base else BYTES
+    tokens = common.BPE.load(base[1]["weights"]) if base and base[1]["weights"] else BYTES
     train, val = load_examples(args, tokens)                        # (n, 2, 1 + T), (m, 2, 1 + T)
     model, about = base or load_base(args, pretrain(args))
     count, context = sum(p.numel() for p in model.parameters()), len(model.pos_embed.weight)

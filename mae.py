@@ -241,35 +241,6 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def published(state):
-    """The tensors of a published MAE, by the names of this file. Its authors' names are much like
-    ours; in transformers' query, key and value are apart."""
-    found = {}
-    for name, x in state.items():
-        if "pos_embed" in name or "position_embeddings" in name:
-            continue                                                    # sines and cosines
-        for theirs, ours in [
-                ("decoder.", ""), ("vit.", ""), ("patch_embeddings.projection", "patch_embed"),
-                ("patch_embed.proj.", "patch_embed."), ("embeddings.", ""),
-                ("decoder_layers", "decoder_blocks"), ("encoder.layer", "blocks"),
-                ("layers.", "blocks."), ("attention.q_proj", "attn.query"),     # transformers 5
-                ("attention.k_proj", "attn.key"), ("attention.v_proj", "attn.value"),
-                ("attention.o_proj", "attn.proj"),
-                ("layernorm_before", "norm1"), ("layernorm_after", "norm2"), ("layernorm", "norm"),
-                ("attention.attention", "attn"), ("attention.output.dense", "attn.proj"),
-                ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2")]:
-            name = name.replace(theirs, ours)
-        if not name.startswith(("decoder", "mask_token")):
-            name = f"encoder.{name}"
-        if name == "encoder.patch_embed.weight":
-            x = x.permute(0, 2, 3, 1).flatten(1)                        # (C, 3, p, p) -> (C, P)
-        found[name] = x
-    for name in [name for name in found if "attn.query" in name]:
-        parts = [found.pop(name.replace("query", part)) for part in ("query", "key", "value")]
-        found[name.replace("query", "qkv")] = torch.cat(parts)
-    return found
-
-
 # ------------------------------------------------------------------------------------ the method
 
 
@@ -368,25 +339,23 @@ FILES = ("mae_visualize_vit_base.pth (450 MB) of https://dl.fbaipublicfiles.com/
 
 def load_published(args, image_size):
     """The MAE of --weights; sets the sizes of args. Where it has no decoder, that is random."""
-    weights, config = common.read_weights(args.weights, FILES)
-    state, count = published(weights), lambda part: sum(part in name for name in state)
-    common.require("encoder.patch_embed.weight" in state, f"--weights {args.weights} is no MAE")
-    args.dim, P = state["encoder.patch_embed.weight"].shape
-    args.patch, args.depth = math.isqrt(P // 3), count("encoder.blocks") // 12
+    state, config = common.published(args.weights, FILES, common.VIT, "patch_embed.weight")
+    state = {name if name.startswith(("decoder", "mask_token")) else f"encoder.{name}": x
+             for name, x in common.join_qkv(state).items()}
+    for name in {"encoder.pos_embed", "decoder_pos_embed"} & state.keys():
+        common.require(not state.pop(name)[0, 0].any(),                 # of the cls token: 0
+                       f"--weights {args.weights} is no MAE: its {name} is learned")
+    kernel = state["encoder.patch_embed.weight"].permute(0, 2, 3, 1)            # (C, p, p, 3)
+    state["encoder.patch_embed.weight"] = kernel.flatten(1)                     # (C, P)
+    args.dim, args.patch = kernel.shape[:2]
     args.heads = config.get("num_attention_heads", min(16, args.dim // 64) or 1)
     args.decoder_dim = len(state.get("decoder_embed.weight", range(512)))
-    args.decoder_depth = count("decoder_blocks") // 12 or 8
     args.decoder_heads = config.get("decoder_num_attention_heads", args.decoder_dim // 32 or 1)
-    for name in [name for name in weights if name.endswith(("pos_embed", "position_embeddings"))]:
-        side = math.isqrt(weights[name].shape[1] - 1)
-        fixed = sincos_pos_embed(side, side, weights[name].shape[2])
-        common.require(torch.allclose(weights[name].float(), fixed, atol=1e-3),
-                       f"--weights {args.weights} is no MAE: its {name} is learned")
+    args.depth, args.decoder_depth = (
+        sum(f"{part}blocks" in name for name in state) // 12 for part in ("encoder.", "decoder_"))
+    args.decoder_depth = args.decoder_depth or 8
     model = build(args, image_size)
-    for layer in model.modules():                          # of its authors 1e-6, of others 1e-12
-        if isinstance(layer, nn.LayerNorm):
-            layer.eps = config.get("layer_norm_eps", layer.eps)
-    common.fill_in(model, state, args.weights, missing=("decoder", "mask_token"))
+    common.fill_in(model, state, args.weights, config, missing=("decoder", "mask_token"))
     return model
 
 

@@ -210,7 +210,8 @@ def main(own):
     args = common.resolve(own.args)
     torch.set_float32_matmul_precision("high")
     known = lora.load_base(args, args.base) if args.base else None
-    tokens = lora.tokenizer(known[1]) if known else lora.BYTES
+    weights = known[1]["weights"] if known else ""
+    tokens = common.BPE.load(weights) if weights else lora.BYTES
     train, val = lora.load_examples(args, tokens)
     torch.manual_seed(args.seed)
     base, about = known or lora.load_base(args, lora.pretrain(args))

@@ -13,7 +13,8 @@ FAMILIES = {   # part -> groups of scripts in which it is one and the same
     "Cache": [GPT],
     "GPT": [GPT],
     "mask": [("gpt.py", "lora.py")],
-    "published": [("gpt.py", "lora.py")],
+    "load_gpt2": [("gpt.py", "lora.py")],
+    "NAMES": [("gpt.py", "lora.py")],
     "distance": [("gpt.py", "lora.py")],
     "ViT": [VIT],
     "sincos_pos_embed": [VIT],
@@ -44,9 +45,11 @@ class Prefix(ast.NodeTransformer):
 
 
 def part(source, name, vit=False):
-    """The syntax tree, as text, of a class or function at the top of a source; None if there is none. With vit, of
-    the one that is called ViT... or uses those that are."""
-    found = {n.name: n for n in ast.parse(source).body if hasattr(n, "name")}
+    """The syntax tree, as text, of a class, function or constant at the top of a source; None if there is none. With
+    vit, of the one that is called ViT... or uses those that are."""
+    body = ast.parse(source).body
+    found = {n.name: n for n in body if hasattr(n, "name")}
+    found |= {ast.unparse(n.targets[0]): n for n in body if isinstance(n, ast.Assign)}
     node = found.get(f"ViT{name}", found.get(name)) if vit else found.get(name)
     return ast.dump(Bare().visit(Prefix().visit(node) if vit else node)) if node else None
 
