@@ -21,32 +21,23 @@ from torch.nn import functional as F
 
 from pairs import DEVICE, agree, bench, pair, training           # first: it finds the scripts
 import pairs
-import gpt
+import gpt, lora
 
 pairs.CONTEXT = 256                                   # as --context there
 
 SMALL = dict(vocab=257, context=512, dim=384, depth=6, heads=6)
 GPT2 = dict(vocab=50257, context=1024, dim=768, depth=12, heads=12)
-RENAMED = [("token_embed", "wte"), ("pos_embed", "wpe"), ("blocks.", "h."), ("norm1", "ln_1"),
-           ("norm2", "ln_2"), ("attn.qkv", "attn.c_attn"), ("attn.proj", "attn.c_proj"),
-           ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")]
 
 
 def peer(ours, vocab, context, dim, depth, heads):
-    """GPT2LMHeadModel with our weights: renamed, matrices transposed."""
+    """GPT2LMHeadModel with our weights."""
     import transformers
     config = transformers.GPT2Config(
         vocab_size=vocab, n_positions=context, n_embd=dim, n_layer=depth, n_head=heads,
         resid_pdrop=0., embd_pdrop=0., attn_pdrop=0., bos_token_id=vocab - 1, eos_token_id=None,
         pad_token_id=vocab - 1)
-    theirs, state = transformers.GPT2LMHeadModel(config), {}
-    for name, value in ours.state_dict().items():
-        for a, b in RENAMED:
-            name = name.replace(a, b)
-        name = f"ln_f{name[4:]}" if name.startswith("norm") else name
-        transposed = value.ndim == 2 and name.startswith("h.")
-        state[f"transformer.{name}"] = value.T if transposed else value
-    wrong = theirs.load_state_dict(state, strict=False)
+    theirs = transformers.GPT2LMHeadModel(config)
+    wrong = theirs.load_state_dict(lora.publish(ours), strict=False)
     assert wrong.missing_keys == ["lm_head.weight"] and not wrong.unexpected_keys, wrong    # tied
     return theirs.to(DEVICE)
 
