@@ -346,26 +346,21 @@ def build(args, vocab):
                 args.dropout).to(args.device)
 
 
-FILES = ("config.json, model.safetensors (440 MB) and vocab.txt of "
-         "https://huggingface.co/google-bert/bert-base-uncased")
-
-
-# The names of BERT's authors for the parts of this model, and ours.
-NAMES = ("bert.= gamma=weight beta=bias embeddings.word_embeddings=token_embed "
-         "embeddings.position_embeddings=pos_embed embeddings.token_type_embeddings=segment_embed "
-         "embeddings.LayerNorm=norm encoder.layer=blocks attention.self=attn "
-         "attention.output.dense=attn.proj attention.output.LayerNorm=norm1 "
-         "intermediate.dense=mlp.fc1 output.dense=mlp.fc2 output.LayerNorm=norm2 "
-         "pooler.dense=pooler cls.predictions.transform.dense=mlm_transform "
-         "cls.predictions.transform.LayerNorm=mlm_norm cls.predictions.=mlm_")
+# The names of BERT's authors for the parts of this model, and ours (-: is not loaded).
+NAMES = ("position_ids=- seq_relationship=- bert.= gamma=weight beta=bias "
+         "embeddings.word_embeddings=token_embed embeddings.position_embeddings=pos_embed "
+         "embeddings.token_type_embeddings=segment_embed embeddings.LayerNorm=norm "
+         "encoder.layer=blocks attention.self=attn attention.output.dense=attn.proj "
+         "attention.output.LayerNorm=norm1 intermediate.dense=mlp.fc1 output.dense=mlp.fc2 "
+         "output.LayerNorm=norm2 pooler.dense=pooler cls.predictions.transform.dense=mlm_transform "
+         "cls.predictions.transform.LayerNorm=mlm_norm cls.predictions.=mlm_ "
+         "mlm_decoder.weight=token_embed.weight mlm_decoder.bias=mlm_bias")
 
 
 def load_published(args):
     """The BERT and the tokenizer in the folder --weights; sets the sizes of args. Where there is no
     head for masked words (sentence encoders have none) that head is random."""
-    state, config = common.published(
-        args.weights, FILES, NAMES, "pos_embed.weight", ("position_ids", "seq_relationship"),
-        [("mlm_decoder.weight", "token_embed.weight"), ("mlm_decoder.bias", "mlm_bias")])
+    state, config = common.published(args.weights, "BERT", NAMES, "pos_embed.weight")
     words = common.WordPiece.load(args.weights)
     for name in {"token_embed.weight", "mlm_bias"} & state.keys():
         if len(state[name]) == words.vocab:                    # here the special tokens come first

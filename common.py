@@ -1728,28 +1728,44 @@ def read_weights(path, wanted, flag="--weights"):
         raise UserError(f"{config} cannot be read: fetch it anew") from None
 
 
-def rename(state, names, back=False):
-    """Tensors {name: tensor} under other names. names: "theirs=ours theirs=ours ...", parts of a
-    name that are replaced one after the other; back: ours by theirs."""
-    pairs = [pair.split("=")[::-1 if back else 1] for pair in names.split()]
-    replaced = lambda name: functools.reduce(lambda name, pair: name.replace(*pair), pairs, name)
-    return {replaced(name): x for name, x in state.items()}
+# What to fetch, and from where.
+HUB = {
+    "GPT-2": "config.json, model.safetensors (548 MB), vocab.json and merges.txt of "
+             "https://huggingface.co/openai-community/gpt2, or of gpt2-medium, -large, -xl there",
+    "BERT": "config.json, model.safetensors (440 MB) and vocab.txt of "
+            "https://huggingface.co/google-bert/bert-base-uncased",
+    "MAE": "mae_visualize_vit_base.pth (450 MB) of https://dl.fbaipublicfiles.com/mae/visualize/, "
+           "or config.json and the weights of https://huggingface.co/facebook/vit-mae-base",
+    "ResNet": "resnet18-f37072fd.pth (47 MB) of https://download.pytorch.org/models/"}
 
 
-def published(path, wanted, names, needs, left_out=(), tied=(), flag="--weights"):
+def rename(name, names, back=False):
+    """The name of a tensor under other names. names: "theirs=ours theirs=ours ...", parts of a name
+    that are replaced one after the other; back: from ours to theirs."""
+    for pair in names.split():
+        theirs, ours = pair.split("=")
+        if not back:
+            name = name.replace(theirs, ours)
+        elif ours:
+            name = name.replace(ours, theirs)
+    return name
+
+
+def published(path, kind, names, needs, flag="--weights"):
     """Published weights by the names of a script, {name: tensor}, and the settings beside them.
 
-    path, wanted, flag: see read_weights; names: see rename; needs: a name without which it is
-    another model; left_out: parts of the names of tensors that are not used; tied: pairs of names,
-    of a tensor that is another one's copy, and is left out, and of that one. Raises UserError."""
-    weights, config = read_weights(path, wanted, flag)
-    state = rename({name: x for name, x in weights.items()
-                    if not any(part in name for part in left_out)}, names)
-    require(needs in state, f"{flag} {path} is of another kind of model: fetch {wanted}")
-    for copy, original in tied:
-        x = state.pop(copy, None)
-        require(x is None or original in state and torch.equal(x, state[original]), f"{flag} {path}"
-                f" has its own {copy}, and here it is tied to {original}")
+    kind: of HUB; names: see rename, and a tensor whose name then has a - in it is left out; needs:
+    a name without which it is another model. Two tensors that get the same name must be equal: they
+    are tied. Raises UserError."""
+    weights, config = read_weights(path, HUB[kind], flag)
+    state = {}
+    for theirs, x in weights.items():
+        name = rename(theirs, names)
+        require(name not in state or "-" in name or torch.equal(state[name], x), f"{flag} {path} "
+                f"has its own {theirs}, and here it is tied to {name}")
+        state[name] = x
+    state = {name: x for name, x in state.items() if "-" not in name}
+    require(needs in state, f"{flag} {path} is no {kind}: fetch {HUB[kind]}")
     return state, config
 
 

@@ -274,25 +274,23 @@ def sample_text(model, prompt, n, bos, stop=None, **how):
 
 BYTES = common.Bytes()
 BOS = BYTES.BOS
-GPT2 = ("config.json, model.safetensors (548 MB), vocab.json and merges.txt of "
-        "https://huggingface.co/openai-community/gpt2, or of gpt2-medium, -large, -xl there")
 
 
-# GPT-2's names for the parts of this model, and ours.
-NAMES = ("wte=token_embed wpe=pos_embed h.=blocks. ln_f.=norm. ln_=norm c_attn=qkv "
-         "attn.c_proj=attn.proj mlp.c_proj=mlp.fc2 c_fc=fc1")
+# GPT-2's names for the parts of this model, and ours (-: the causal mask, which is not loaded).
+NAMES = ("transformer.= wte=token_embed lm_head=token_embed wpe=pos_embed h.=blocks. ln_f.=norm. "
+         "ln_=norm c_attn=qkv attn.c_proj=attn.proj mlp.c_proj=mlp.fc2 c_fc=fc1 .attn.bias=- "
+         ".attn.masked_bias=-")
 
 
-def load_gpt2(path, flag="--weights", dropout=0.):
-    """The GPT-2 in a folder, and its tokenizer."""
-    state, config = common.published(path, GPT2, "transformer.= " + NAMES, "pos_embed.weight",
-                                     (".attn.bias", ".attn.masked_bias"),        # the causal mask
-                                     [("lm_head.weight", "token_embed.weight")], flag)
+def load_gpt2(args, path, flag="--weights", dropout=0.):
+    """The GPT-2 in a folder, and its tokenizer; sets the sizes of args."""
+    state, config = common.published(path, "GPT-2", NAMES, "pos_embed.weight", flag)
     state = {name: x.T if x.ndim == 2 and "embed" not in name else x
              for name, x in state.items()}                                      # (in, out) there
-    context, dim = state["pos_embed.weight"].shape
-    depth, tokens = sum("qkv.weight" in name for name in state), common.BPE.load(path)
-    model = GPT(tokens.vocab, context, dim, depth, config.get("n_head", dim // 64), dropout)
+    tokens, (context, args.dim) = common.BPE.load(path), state["pos_embed.weight"].shape
+    args.depth = sum(name.endswith("qkv.weight") for name in state)
+    args.heads = config.get("n_head", args.dim // 64)
+    model = GPT(tokens.vocab, context, args.dim, args.depth, args.heads, dropout)
     common.fill_in(model, state, path, config)
     return model, tokens
 
@@ -377,9 +375,7 @@ def main(args):
     images, model, tokens = common.is_images(args.data), None, BYTES
     if args.weights:
         common.require(not images, f"--weights are of a text model, not for --data {args.data}")
-        model, tokens = load_gpt2(args.weights, dropout=args.dropout)
-        args.dim, args.depth = model.norm.weight.numel(), len(model.blocks)
-        args.heads = model.blocks[0].attn.heads
+        model, tokens = load_gpt2(args, args.weights, dropout=args.dropout)
     prompt = None if images else prompt_tokens(args, tokens)
     if args.weights and not args.data:                              # nothing to train on or to test
         common.say(write(args, model.to(args.device).eval(), prompt, tokens))

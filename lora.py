@@ -56,8 +56,6 @@ import common
 Method = Literal["lora", "ia3", "bitfit", "first", "middle", "last", "full"]
 # Of three or four rates for each, the best on average over k: experiments/adapt.py --search
 LR = dict(lora=1e-3, ia3=1e-2, bitfit=1e-3, first=1e-4, middle=1e-4, last=1e-4, full=5e-5)
-GPT2 = ("config.json, model.safetensors (548 MB), vocab.json and merges.txt of https://huggingface"
-        ".co/openai-community/gpt2, or name the folder of a run of gpt.py or lora.py")
 
 
 @dataclass
@@ -569,7 +567,7 @@ def load_base(args, folder):
     is: its folder, its fingerprint, the old text, which it knows, and the published weights that
     it began with."""
     if args.uses_published:
-        model, _ = load_gpt2(args.base, "--base")
+        model, _ = load_gpt2(args, args.base, "--base")
         return model.to(args.device).eval(), dict(
             base=args.base, fingerprint=common.fingerprint(model.state_dict()),
             old=args.old or "pydocs", weights=args.base)
@@ -587,29 +585,30 @@ def load_base(args, folder):
         weights=how.get("weights", ""))
 
 
-# GPT-2's names for the parts of this model, and ours.
-NAMES = ("wte=token_embed wpe=pos_embed h.=blocks. ln_f.=norm. ln_=norm c_attn=qkv "
-         "attn.c_proj=attn.proj mlp.c_proj=mlp.fc2 c_fc=fc1")
+# GPT-2's names for the parts of this model, and ours (-: the causal mask, which is not loaded).
+NAMES = ("transformer.= wte=token_embed lm_head=token_embed wpe=pos_embed h.=blocks. ln_f.=norm. "
+         "ln_=norm c_attn=qkv attn.c_proj=attn.proj mlp.c_proj=mlp.fc2 c_fc=fc1 .attn.bias=- "
+         ".attn.masked_bias=-")
 
 
-def load_gpt2(path, flag="--weights", dropout=0.):
-    """The GPT-2 in a folder, and its tokenizer."""
-    state, config = common.published(path, GPT2, "transformer.= " + NAMES, "pos_embed.weight",
-                                     (".attn.bias", ".attn.masked_bias"),        # the causal mask
-                                     [("lm_head.weight", "token_embed.weight")], flag)
+def load_gpt2(args, path, flag="--weights", dropout=0.):
+    """The GPT-2 in a folder, and its tokenizer; sets the sizes of args."""
+    state, config = common.published(path, "GPT-2", NAMES, "pos_embed.weight", flag)
     state = {name: x.T if x.ndim == 2 and "embed" not in name else x
              for name, x in state.items()}                                      # (in, out) there
-    context, dim = state["pos_embed.weight"].shape
-    depth, tokens = sum("qkv.weight" in name for name in state), common.BPE.load(path)
-    model = GPT(tokens.vocab, context, dim, depth, config.get("n_head", dim // 64), dropout)
+    tokens, (context, args.dim) = common.BPE.load(path), state["pos_embed.weight"].shape
+    args.depth = sum(name.endswith("qkv.weight") for name in state)
+    args.heads = config.get("n_head", args.dim // 64)
+    model = GPT(tokens.vocab, context, args.dim, args.depth, args.heads, dropout)
     common.fill_in(model, state, path, config)
     return model, tokens
 
 
 def publish(model):
     """The tensors of a GPT by GPT-2's names, as transformers loads them."""
+    found = {common.rename(name, NAMES, back=True): x for name, x in model.state_dict().items()}
     return {f"transformer.{name}": x.T.contiguous() if x.ndim == 2 and "h." in name else x
-            for name, x in common.rename(model.state_dict(), NAMES, back=True).items()}
+            for name, x in found.items()}
 
 
 def build(args, model):

@@ -333,13 +333,9 @@ def build(args, image_size):
                args.decoder_depth, args.decoder_heads).to(args.device)
 
 
-FILES = ("mae_visualize_vit_base.pth (450 MB) of https://dl.fbaipublicfiles.com/mae/visualize/, or "
-         "config.json and the weights of https://huggingface.co/facebook/vit-mae-base")
-
-
 def load_published(args, image_size):
     """The MAE of --weights; sets the sizes of args. Where it has no decoder, that is random."""
-    state, config = common.published(args.weights, FILES, common.VIT, "patch_embed.weight")
+    state, config = common.published(args.weights, "MAE", common.VIT, "patch_embed.weight")
     state = {name if name.startswith(("decoder", "mask_token")) else f"encoder.{name}": x
              for name, x in common.join_qkv(state).items()}
     for name in {"encoder.pos_embed", "decoder_pos_embed"} & state.keys():

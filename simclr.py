@@ -310,13 +310,10 @@ def build(args, image_size):
     return model.to(memory_format=torch.channels_last)       # in which convolutions are faster
 
 
-FILES = "resnet18-f37072fd.pth (47 MB) of https://download.pytorch.org/models/"
-
-
 def load_published(args):
     """A SimCLR with the encoder of --weights, by torchvision's names, without its layer to classes;
     the projection head is random. Sets the sizes of args."""
-    weights, _ = common.read_weights(args.weights, FILES)
+    weights, _ = common.read_weights(args.weights, common.HUB["ResNet"])
     state = {name: x for name, x in weights.items() if "fc." not in name}
     for prefix in "module.", "encoder.", "backbone.":
         state = {name.removeprefix(prefix): x for name, x in state.items()}

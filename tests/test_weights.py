@@ -270,12 +270,12 @@ def gpt2(tmp_path):
 def test_gpt2_loads_writes_and_trains(gpt2, tmp_path):
     model, folder = gpt2
     args = common.resolve(gpt.Args(weights=str(folder), device="cpu"))
-    found, tokens = gpt.load_gpt2(args.weights)
+    found, tokens = gpt.load_gpt2(args, args.weights)
     assert (found.norm.weight.numel(), len(found.blocks), found.blocks[0].attn.heads) == (24, 2, 3)
     x = torch.randint(tokens.vocab, (2, 40))
     assert torch.equal(found.eval()(x), model(x))
     safetensors(folder / "model.safetensors", {k.removeprefix("transformer."): v for k, v in transformers_gpt2(model).items()})
-    assert torch.equal(gpt.load_gpt2(args.weights)[0].eval()(x), model(x))                  # without the prefix
+    assert torch.equal(gpt.load_gpt2(args, args.weights)[0].eval()(x), model(x))                  # without the prefix
     out = tmp_path / "run"
     flags = ["--weights", folder, "--device", "cpu", "--out", out, "--prompt", "the queen", "--length", 6, "--temperature", 0]
     done = run(*flags, script="gpt.py")
@@ -301,7 +301,7 @@ def test_other_weights_are_refused(gpt2, tmp_path):
     for change, words in ((lambda: state.pop("transformer.h.1.ln_1.bias"), "blocks.1.norm1.bias is missing there and (24,) here"),
                           (lambda: state.update({"transformer.h.1.ln_1.bias": torch.zeros(24), "extra": torch.zeros(2)}),
                            "extra is (2,) there and missing here"),
-                          (lambda: state.update(extra=torch.zeros(2)) or state.pop("transformer.wpe.weight"), "is of another kind of model: fetch config.json, model.safetensors")):
+                          (lambda: state.update(extra=torch.zeros(2)) or state.pop("transformer.wpe.weight"), "is no GPT-2: fetch config.json, model.safetensors")):
         change()
         safetensors(folder / "model.safetensors", state)
         refused(run(*flags, script="gpt.py"), 1, words, script="gpt.py")
@@ -407,7 +407,7 @@ def test_lora_adapts_a_gpt2_and_gives_it_back(gpt2, tmp_path):
     x = torch.randint(tokens.vocab, (2, 20))
     before = base(x)
     safetensors(folder / "model.safetensors", lora.publish(lora.merge_and_unload(base)))
-    torch.testing.assert_close(gpt.load_gpt2(folder)[0].eval()(x), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gpt.load_gpt2(args, folder)[0].eval()(x), before, rtol=1e-4, atol=1e-4)
     refused(run(*flags, "--k", 99, "--out", tmp_path / "no", script="lora.py"), 1, "--k 99 is more than the 54 examples", script="lora.py")
     wordpiece_folder(folder), (folder / "vocab.json").unlink()
     refused(run(*flags, "--out", tmp_path / "no", script="lora.py"), 1, "holds no tokenizer: fetch vocab.json", script="lora.py")
@@ -482,7 +482,7 @@ def test_mae_loads_and_paints(tiny, tmp_path):
     torch.save(theirs | dict(pos_embed=torch.randn(1, 17, 16)), tmp_path / "vit.pth")
     refused(run("--weights", tmp_path / "vit.pth", "--data", tiny, "--out", tmp_path / "no"), 1, "is no MAE: its encoder.pos_embed is learned")
     torch.save({"x": torch.zeros(2)}, tmp_path / "x.pth")
-    refused(run("--weights", tmp_path / "x.pth", "--data", tiny, "--out", tmp_path / "no"), 1, "is of another kind of model: fetch mae_visualize")
+    refused(run("--weights", tmp_path / "x.pth", "--data", tiny, "--out", tmp_path / "no"), 1, "is no MAE: fetch mae_visualize")
 
 
 def test_published_models_join_in_flamingo(gpt2, tiny, tmp_path):
