@@ -1,23 +1,23 @@
-"""GPT: predict the next token from those before it, and write text with a cache of keys and values.
+"""GPT: predict the next token from the tokens before it, and generate text with a KV cache.
 
 Paper    Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2). Pixels
          as tokens: Chen et al. 2020, "Generative Pretraining from Pixels"
 
-Idea     Predict each token from those before it. (It is a masked autoencoder with a special mask:
-         to predict token t, mask t and all that follow.) One pass predicts ALL tokens, where BERT
-         predicts 15 %. And such a model can write: sample a token, append it, repeat. Earlier
-         tokens never attend to later ones, so their keys and values do not change: a KV cache
-         keeps them, and a new token costs the layers of one token, and attention to all before it.
+Idea     Predict each token from the tokens before it. (This is a masked autoencoder with a special
+         mask: to predict token t, mask t and all tokens after it.) One pass predicts ALL tokens;
+         BERT predicts 15 %. The model can also generate: sample a token, append it, repeat.
+         Earlier tokens never attend to later ones, so their keys and values do not change. A KV
+         cache stores them: only the new token passes through the layers, and attends to the cache.
 
-Loss     L = -1 / T sum_t log p(x_t | BOS, x_1 ... x_{t-1}),   in nats per token; a uniform guess
-         costs ln 257. Bits per byte: the sum over all tokens, ends of documents included, divided
-         by ln 2 and by the number of bytes; in windows one after another, so that the first tokens
-         of each have little before them.
+Loss     L = -1 / T sum_t log p(x_t | BOS, x_1 ... x_{t-1}), in nats per token. A uniform guess
+         costs ln 257. Bits per byte is the sum over all tokens, the BOS after each document
+         included, divided by ln 2 and by the number of bytes. The windows do not overlap, so the
+         first tokens of each window have little context.
 
-Flow     tokens x (B, T): bytes of a text, or the pixels of a small grey image, row by row. In a
-         text, BOS stands before each document, so it is predicted, too, where a document ends.
-         A. mask      shift: BOS before, without the last one -> inputs (B, T); target x
-         B. predict   causal Transformer                      -> logits (B, T, 257)
+Flow     tokens x (B, T): the bytes of a text, or the pixels of a small grey image, row by row. Each
+         document of a text begins with BOS, so BOS is also the target where a document ends.
+         A. mask      prepend BOS, drop the last token -> inputs (B, T), target x
+         B. predict   causal Transformer               -> logits (B, T, 257)
          C. compare   cross-entropy at every token
          sample       prompt -> cache (prefill); then one token at a time
 
@@ -25,18 +25,18 @@ Run      python gpt.py --prompt "The "
 Expect   1.347 ± 0.003 nats per token on new text, 1.95 ± 0.00 bits per byte (3 seeds; 162 s of
          training on 1 thread, beside other jobs; Intel(R) Xeon(R) Processor, 2 cores, Python
          3.11.7, torch 2.13.0+cpu)
-Differs  A token is a byte (257 with BOS), not one of 50,257 pieces of words (byte-pair encoding).
-         Every window begins with a BOS, in the midst of a document, too. Residual branches start
-         with smaller weights, as in the paper (OpenAI's published code: not). Muon trains the
-         matrices of the blocks (its steps are orthogonalised: common.py), AdamW the rest (theirs:
-         Adam for all). Pixels are 256 greys, theirs 512 colours. --weights loads the published
-         GPT-2, of any size, with its tokenizer.
+Differs  A token is a byte (257 with BOS), not one of 50,257 subwords (byte-pair encoding). Every
+         window begins with BOS, even in the middle of a document. The last layers of the residual
+         branches start with smaller weights, as in the paper but not in OpenAI's code. Muon trains
+         the matrices of the blocks (with orthogonalised steps: common.py) and AdamW the rest; the
+         paper uses Adam for all. A pixel is one of 256 greys, in the paper one of 512 colours.
+         --weights loads the published GPT-2 in any size, with its tokenizer.
 
-Try      --steps 0 --resume --temperature 0, 0.5, 1, 2: where does it repeat itself, and where does
-         it fall apart?
-         --data shapes: which part of a figure can it complete, and what does it make up?
-         --context 32 --batch 64 (on a CPU as many tokens per step as usual): how much of the loss
-         needs what is far away?
+Try      --steps 0 --resume --temperature 0, 0.5, 1, 2: at which temperature does the text repeat
+         itself, and at which does it fall apart?
+         --data shapes: which part of a figure does the model complete, and what does it make up?
+         --context 32 --batch 64 (on a CPU this keeps the number of tokens per step): how much of
+         the loss depends on distant tokens?
 """
 import dataclasses
 import math
@@ -54,26 +54,26 @@ import common
 
 @dataclass
 class Args(common.Args):
-    """Settings of gpt.py: for a GPU, and in `cpu` smaller ones for two cores."""
+    """Settings of gpt.py for a GPU; `cpu` has smaller ones for two CPU cores."""
     steps: int = 5000               # training steps, 0 or more
-    batch: int = 64                 # windows of the text, or images, per step
+    batch: int = 64                 # windows of text, or images, per step
     lr: float = 1e-3                # peak learning rate
-    optimizer: Literal["muon", "adamw"] = "muon"   # muon: for the matrices of the blocks
-    muon_lr: float = 0.02           # peak learning rate of these matrices, in (0, inf)
-    weight_decay: float = 0.1       # decay, of matrices only
-    weights: str = ""               # GPT-2 as published: a folder; it writes, and --steps tunes it
-    data: str = "pydocs"            # pydocs, pycode, shakespeare, file, folder; shapes, mnist ...
-    context: int = 256              # tokens of a window, BOS included, 2 or more (images: side^2)
+    optimizer: Literal["muon", "adamw"] = "muon"   # Muon for the blocks' matrices, or AdamW for all
+    muon_lr: float = 0.02           # peak learning rate of Muon, in (0, inf)
+    weight_decay: float = 0.1       # weight decay, on matrices only
+    weights: str = ""               # folder of a published GPT-2; it is trained only with --steps N
+    data: str = "pydocs"            # pydocs, pycode, shakespeare, a path; images: shapes, mnist ...
+    context: int = 256              # tokens per window, BOS included, 2 or more (images: side^2)
     dim: int = 384                  # channels
     depth: int = 6                  # blocks
     heads: int = 6                  # attention heads
-    dropout: float = 0.2            # dropout probability, against overfitting, in [0, 1)
-    image_size: int = 14            # side in pixels to which images are scaled, 2 or more
-    prompt: str = "The "            # what the sample at the end begins with
-    length: int = 400               # tokens of that sample
-    temperature: float = 0.8        # divides the logits: 1 as trained, 0 the most likely token
+    dropout: float = 0.2            # dropout probability, in [0, 1)
+    image_size: int = 14            # side of the images in pixels, 2 or more
+    prompt: str = "The "            # text that the sample at the end continues
+    length: int = 400               # tokens to sample
+    temperature: float = 0.8        # divides the logits; 1: as trained; 0: most likely token only
     top_k: int = 0                  # sample from the k most likely tokens, 0 or more; 0: from all
-    top_p: float = 1.0              # sample from the fewest tokens of this total, in (0, 1]
+    top_p: float = 1.0              # nucleus sampling: total probability of the tokens, in (0, 1]
 
     cpu = dict(steps=1100, batch=16, lr=3e-3, muon_lr=0.04, context=128, dim=128, depth=4, heads=4,
                dropout=0.)
@@ -81,28 +81,28 @@ class Args(common.Args):
 
 
 # ------------------------------------------------------------------------------------- the model
-# B batch, T new tokens, L tokens in all, C channels, H heads, D = C / H, V vocabulary.
+# B batch, T new tokens, L all tokens so far, C channels, H heads, D = C / H, V vocabulary size.
 
 
 class GPT(nn.Module):
-    """GPT-2: tokens (B, T) -> logits of the token after each, (B, T, V).
+    """GPT-2: tokens (B, T) -> logits (B, T, V) for the token that follows each of them.
 
-    With a cache, from new_cache(), the tokens come after those that it holds: a whole text at once,
-    or a prompt and then one token at a time, give the same logits. Raises ValueError where they
-    are more than the context.
+    With a cache from new_cache(), the tokens continue those in the cache: passing a prompt and then
+    one token at a time gives the same logits as passing the whole text. Raises ValueError if the
+    text is longer than the context.
     """
 
     def __init__(self, vocab, context, dim, depth, heads, dropout=0.):
         super().__init__()
         self.dropout = dropout
-        self.token_embed = nn.Embedding(vocab, dim)      # tied: also the matrix to the logits
+        self.token_embed = nn.Embedding(vocab, dim)      # tied: the output layer uses it, too
         self.pos_embed = nn.Embedding(context, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-5)
-        for name, p in self.named_parameters():                  # as GPT-2: 0.02, positions 0.01
+        for name, p in self.named_parameters():                  # GPT-2's 0.02; 0.01 for positions
             if p.ndim > 1:
-                last = name.endswith(("proj.weight", "fc2.weight"))    # the last layer of a branch:
-                std = .02 / math.sqrt(2 * depth) if last else .02      # 2 depth of them are summed
+                last = name.endswith(("proj.weight", "fc2.weight"))    # last layer of a branch:
+                std = .02 / math.sqrt(2 * depth) if last else .02      # 2 depth branches add up
                 nn.init.normal_(p, std=.01 if name == "pos_embed.weight" else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -120,7 +120,7 @@ class GPT(nn.Module):
         return F.linear(self.norm(x), self.token_embed.weight)                      # (B, T, V)
 
     def new_cache(self, batch):
-        """An empty KV cache for a batch of texts: a Cache for each block."""
+        """Returns an empty KV cache for a batch of texts: one Cache per block."""
         context, dim = self.pos_embed.weight.shape
         return [Cache(batch, block.attn.heads, context, dim // block.attn.heads,
                       self.pos_embed.weight) for block in self.blocks]
@@ -142,8 +142,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention: each token to itself and those before it, (B, T, C) ->
-    (B, T, C). With a cache, the T tokens come after those that it holds, and are appended."""
+    """Causal multi-head self-attention: (B, T, C) -> (B, T, C). Each token attends to itself and to
+    the tokens before it. With a cache, the T new tokens also attend to the cached ones."""
 
     def __init__(self, dim, heads, dropout=0.):
         super().__init__()
@@ -159,8 +159,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)    # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)                                       # each (B, H, L, D)
-        L, visible = k.shape[2], None    # one new token attends to all L keys: no mask. Of several,
-        if 1 < T < L:                    # the last attends to all, the one before it to L - 1, ...
+        L, visible = k.shape[2], None    # a single new token attends to all L keys without a mask;
+        if 1 < T < L:                    # several: the last to L keys, the one before to L - 1, ...
             visible = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
         x = F.scaled_dot_product_attention(              # softmax(q k^T / sqrt(D) + mask) v
             q, k, v, visible, self.dropout if self.training else 0.,
@@ -170,7 +170,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, applied to each token: (B, T, C) -> (B, T, C)."""
+    """Two linear layers with a GELU between, applied to each token: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, dim, dropout=0.):
         super().__init__()
@@ -184,8 +184,8 @@ class MLP(nn.Module):
 
 
 class Cache:
-    """KV cache of one block: keys and values of all L tokens so far, (B, H, L, D) each. Memory for
-    a whole context is allocated once."""
+    """KV cache of one block: the keys and the values of the L tokens so far, (B, H, L, D) each.
+    Memory for the whole context is allocated once."""
 
     def __init__(self, batch, heads, context, head_dim, like):
         self.k = like.new_empty(batch, heads, context, head_dim)
@@ -193,7 +193,7 @@ class Cache:
         self.length = 0
 
     def append(self, k, v):
-        """Appends those of T new tokens (B, H, T, D); returns those of all, (B, H, L, D)."""
+        """Appends keys and values of T new tokens (B, H, T, D); returns all L, (B, H, L, D)."""
         start, self.length = self.length, self.length + k.shape[2]
         self.k[:, :, start:self.length] = k
         self.v[:, :, start:self.length] = v
@@ -204,37 +204,37 @@ class Cache:
 
 
 def distance(prediction, target):
-    """C. Mean cross-entropy of logits (B, T, V) with tokens (B, T), in nats per token."""
+    """C. Mean cross-entropy of logits (B, T, V) and tokens (B, T), in nats per token."""
     return F.cross_entropy(prediction.flatten(0, 1).float(), target.flatten())
 
 
 def mask(x, bos):
-    """A. Tokens x (B, T) -> the inputs (B, T), shifted by one, and the target, x itself.
+    """A. Tokens x (B, T) -> inputs (B, T), shifted right by one, and the target, x itself.
 
-    Of h e l l o the inputs are BOS h e l l. The shift, with causal attention, masks x_t and all
-    that follow where x_t is predicted.
+    For h e l l o the inputs are BOS h e l l. The shift and causal attention together mask x_t and
+    all tokens after it in the prediction of x_t.
     """
     return F.pad(x[:, :-1], (1, 0), value=bos), x
 
 
 @torch.inference_mode()
 def sample(model, prompt, n, temperature=1., top_k=0, top_p=1.):
-    """Continues the prompts (B, T) by n tokens: (B, n). The model should be in evaluation mode. T +
-    n is at most the context and one, since the last token is not read again."""
+    """Samples n tokens after each prompt (B, T): (B, n). Call model.eval() first. T + n is at most
+    the context plus one, because the last token is not fed back."""
     cache, x, tokens = model.new_cache(len(prompt)), prompt, []
     for _ in range(n):
-        logits = model(x, cache)[:, -1]              # (B, V); first the prompt, then one token each
+        logits = model(x, cache)[:, -1]              # (B, V); x: the prompt, then the last token
         x = torch.multinomial(distribution(logits, temperature, top_k, top_p), 1)        # (B, 1)
         tokens.append(x)
     return torch.cat(tokens, 1)
 
 
 def distribution(logits, temperature=1., top_k=0, top_p=1.):
-    """Logits (B, V) -> the probabilities to sample from, (B, V) float32.
+    """Logits (B, V) -> probabilities to sample from, (B, V) float32.
 
-    temperature divides the logits; 0 is greedy: the most likely token only. Then top_k keeps the k
-    most likely tokens (0: all), and top_p the fewest of them whose probabilities sum to top_p or
-    more (nucleus sampling, arXiv 1904.09751), at least one.
+    The logits are divided by temperature; 0 means greedy decoding: only the most likely token.
+    top_k then keeps the k most likely tokens (0: all), and top_p the smallest set of them, at least
+    one, whose probabilities sum to top_p or more (nucleus sampling, arXiv 1904.09751).
     """
     if temperature == 0:
         return F.one_hot(logits.argmax(1), logits.shape[1]).float()
@@ -244,23 +244,23 @@ def distribution(logits, temperature=1., top_k=0, top_p=1.):
         p = torch.zeros_like(p).scatter(1, ids, values)
     if top_p < 1:
         values, ids = (p / p.sum(1, keepdim=True)).sort(stable=True, dim=1, descending=True)
-        before = values.cumsum(1) - values                       # sum of the more likely tokens
-        before[:, 0] = -1.                                       # the most likely is always kept
-        values = values.masked_fill(before > top_p - 1e-6, 0.)   # 1e-6: rounding of the sums
+        before = values.cumsum(1) - values                       # total of the more likely tokens
+        before[:, 0] = -1.                                       # always keep the most likely
+        values = values.masked_fill(before > top_p - 1e-6, 0.)   # 1e-6: rounding errors of the sum
         p = torch.zeros_like(p).scatter(1, ids, values)
     return p / p.sum(1, keepdim=True)
 
 
 def sample_text(model, prompt, n, bos, stop=None, **how):
-    """Continues one text, tokens (T,), by n tokens, which may be more than the context, or up to
-    `stop`: (n,) or shorter. **how: as for sample. Raises ValueError where BOS and the prompt are
-    more than the context."""
+    """Samples n tokens after one prompt (T,), beyond the context if need be: (n,), or fewer if the
+    token `stop` comes up first. **how: arguments of sample. Raises ValueError if BOS and the prompt
+    do not fit into the context."""
     context, window = len(model.pos_embed.weight), F.pad(prompt, (1, 0), value=bos)
     if len(window) > context:
         raise ValueError(f"{len(window)} tokens are more than the context of {context}")
-    text = prompt[:0]                                                # what is new
+    text = prompt[:0]                                                # the new tokens
     while len(text) < n:
-        if len(window) > context:        # it is full: read the last half of it again, after BOS
+        if len(window) > context:        # full: restart from BOS and its last half
             window = F.pad(window[-(context // 2):], (1, 0), value=bos)
         new = sample(model, window[None], min(n - len(text), context + 1 - len(window)), **how)[0]
         if stop is not None and (new == stop).any():
@@ -276,17 +276,17 @@ BYTES = common.Bytes()
 BOS = BYTES.BOS
 
 
-# GPT-2's names for the parts of this model, and ours (-: the causal mask, which is not loaded).
+# GPT-2's names of the tensors = the names in this file (-: the causal mask, not loaded).
 NAMES = ("transformer.= wte=token_embed lm_head=token_embed wpe=pos_embed h.=blocks. ln_f.=norm. "
          "ln_=norm c_attn=qkv attn.c_proj=attn.proj mlp.c_proj=mlp.fc2 c_fc=fc1 .attn.bias=- "
          ".attn.masked_bias=-")
 
 
 def load_gpt2(args, path, flag="--weights", dropout=0.):
-    """The GPT-2 in a folder, and its tokenizer; sets the sizes of args."""
+    """Loads GPT-2 from a folder and sets its sizes in args. Returns the model, its tokenizer."""
     state, config = common.published(path, "GPT-2", NAMES, "pos_embed.weight", flag)
     state = {name: x.T if x.ndim == 2 and "embed" not in name else x
-             for name, x in state.items()}                                      # (in, out) there
+             for name, x in state.items()}                              # theirs are (in, out)
     tokens, (context, args.dim) = common.BPE.load(path), state["pos_embed.weight"].shape
     args.depth = sum(name.endswith("qkv.weight") for name in state)
     args.heads = config.get("n_head", args.dim // 64)
@@ -296,8 +296,8 @@ def load_gpt2(args, path, flag="--weights", dropout=0.):
 
 
 def pixels(args):
-    """Images as rows of grey bytes: train (n, S^2), validation (m, S^2) uint8. Shapes are drawn at
-    twice the size and averaged, so that edges are smooth."""
+    """Images as sequences of grey pixels: train (n, S^2) and validation (m, S^2), uint8. They are
+    loaded at twice the size and averaged to smooth the edges."""
     size = args.image_size
     images = common.load_images(dataclasses.replace(args, image_size=2 * size))
 
@@ -309,8 +309,8 @@ def pixels(args):
 
 
 def windows(args, tokens=BYTES):
-    """Windows of --context tokens of a text: to train on from every start, (n, context); to
-    validate on one after another, (m, context)."""
+    """Windows of --context tokens of a text: training windows start at every token, (n, context);
+    validation windows do not overlap, (m, context)."""
     text, T = common.load_text(args.data, args.data_dir), args.context
     train, val = (tokens.stream(part).to(args.device) for part in (text.train, text.val))
     common.require(len(val) >= T <= len(train), f"the last tenth of --data {args.data} has "
@@ -321,7 +321,7 @@ def windows(args, tokens=BYTES):
 
 @torch.no_grad()
 def evaluate(args, model, val, tokens=BYTES):
-    """Loss on the validation tokens (m, T): nats per token, and bits per byte."""
+    """Loss on the validation tokens (m, T): (nats per token, bits per byte)."""
     nats, count, sizes = 0., 0, tokens.sizes.to(val.device)     # count: bytes
     for x in common.progress(val.split(max(1, 8192 // val.shape[1])), "evaluating"):
         inputs, target = mask(x.long(), tokens.BOS)
@@ -333,12 +333,12 @@ def evaluate(args, model, val, tokens=BYTES):
 
 
 def how(args):
-    """The settings of sample."""
+    """The arguments of sample that the settings determine."""
     return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
 
 
 def prompt_tokens(args, tokens=BYTES):
-    """--prompt as tokens (n,). Raises UserError where BOS and they exceed --context."""
+    """--prompt as tokens (n,). Raises UserError if BOS and the prompt exceed --context."""
     prompt = tokens.encode(args.prompt.encode(errors="surrogateescape")).to(args.device)
     common.require(len(prompt) < args.context, f"--prompt has {len(prompt)} tokens, and --context "
                    f"{args.context} holds {args.context - 1} beside BOS: shorten it")
@@ -346,14 +346,14 @@ def prompt_tokens(args, tokens=BYTES):
 
 
 def write(args, model, prompt, tokens=BYTES):
-    """The text that the model writes after the prompt, at most to the end of a document."""
+    """The prompt and what the model generates after it, up to --length or the next BOS."""
     torch.manual_seed(args.seed)
     new = sample_text(model, prompt, args.length, tokens.BOS, stop=tokens.BOS, **how(args))
     return tokens.decode(torch.cat([prompt, new]))
 
 
 def complete(args, model, val):
-    """Writes completions.png: the upper half of twelve images, two completions, the original."""
+    """Writes completions.png: twelve times an upper half, two completions and the original."""
     size, half = args.image_size, args.image_size // 2 * args.image_size
     given = val[:12, :half].long()
     twice = given.repeat_interleave(2, 0)
@@ -377,7 +377,7 @@ def main(args):
         common.require(not images, f"--weights are of a text model, not for --data {args.data}")
         model, tokens = load_gpt2(args, args.weights, dropout=args.dropout)
     prompt = None if images else prompt_tokens(args, tokens)
-    if args.weights and not args.data:                              # nothing to train on or to test
+    if args.weights and not args.data:                              # no data: generate only
         common.say(write(args, model.to(args.device).eval(), prompt, tokens))
         return model
     train, val = pixels(args) if images else windows(args, tokens)             # (n, T), (m, T)
@@ -406,7 +406,7 @@ def main(args):
     what, unit = ("images", "pixel") if images else ("text", "byte")
     common.report(run, f"{nats:.3f} nats per token, {bits:.3f} bits per {unit}",
                   dict(loss=nats, bits=bits, uniform=run.uniform, text=text))
-    common.say(f"\nPicture: {args.out}/completions.png (given | completed | again | original)"
+    common.say(f"\nPicture: {args.out}/completions.png (given | completion | another | original)"
                if images else f"\n{text}")
     common.say(f"\nLoss on new {what}: {nats:.3f} nats per token (uniform guess "
                f"{run.uniform:.3f}), {bits:.3f} bits per {unit}.")
