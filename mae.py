@@ -1,29 +1,29 @@
-"""Masked autoencoder (MAE): mask 75 % of an image's patches, and reconstruct them from the rest.
+"""Masked autoencoder (MAE): mask 75 % of an image's patches and reconstruct them from the rest.
 
 Paper    He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377
 
-Idea     An autoencoder that sees all it has to reconstruct can copy. So mask most of the image: a
-         few masked patches could be guessed from their neighbours, 75 % only by knowing what things
-         look like. The encoder, a Vision Transformer (ViT), works on the visible patches alone: a
-         quarter of the tokens. A small decoder reconstructs the masked patches; after pre-training
-         it is thrown away. It gets one learned vector, the mask token, for every masked patch: the
-         position that is added to it tells which patch to predict.
+Idea     An autoencoder that sees everything it has to reconstruct can copy. So mask most of the
+         image: a few masked patches can be guessed from their neighbours, but 75 % of them only by
+         knowing what things look like. The encoder, a Vision Transformer (ViT), processes only the
+         visible patches: a quarter of the tokens. A small decoder reconstructs the masked patches
+         and is discarded after pre-training. Its input for every masked patch is the same learned
+         vector, the mask token; the position embedding added to it tells which patch to predict.
 
 Loss     L = 1 / (|M| P) sum_{i in M} || x_i - decode(encode(x_V), M)_i ||^2
-         over the masked patches M only, from the visible ones V; P pixel values per patch (with
-         --norm-pix, each x_i is normalised by its own mean and variance). Pixels have mean 0 and
-         variance 1, so predicting the mean costs about 1.
+         The sum is over the masked patches M; V are the visible patches, P is the number of pixel
+         values per patch. With --norm-pix, each x_i is normalised by its own mean and variance.
+         Pixels have mean 0 and variance 1, so predicting the mean everywhere costs about 1.
 
 Flow     images (B, 3, S, S)
          A. mask      patchify            -> patches (B, N, P)
                       random_masking      -> visible (B, n, P), masked (B, N - n, P)
          B. predict   encoder             -> (B, 1 + n, C)     cls token and visible patches
                       decoder_embed       -> (B, 1 + n, C')    C' decoder channels
-                      append mask tokens  -> (B, 1 + N, C')    unshuffled; plus positions
+                      append mask tokens  -> (B, 1 + N, C')    unshuffled, positions added
                       decoder             -> (B, N - n, P)     the masked patches
-         C. compare   mean squared error of the masked patches
-         later        encoder of all patches -> mean of the patch tokens (B, C) -> a new linear
-                      layer, trained with the encoder (fine-tuning) or without it (linear probe)
+         C. compare   mean squared error on the masked patches
+         later        all patches -> encoder -> mean of the patch tokens (B, C) -> a new linear
+                      layer, trained with the encoder (fine-tuning) or alone (linear probe)
 
 Data     drawn images of 32 x 32 pixels: one of ten shapes, in one of eight colours, anywhere
 
@@ -31,17 +31,17 @@ Run      python mae.py --mask-ratio 0.75
 Expect   the shape, from 100 labels per class: 40.7 ± 1.3 % fine-tuned, 12.3 ± 1.0 % from scratch,
          chance 10 % (3 seeds; 179 s of training on 1 thread, beside other jobs; Intel(R) Xeon(R)
          Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
-Differs  Small images, so small patches (4 px of 32). The decoder's last layer predicts the masked
-         patches only (the authors' code: all, and masks the loss). The linear probe reads the mean
-         of the patch tokens (the paper's: cls), and fine-tuning, like the probe, has a BatchNorm
-         before the new layer. Muon trains the matrices of the blocks (its steps are orthogonalised:
-         common.py), AdamW the rest; in the paper, and in fine-tuning, AdamW all. No augmentation,
-         no layer-wise learning rate decay, no drop path. "From scratch" is as many steps of
-         fine-tuning from random weights (the paper's: more).
+Differs  The images are small, and so are the patches (4 of 32 pixels). The last layer predicts only
+         the masked patches (the authors' code predicts all patches and masks the loss). The linear
+         probe uses the mean of the patch tokens (the paper's: the cls token). Fine-tuning, like the
+         probe, has a BatchNorm before the new layer. Muon trains the matrices of the blocks (with
+         orthogonalised steps: common.py) and AdamW the rest; in the paper and in fine-tuning, AdamW
+         trains all. No augmentation, layer-wise learning rate decay or drop path. "From scratch" is
+         the same number of fine-tuning steps from random weights (the paper takes more).
 
-Try      --mask-ratio 0.25, 0.5, 0.9: which error is lowest, and which features are best?
-         --tune last, then --resume --tune all (no second pre-training): how much of the encoder has
-         to change before it is good?
+Try      --mask-ratio 0.25, 0.5, 0.9: which gives the lowest error, and which the best features?
+         --tune last, then --resume --tune all (this does not repeat the pre-training): how much of
+         the encoder has to change for a good accuracy?
          --norm-pix: do the features get better?
 """
 import copy
@@ -60,18 +60,18 @@ import common
 
 @dataclass
 class Args(common.Args):
-    """Settings of mae.py: for a GPU, and in `cpu` smaller ones for two cores."""
+    """Settings of mae.py for a GPU; `cpu` has smaller ones for two CPU cores."""
     steps: int = 4000               # training steps, 0 or more
     batch: int = 512                # images per step
     lr: float = 1e-3                # peak learning rate (the paper's: 1.5e-4 batch / 256)
-    optimizer: Literal["muon", "adamw"] = "muon"   # muon: for the matrices of the blocks
-    muon_lr: float = 0.02           # peak learning rate of these matrices, in (0, inf)
-    weight_decay: float = 0.1       # decay, of matrices only (MAE, table 8: 0.05)
-    mask_ratio: float = 0.75        # fraction of the patches that are masked, in (0, 1)
-    norm_pix: bool = False          # predict each patch normalised by its own mean and variance
-    image_size: int = 32            # side in pixels; a folder's pictures are cropped to squares
-    weights: str = ""               # MAE as published: a folder or a .pth file; needs --data
-    skip_broken: bool = False       # leave out pictures of a folder that cannot be read
+    optimizer: Literal["muon", "adamw"] = "muon"   # Muon for the blocks' matrices, or AdamW for all
+    muon_lr: float = 0.02           # peak learning rate of Muon, in (0, inf)
+    weight_decay: float = 0.1       # weight decay, on matrices only (MAE, table 8: 0.05)
+    mask_ratio: float = 0.75        # fraction of the patches to mask, in (0, 1)
+    norm_pix: bool = False          # normalise each target patch by its own mean and variance
+    image_size: int = 32            # side in pixels; pictures of a folder are cropped to squares
+    weights: str = ""               # folder or .pth file of a published MAE to load; needs --data
+    skip_broken: bool = False       # skip the pictures of a folder that cannot be read
     patch: int = 4                  # side of a patch in pixels
     dim: int = 192                  # channels of the encoder (ViT-Tiny)
     depth: int = 12                 # blocks of the encoder
@@ -79,7 +79,7 @@ class Args(common.Args):
     decoder_dim: int = 96           # channels of the decoder
     decoder_depth: int = 4          # blocks of the decoder
     decoder_heads: int = 3          # attention heads of the decoder
-    tune: Literal["linear", "last", "all"] = "all"  # linear probe alone; or tune last block, or all
+    tune: Literal["linear", "last", "all"] = "all"  # linear probe only, or tune last block, or all
     labels: tuple[int, ...] = (1, 5, 20, 100)        # labelled images per class
     tune_steps: int = 1000          # steps of each fine-tuning, 0 or more
     tune_lr: float = 1e-3           # peak learning rate of fine-tuning
@@ -91,11 +91,11 @@ class Args(common.Args):
 
 
 # ------------------------------------------------------------------------------------- the model
-# B batch, N patches, n visible ones, P = 3 p^2 pixel values of a patch, C channels.
+# B batch, N patches, n visible patches, P = 3 p^2 pixel values per patch, C channels.
 
 
 class MAE(nn.Module):
-    """An encoder of the visible patches, and a smaller decoder of the masked ones (MAE, fig. 1).
+    """A ViT encodes the visible patches; a smaller decoder predicts the masked ones (MAE, fig. 1).
 
     image_size: the side in pixels, or (height, width).
     """
@@ -118,7 +118,7 @@ class MAE(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, visible, ids_shuffle):
-        """B. Visible patches (B, n, P), the shuffle (B, N) -> masked patches (B, N - n, P)."""
+        """B. Visible patches (B, n, P), ids_shuffle (B, N) -> masked patches (B, N - n, P)."""
         n, N, most = visible.shape[1], ids_shuffle.shape[1], self.decoder_pos_embed.shape[1] - 1
         if N != most:
             raise ValueError(f"{N} patches per image, and this model is for {most}")
@@ -127,11 +127,11 @@ class MAE(nn.Module):
         x = x + self.decoder_pos_embed                                      # (B, 1 + N, C')
         for block in self.decoder_blocks:
             x = block(x)
-        x = gather(x, 1 + ids_shuffle[:, n:])        # masked, as in the target; 1: after cls
+        x = gather(x, 1 + ids_shuffle[:, n:])        # the masked patches, after cls
         return self.decoder_pred(self.decoder_norm(x))                      # (B, N - n, P)
 
     def append_mask_tokens(self, latent, ids_shuffle):
-        """cls and visible tokens (B, 1 + n, C') -> cls and all, unshuffled (B, 1 + N, C')."""
+        """cls and visible tokens (B, 1 + n, C') -> cls and all N tokens in order (B, 1 + N, C')."""
         cls, visible = latent.tensor_split([1], 1)
         count = ids_shuffle.shape[1] - visible.shape[1]
         mask_tokens = self.mask_token.to(visible.dtype).expand(visible.shape[0], count, -1)
@@ -139,12 +139,12 @@ class MAE(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer of some or all patches of an image: (B, n, P) -> (B, 1 + n, C).
+    """Vision Transformer for some or all patches of an image: (B, n, P) -> (B, 1 + n, C).
 
-    ids (B, n) are the positions of the patches in the image, row by row; without them the patches
-    are all N, in order. Token 0 of the output is the cls token, which is no patch: an image can be
-    classified by it. Here, as in the paper, pre-training gives it no target. image_size: the side
-    in pixels, or (height, width).
+    ids (B, n) are the positions of the patches in the image, counted row by row; None means all N
+    patches in order. Token 0 of the output is the cls token, which belongs to no patch. It can
+    be used to classify the image, and has no target in pre-training (as in MAE). image_size: the
+    side in pixels, or (height, width).
     """
 
     def __init__(self, image_size, patch, dim, depth, heads, channels=3):
@@ -164,7 +164,7 @@ class ViT(nn.Module):
     def forward(self, patches, ids=None):
         B, n, _ = patches.shape
         position = self.pos_embed[:, 1:].expand(B, -1, -1)
-        if ids is not None:                          # each patch keeps its position in the image
+        if ids is not None:                          # add the position of each patch
             position = gather(position, ids)
         elif n != position.shape[1]:
             raise ValueError(f"{n} patches per image, and this ViT is for {position.shape[1]}")
@@ -179,8 +179,8 @@ class ViT(nn.Module):
 def sincos_pos_embed(rows, columns, dim):
     """Fixed 2-D sin-cos position embedding of N = rows x columns patches: (1, 1 + N, dim).
 
-    Half of the channels encode the column, half the row, each by sines, then cosines, of frequency
-    10000^(-4 i / dim). Row 0 is for the cls token: zeros.
+    The first half of the channels encodes the column, the second half the row: first sines, then
+    cosines, with frequencies 10000^(-4 i / dim). Index 0 is for the cls token and is zero.
     """
     if dim % 4:
         raise ValueError(f"{dim} channels cannot hold sines and cosines of x and y: take a "
@@ -192,11 +192,11 @@ def sincos_pos_embed(rows, columns, dim):
     return F.pad(torch.cat([column, row], 1), (0, 0, 1, 0)).float()[None]
 
 
-# The Transformer: T tokens, H heads, D = C / H.
+# The Transformer. T tokens, H heads, D = C / H.
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, every token to every token: (B, T, C) -> (B, T, C)."""
+    """Multi-head self-attention: (B, T, C) -> (B, T, C). Every token attends to every token."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -215,7 +215,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, applied to each token: (B, T, C) -> (B, T, C)."""
+    """Two linear layers with a GELU between, applied to each token: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -245,25 +245,25 @@ class Block(nn.Module):
 
 
 def distance(prediction, target):
-    """C. Mean squared error of the masked patches (B, N - n, P), the only ones predicted."""
+    """C. Mean squared error between predicted and true masked patches, both (B, N - n, P)."""
     return F.mse_loss(prediction.float(), target)
 
 
 def mask(x, patch, ratio, norm_pix=False):
-    """A. Images (B, 3, S, S) -> inputs of the model, (visible (B, n, P), ids_shuffle (B, N)), and
-    the target, the masked patches (B, N - n, P)."""
+    """A. Images (B, 3, S, S) -> the inputs of the model, (visible patches (B, n, P), ids_shuffle
+    (B, N)), and the target, the masked patches (B, N - n, P)."""
     visible, masked, ids_shuffle = random_masking(patchify(x, patch), ratio)
     target = normalize_patches(masked) if norm_pix else masked
     return (visible, ids_shuffle), target
 
 
 def random_masking(patches, ratio):
-    """Shuffles the patches (B, N, P) of each image, and splits them: visible (B, n, P), masked
-    (B, N - n, P), ids_shuffle (B, N).
+    """Shuffles the patches (B, N, P) of each image and splits them into visible (B, n, P) and
+    masked (B, N - n, P). Returns both and ids_shuffle (B, N).
 
-    ids_shuffle[b, i] is the position in image b of the patch that comes i-th after the shuffle; the
-    first n are visible. With N = 4, n = 1 and ids_shuffle 2, 0, 3, 1: patch 2 is visible, and the
-    masked ones are 0, 3, 1. Raises ValueError if no patch would be visible, or none masked.
+    ids_shuffle[b, i] is the position in image b of the i-th patch after the shuffle; the first n
+    patches are visible. With N = 4, n = 1 and ids_shuffle 2, 0, 3, 1, patch 2 is visible and
+    patches 0, 3, 1 are masked. Raises ValueError if no patch is visible or none is masked.
     """
     B, N, _ = patches.shape
     n = N - round(N * ratio)
@@ -274,19 +274,19 @@ def random_masking(patches, ratio):
 
 
 def unshuffle(tokens, ids_shuffle):
-    """Shuffled tokens (B, N, C) -> the same in their positions in the image. So
+    """Moves shuffled tokens (B, N, C) back to their positions in the image. For example,
     unshuffle(torch.cat([visible, masked], 1), ids_shuffle) undoes random_masking."""
     ids = ids_shuffle[:, :, None].expand_as(tokens)
     return torch.empty_like(tokens).scatter_(1, ids, tokens)     # out[b, ids[b, i]] = tokens[b, i]
 
 
 def gather(x, ids):
-    """The tokens of x (B, T, C) at positions ids (B, n), others in each image: (B, n, C)."""
+    """Selects the tokens of x (B, T, C) at positions ids (B, n) of each image: (B, n, C)."""
     return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def patchify(x, p):
-    """Images (B, C, H, W) -> patches (B, N, P), row by row; inside a patch: row, column, colour."""
+    """Images (B, C, H, W) -> patches (B, N, P), row by row; within a patch: row, column, colour."""
     B, C, H, W = x.shape
     if H % p or W % p:
         raise ValueError(f"a patch of {p} pixels does not divide images of {H} x {W} pixels")
@@ -295,7 +295,7 @@ def patchify(x, p):
 
 
 def unpatchify(patches, p, rows=None):
-    """The inverse: (B, N, P) -> (B, C, H, W), of as many rows of patches; None: a square image."""
+    """Inverse of patchify: (B, N, P) -> (B, C, H, W), with `rows` rows of patches; None: square."""
     B, N, P = patches.shape
     h, C = rows or math.isqrt(N), P // p ** 2
     if N % h or rows is None and h * h != N:
@@ -305,7 +305,7 @@ def unpatchify(patches, p, rows=None):
 
 
 def normalize_patches(patches):
-    """Patches (B, n, P), each with mean 0 and variance 1 (--norm-pix; MAE, sec. 4.1)."""
+    """Normalises each patch of (B, n, P) to mean 0, variance 1 (--norm-pix; MAE, sec. 4.1)."""
     mean, var = patches.mean(2, keepdim=True), patches.var(2, keepdim=True)
     return (patches - mean) / (var + 1e-6).sqrt()
 
@@ -313,11 +313,11 @@ def normalize_patches(patches):
 # ------------------------------------------------------------------------------------ evaluation
 
 
-POOL = 5000      # labelled images are taken from the first 5,000, which are quick to encode
+POOL = 5000      # labelled images come from the first 5,000 only, to limit the time to encode
 
 
 class MeanPooled(nn.Module):
-    """Features for a classifier, the mean of all patch tokens: (B, 3, S, S) -> (B, C)."""
+    """Features for a classifier, the mean of the patch tokens: (B, 3, S, S) -> (B, C)."""
 
     def __init__(self, encoder, patch):
         super().__init__()
@@ -328,18 +328,18 @@ class MeanPooled(nn.Module):
 
 
 def build(args, image_size):
-    """The MAE of these settings, on the device."""
+    """Builds the MAE of these settings, on the device."""
     return MAE(image_size, args.patch, args.dim, args.depth, args.heads, args.decoder_dim,
                args.decoder_depth, args.decoder_heads).to(args.device)
 
 
 def load_published(args, image_size):
-    """The MAE of --weights; sets the sizes of args. Where it has no decoder, that is random."""
+    """Loads the MAE of --weights and sets its sizes in args. A missing decoder is random."""
     state, config = common.published(args.weights, "MAE", common.VIT, "patch_embed.weight")
     state = {name if name.startswith(("decoder", "mask_token")) else f"encoder.{name}": x
              for name, x in common.join_qkv(state).items()}
     for name in {"encoder.pos_embed", "decoder_pos_embed"} & state.keys():
-        common.require(not state.pop(name)[0, 0].any(),                 # of the cls token: 0
+        common.require(not state.pop(name)[0, 0].any(),                  # cls token: zeros
                        f"--weights {args.weights} is no MAE: its {name} is learned")
     kernel = state["encoder.patch_embed.weight"].permute(0, 2, 3, 1)            # (C, p, p, 3)
     state["encoder.patch_embed.weight"] = kernel.flatten(1)                     # (C, P)
@@ -357,7 +357,7 @@ def load_published(args, image_size):
 
 @torch.no_grad()
 def reconstruct(args, model, images):
-    """Writes reconstructions.png; returns the squared error on masked patches of test images."""
+    """Writes reconstructions.png. Returns the mean squared error on masked test patches."""
     torch.manual_seed(args.seed)
     error = 0.
     for part in images.test.split(500):
@@ -367,7 +367,7 @@ def reconstruct(args, model, images):
     x = images.normalize(images.test[:24])
     visible, masked, ids_shuffle = random_masking(patchify(x, args.patch), args.mask_ratio)
     prediction = model(visible, ids_shuffle).float()
-    if args.norm_pix:            # a patch's mean and variance were not learned: take the true ones
+    if args.norm_pix:            # the model predicts no mean and variance: use the true ones
         mean, var = masked.mean(2, keepdim=True), masked.var(2, keepdim=True)
         prediction = prediction * (var + 1e-6).sqrt() + mean
 
@@ -379,7 +379,7 @@ def reconstruct(args, model, images):
 
 
 def finetune(args, f, images, k):
-    """Accuracy in % of a copy of f with a new head, tuned on k images per class as --tune says."""
+    """Accuracy in % of a copy of f with a new head, fine-tuned (--tune) on k images per class."""
     f = copy.deepcopy(f).requires_grad_(args.tune == "all")
     if args.tune == "last":
         f.encoder.blocks[-1].requires_grad_(True)
@@ -391,7 +391,7 @@ def finetune(args, f, images, k):
 
 
 def few_labels(args, model, images):
-    """What a few labels buy: {encoder: accuracies in % at each of --labels}."""
+    """Accuracies with few labels: {encoder and method: [% for each number in --labels]}."""
     labels, test_labels = images.class_labels()
     torch.manual_seed(args.seed)
     untrained = build(args, images.size)
@@ -416,7 +416,7 @@ def few_labels(args, model, images):
 def main(args):
     common.require(args.data, "--weights needs --data with pictures: a folder, or an .npz")
     images = common.load_images(args)
-    images.check(args.labels, POOL)                                    # raises now if too few
+    images.check(args.labels, POOL)                                    # fail early if too few
     if args.weights:
         images.imagenet()
     make = load_published if args.weights else build
@@ -446,9 +446,9 @@ def main(args):
     for name in ("MAE", "untrained ViT") if rows else ():
         summary += f", {name} {rows[f'{name}, {how}'][-1]:.1f} %"
     common.report(run, summary, dict(error=error, labels=args.labels, accuracy=rows))
-    common.say(f"\n{common.label_table(args, images, rows)}\n\nSquared error on masked patches of "
-               f"new images: {error:.3f}.\nPicture: {args.out}/reconstructions.png (masked | "
-               "reconstructed | original)")
+    common.say(f"\n{common.label_table(args, images, rows)}\n\nMean squared error on masked "
+               f"patches of new images: {error:.3f} (a constant prediction: about 1).\nPicture: "
+               f"{args.out}/reconstructions.png (masked | reconstructed | original)")
     return model
 
 
