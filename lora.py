@@ -4,26 +4,26 @@ Paper    Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", a
          (IA)^3: Liu et al. 2022 (T-Few), arXiv 2205.05638. BitFit: Ben Zaken et al. 2021, arXiv
          2106.10199
 
-Idea     A GPT knows one text and is to learn another from k short examples. Each of its matrices is
-         an associative memory: W x = sum_i v_i (k_i . x) compares x with keys k_i and adds up the
-         values v_i. To change it "a little bit" is to add a few such pairs: W0 + A B^T, with the
-         columns of B as keys, those of A as values, and W0 (d1, d2) frozen: rank (d1 + d2) numbers
-         to train and to store instead of d1 d2.
+Idea     A GPT was trained on one text and is to learn another from k short examples. Each of its
+         matrices is an associative memory: W x = sum_i v_i (k_i . x) compares x with keys k_i and
+         adds up the values v_i. To change it "a little bit", add a few such pairs: W0 + A B^T. W0
+         (d1, d2) is frozen, the columns of B are the keys and those of A the values. This takes
+         rank (d1 + d2) numbers to train and to store instead of d1 d2.
 
-Loss     GPT's, L = -1 / T sum_t log p(x_t | BOS, newline, x_1 ... x_{t-1}). What is trained:
-         lora    A and B of y = W0 x + (alpha / rank) A B^T x, for each matrix W0 of a block
+Loss     GPT's, L = -1 / T sum_t log p(x_t | BOS, newline, x_1 ... x_{t-1}). Each method trains:
+         lora    A and B in y = W0 x + (alpha / rank) A B^T x, for each matrix W0 of a block
          ia3     three vectors l per block: l_k * (W_k x), l_v * (W_v x), W_2 (l_f * gelu(W_1 x))
          bitfit  all biases
          first, middle, last: two blocks at that place (surgical fine-tuning); full: everything
-         Beside it, in-context: nothing; the examples stand in the prompt, if the context holds them
+         For comparison, in-context: nothing; the examples are put in the prompt, if they fit
 
-Flow     the base: a GPT that learned the old text, as in gpt.py (trained once: <out>/base)
+Flow     the base: a GPT trained on the old text, as in gpt.py (once, and kept in <out>/base)
          examples of the new text, tokens and targets (k, 1 + T) each: a newline and the T bytes
-         after it (of --data x.tsv whole lines, of which the loss counts the second column)
-         A. mask      shift: BOS before, without the last one -> inputs, target (B, 1 + T)
-         B. predict   the GPT, with what was added to it      -> logits (B, 1 + T, 257)
-         C. compare   cross-entropy of what counts: not the newline
-         at the end   the loss on the new text, and on the OLD one: what was forgotten
+         after it (for --data x.tsv: whole lines, with a loss on the second column only)
+         A. mask      prepend BOS, drop the last token -> inputs, target (B, 1 + T)
+         B. predict   the adapted GPT                  -> logits (B, 1 + T, 257)
+         C. compare   cross-entropy at every token but the newline
+         at the end   the loss on the new text, and on the OLD text: how much is forgotten?
 
 Run      python lora.py --method lora --k 64
 Expect   64 examples of pycode, beginnings of lines, bring the loss on others from 1.92 ± 0.02 to
@@ -31,13 +31,13 @@ Expect   64 examples of pycode, beginnings of lines, bring the loss on others fr
          full); on pydocs it goes from 1.35 ± 0.00 to 1.39 ± 0.00 (1.38 ± 0.00) (3 seeds; 151 s of
          training for the base, then a few seconds, on 1 thread, beside other jobs; Intel(R) Xeon(R)
          Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
-Differs  The paper writes W0 + B A, and adapts matrices of the attention only; here it is every
-         matrix of a block, with one B for query, key and value. (IA)^3 scales biases, too, and has
-         one loss of T-Few's three. Learning rates were chosen on the text that is reported.
+Differs  The paper writes W0 + B A and adapts only matrices of the attention; here every matrix of a
+         block is adapted, and query, key and value share one B. (IA)^3 also scales the biases, and
+         has one of T-Few's three losses. The learning rates were tuned on the reported text.
 
-Try      --method full, bitfit, ia3, last; --lr 0.01, ten times the usual rate: what is forgotten?
+Try      --method full, bitfit, ia3, last; --lr 0.01, ten times the usual: how much is forgotten?
          --rank 1, or --targets qkv --rank 12 (as many parameters as --rank 3): is that enough?
-         --k 2: is training better, or are two examples in the prompt? (More: experiments/adapt.py)
+         --k 2: does training help more, or two examples in the prompt? (More: experiments/adapt.py)
 """
 import copy
 import math
@@ -54,42 +54,42 @@ import common
 # -------------------------------------------------------------------------------------- settings
 
 Method = Literal["lora", "ia3", "bitfit", "first", "middle", "last", "full"]
-# Of three or four rates for each, the best on average over k: experiments/adapt.py --search
+# The best of three or four learning rates, on average over k: experiments/adapt.py --search
 LR = dict(lora=1e-3, ia3=1e-2, bitfit=1e-3, first=1e-4, middle=1e-4, last=1e-4, full=5e-5)
 
 
 @dataclass
 class Args(common.Args):
-    """Settings of lora.py: for a GPU, and in `cpu` smaller ones for two cores."""
-    method: Method = "lora"         # what is trained
-    k: int = 64                     # examples of the new text
-    epochs: int = 20                # times that each example is used: epochs * k / batch steps
-    steps: int = 1000               # training steps at most, 0 or more
+    """Settings of lora.py for a GPU; `cpu` has smaller ones for two CPU cores."""
+    method: Method = "lora"         # what to train: see Loss at the top of lora.py
+    k: int = 64                     # examples of the new text to train on
+    epochs: int = 20                # passes over the examples: epochs * k / batch steps
+    steps: int = 1000               # maximum number of training steps, 0 or more
     batch: int = 16                 # examples per step, at most k
-    lr: float = 0.                  # peak learning rate; 0: the best of a search for the method
-    warmup: float = 0.1             # fraction of the steps in which the rate rises, in [0, 1]
-    weight_decay: float = 0.01      # AdamW's decay, of matrices only (LoRA, table 11, GPT-2 on E2E)
+    lr: float = 0.                  # peak learning rate; 0: the best one found for the method
+    warmup: float = 0.1             # fraction of steps in which the learning rate rises, in [0, 1]
+    weight_decay: float = 0.01      # weight decay, on matrices only (LoRA, table 11: GPT-2 on E2E)
     data: str = "pycode"            # new text: pycode, pydocs, shakespeare, a file or a folder
-    example: int = 24               # tokens of an example, which starts with a line, 2 or more
-    targets: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2")    # LoRA: matrices that are adapted
-    rank: int = 3                   # LoRA: columns of A and of B
-    alpha: float = 0.               # LoRA: A B^T is multiplied by alpha / rank; 0: by 1
-    dropout: float = 0.             # LoRA: dropout probability of its inputs, in [0, 1)
-    base: str = ""                  # run of gpt.py or lora.py, or a GPT-2 [trained: <out>/base]
-    old: str = ""                   # text that the base knows [pydocs, or the one of --base]
+    example: int = 24               # tokens per example, from the start of a line on, 2 or more
+    targets: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2")    # LoRA: names of the layers to adapt
+    rank: int = 3                   # LoRA: rank of A B^T, the number of columns of A and of B
+    alpha: float = 0.               # LoRA: A B^T is multiplied by alpha / rank; 0: alpha = rank
+    dropout: float = 0.             # LoRA: dropout probability for the inputs of B, in [0, 1)
+    base: str = ""                  # folder of a run of gpt.py or lora.py, or of GPT-2 [trains one]
+    old: str = ""                   # text that the base was trained on [pydocs, or that of --base]
     base_steps: int = 5000          # base: training steps
-    base_batch: int = 64            # base: windows of the text per step
+    base_batch: int = 64            # base: windows of text per step
     base_lr: float = 1e-3           # base: peak learning rate
-    optimizer: Literal["muon", "adamw"] = "muon"   # base: muon, for the matrices of the blocks
-    muon_lr: float = 0.02           # base: peak learning rate of these matrices, in (0, inf)
+    optimizer: Literal["muon", "adamw"] = "muon"   # base: Muon for its blocks' matrices, or AdamW
+    muon_lr: float = 0.02           # base: peak learning rate of Muon, in (0, inf)
     base_dropout: float = 0.2       # base: dropout probability, in [0, 1)
-    context: int = 256              # base: tokens of a window, BOS included, 2 or more
+    context: int = 256              # base: tokens per window, BOS included, 2 or more
     dim: int = 384                  # base: channels
     depth: int = 6                  # base: blocks
     heads: int = 6                  # base: attention heads
-    prompt: str = "def "            # what the samples begin with
-    length: int = 150               # tokens of a sample
-    temperature: float = 0.8        # divides the logits: 1 as it learned, in (0, inf)
+    prompt: str = "def "            # text that the samples continue
+    length: int = 150               # tokens to sample
+    temperature: float = 0.8        # divides the logits; 1: as trained, in (0, inf)
 
     cpu = dict(base_steps=2400, base_batch=8, base_lr=3e-3, base_dropout=0., context=128, dim=128,
                depth=4, heads=4)
@@ -100,12 +100,12 @@ class Args(common.Args):
 
 
 class LoRA(nn.Module):
-    """A frozen nn.Linear with a low-rank addition to its weight: W0 + (alpha / rank) A B^T.
+    """A frozen nn.Linear whose weight W0 gets a trained low-rank term: W0 + (alpha / rank) A B^T.
 
-    x (..., d2) -> (..., d1); only A (d1, rank) and B (d2, rank) are trained. The paper, loralib and
-    peft write W0 + B A, with the names swapped: lora_A is B^T here, and lora_B is A. Raises
-    ValueError where the rank is above min(d1, d2), and for a layer that is no nn.Linear: the weight
-    of transformers' Conv1D, for example, is transposed.
+    x (..., d2) -> (..., d1). Only A (d1, rank) and B (d2, rank) are trained. The paper, loralib and
+    peft write W0 + B A with the names swapped: their lora_A is B^T here, and their lora_B is A.
+    Raises ValueError if the rank is above min(d1, d2), or if the layer is not an nn.Linear
+    (transformers' Conv1D, for example, stores its weight transposed).
     """
 
     def __init__(self, linear, rank, alpha, dropout=0.):
@@ -118,9 +118,9 @@ class LoRA(nn.Module):
         self.linear = linear.requires_grad_(False)
         self.scale, self.dropout, self.merged = alpha / rank, dropout, False
         # One factor is zero, so that training starts from W0 itself.
-        # Both zero: the gradient of each is a product with the other, so neither would ever move.
-        # None zero: W0 + A B^T would start as W0 with noise.
-        # A is the zero: the first step writes values for random keys; then the keys move, too.
+        # Were both zero, neither would ever move: the gradient of each is a product with the other.
+        # Were neither zero, training would start from W0 plus noise.
+        # A is the zero one: the first step writes values for random keys; then the keys move, too.
         self.A = nn.Parameter(linear.weight.new_zeros(d1, rank))
         self.B = nn.Parameter(linear.weight.new_empty(d2, rank).normal_(std=d2 ** -.5))
 
@@ -132,37 +132,36 @@ class LoRA(nn.Module):
         return y + F.linear(match, self.scale * self.A)
 
     def delta(self):
-        """What is added to the weight: (d1, d2)."""
+        """The matrix that is added to the weight: (d1, d2)."""
         return self.scale * self.A @ self.B.T
 
     @property
     def weight(self):
-        """W0 and what is added, (d1, d2): some modules, such as nn.MultiheadAttention, read the
-        weight of a layer instead of calling it (then without dropout)."""
+        """W0 + delta(), (d1, d2), for modules that read a layer's weight instead of calling it, as
+        nn.MultiheadAttention does. Dropout does not apply then."""
         return self.linear.weight if self.merged else self.linear.weight + self.delta()
 
     @property
     def bias(self):
-        """That of the frozen layer."""
+        """The bias of the frozen layer."""
         return self.linear.bias
 
     @torch.no_grad()
     def merge(self):
-        """Adds delta() to the weight, after training: the layer then costs what the plain one
-        costs."""
+        """Adds delta() to the weight after training, to make the layer as fast as a plain one."""
         if not self.merged:
             self.linear.weight += self.delta()
         self.merged = True
 
     @torch.no_grad()
     def unmerge(self):
-        """Subtracts it again: the weight is W0 up to rounding."""
+        """Subtracts delta() again: the weight is W0, up to rounding."""
         if self.merged:
             self.linear.weight -= self.delta()
         self.merged = False
 
     def get_extra_state(self):
-        """A part of state_dict(): whether the weight holds delta() already."""
+        """Part of state_dict(): whether the weight includes delta()."""
         return torch.tensor(self.merged)
 
     def set_extra_state(self, merged):
@@ -170,8 +169,8 @@ class LoRA(nn.Module):
 
 
 class IA3(nn.Module):
-    """(IA)^3: multiplies the inputs of a frozen nn.Linear by a trained vector, at first ones; with
-    outputs=n, its last n outputs instead. x (..., d2) -> (..., d1)."""
+    """(IA)^3: multiplies the inputs of a frozen nn.Linear by a trained vector that starts at ones;
+    with outputs=n, its last n outputs instead. x (..., d2) -> (..., d1)."""
 
     def __init__(self, linear, outputs=0):
         super().__init__()
@@ -191,7 +190,7 @@ class IA3(nn.Module):
 
     @torch.no_grad()
     def multiply(self, scale):
-        """Multiplies the frozen layer, in place, as forward() multiplies its inputs or outputs."""
+        """Multiplies the frozen weight (and bias) in place, to the same effect as in forward()."""
         if not self.outputs:
             self.linear.weight *= scale
         else:
@@ -199,13 +198,13 @@ class IA3(nn.Module):
                 tensor[-self.outputs:] *= scale.view(-1, *[1] * (tensor.ndim - 1))
 
     def merge(self):
-        """Multiplies the weight, after training: the layer then costs what the plain one costs."""
+        """Multiplies the weight after training, to make the layer as fast as a plain one."""
         if not self.merged:
             self.multiply(self.scale)
         self.merged = True
 
     def unmerge(self):
-        """Divides it again. Raises ValueError where it was multiplied by 0."""
+        """Divides the weight again. Raises ValueError if it was multiplied by 0."""
         if self.merged and (self.scale == 0).any():
             raise ValueError("a weight that was multiplied by 0 cannot be restored")
         if self.merged:
@@ -216,10 +215,10 @@ class IA3(nn.Module):
 
 
 def adapt(model, method, targets=("qkv", "proj", "fc1", "fc2"), rank=3, alpha=None, dropout=0.):
-    """Freezes a model, in place, except for what the method trains: afterwards these are the
-    tensors that require gradients. Returns the model, which computes the same as before. alpha
-    None: as the rank. ia3, first, middle and last are for a GPT of this file, the others for any
-    model. Raises ValueError, and replaces nothing, where targets or rank do not fit."""
+    """Freezes a model in place, except for what the method trains: these are the only tensors that
+    require gradients afterwards. Returns the model; its outputs do not change. alpha None: alpha =
+    rank. ia3, first, middle and last need a GPT of this file; the others take any model. Raises
+    ValueError, and changes nothing, if targets or rank do not fit."""
     if method in ("ia3", "first", "middle", "last") and not hasattr(model, "blocks"):
         raise ValueError(f"{method} is for a GPT of this file, not for {type(model).__name__}")
     added = {path: LoRA(linear, rank, rank if alpha is None else alpha, dropout) for path, linear
@@ -230,13 +229,13 @@ def adapt(model, method, targets=("qkv", "proj", "fc1", "fc2"), rank=3, alpha=No
             model.set_submodule(path, layer)
     elif method == "ia3":
         for block in model.blocks:
-            keys_values = block.attn.qkv.out_features * 2 // 3      # the last two of q, k, v
+            keys_values = block.attn.qkv.out_features * 2 // 3      # keys and values of q, k, v
             block.attn.qkv = IA3(block.attn.qkv, outputs=keys_values)
-            block.mlp.fc2 = IA3(block.mlp.fc2)                      # its inputs: after the GELU
+            block.mlp.fc2 = IA3(block.mlp.fc2)                      # inputs: the GELU's outputs
     elif method == "bitfit":
         for name, p in model.named_parameters():
             p.requires_grad_(name.endswith("bias"))
-    elif method in ("first", "middle", "last"):                     # below 4 blocks they overlap
+    elif method in ("first", "middle", "last"):                     # these overlap in < 4 blocks
         last = max(0, len(model.blocks) - 2)
         i = {"first": 0, "middle": last // 2, "last": last}[method]
         model.blocks[i:i + 2].requires_grad_(True)
@@ -248,8 +247,8 @@ def adapt(model, method, targets=("qkv", "proj", "fc1", "fc2"), rank=3, alpha=No
 
 
 def target_layers(model, targets):
-    """The linear layers of a model whose own name is one of the targets: {path: nn.Linear}. Raises
-    ValueError for a name that no layer has."""
+    """Finds the linear layers of a model by the last part of their path: {path: nn.Linear}. Raises
+    ValueError if no layer has the name of a target."""
     targets = [targets] if isinstance(targets, str) else targets
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     names = dict.fromkeys(path.split(".")[-1] for path in layers)
@@ -260,15 +259,15 @@ def target_layers(model, targets):
 
 
 def adapter_state(model):
-    """A copy of the tensors that require gradients, by name: all that has to be stored beside the
-    base. Several adapters share one base: load_adapter switches between them."""
+    """Copies the tensors that require gradients, {name: tensor}: all that has to be stored besides
+    the base. Several adapters can share one base: load_adapter switches between them."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
 def load_adapter(model, state):
-    """Puts an adapter_state into a model that was adapted in the same way. Raises ValueError where
-    it does not fit, or where the adapter in the model is merged."""
+    """Copies an adapter_state into a model that was adapted in the same way. Raises ValueError if
+    it does not fit, or if the adapter in the model is merged."""
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if {name: p.shape for name, p in own.items()} != {name: p.shape for name, p in state.items()}:
         raise ValueError("this adapter is of another model, or of another method, rank or targets")
@@ -279,8 +278,8 @@ def load_adapter(model, state):
 
 
 def merge_and_unload(model):
-    """Merges all LoRA and (IA)^3 layers and puts the plain layers back, in place: the model is of
-    its old class again, as large and as fast as before. Returns it."""
+    """Merges all LoRA and (IA)^3 layers and replaces them by plain layers, in place. Returns the
+    model, which is then as large and as fast as the base."""
     for path, layer in list(model.named_modules()):
         if isinstance(layer, (LoRA, IA3)):
             layer.merge()
@@ -288,29 +287,29 @@ def merge_and_unload(model):
     return model
 
 
-# gpt.py's GPT, line by line. B batch, T new tokens, L tokens in all, C channels, H heads,
-# D = C / H, V vocabulary.
+# A copy of the GPT of gpt.py. B batch, T new tokens, L all tokens so far, C channels, H heads,
+# D = C / H, V vocabulary size.
 
 
 class GPT(nn.Module):
-    """GPT-2: tokens (B, T) -> logits of the token after each, (B, T, V).
+    """GPT-2: tokens (B, T) -> logits (B, T, V) for the token that follows each of them.
 
-    With a cache, from new_cache(), the tokens come after those that it holds: a whole text at once,
-    or a prompt and then one token at a time, give the same logits. Raises ValueError where they
-    are more than the context.
+    With a cache from new_cache(), the tokens continue those in the cache: passing a prompt and then
+    one token at a time gives the same logits as passing the whole text. Raises ValueError if the
+    text is longer than the context.
     """
 
     def __init__(self, vocab, context, dim, depth, heads, dropout=0.):
         super().__init__()
         self.dropout = dropout
-        self.token_embed = nn.Embedding(vocab, dim)      # tied: also the matrix to the logits
+        self.token_embed = nn.Embedding(vocab, dim)      # tied: the output layer uses it, too
         self.pos_embed = nn.Embedding(context, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-5)
-        for name, p in self.named_parameters():                  # as GPT-2: 0.02, positions 0.01
+        for name, p in self.named_parameters():                  # GPT-2's 0.02; 0.01 for positions
             if p.ndim > 1:
-                last = name.endswith(("proj.weight", "fc2.weight"))    # the last layer of a branch:
-                std = .02 / math.sqrt(2 * depth) if last else .02      # 2 depth of them are summed
+                last = name.endswith(("proj.weight", "fc2.weight"))    # last layer of a branch:
+                std = .02 / math.sqrt(2 * depth) if last else .02      # 2 depth branches add up
                 nn.init.normal_(p, std=.01 if name == "pos_embed.weight" else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -328,7 +327,7 @@ class GPT(nn.Module):
         return F.linear(self.norm(x), self.token_embed.weight)                      # (B, T, V)
 
     def new_cache(self, batch):
-        """An empty KV cache for a batch of texts: a Cache for each block."""
+        """Returns an empty KV cache for a batch of texts: one Cache per block."""
         context, dim = self.pos_embed.weight.shape
         return [Cache(batch, block.attn.heads, context, dim // block.attn.heads,
                       self.pos_embed.weight) for block in self.blocks]
@@ -350,8 +349,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention: each token to itself and those before it, (B, T, C) ->
-    (B, T, C). With a cache, the T tokens come after those that it holds, and are appended."""
+    """Causal multi-head self-attention: (B, T, C) -> (B, T, C). Each token attends to itself and to
+    the tokens before it. With a cache, the T new tokens also attend to the cached ones."""
 
     def __init__(self, dim, heads, dropout=0.):
         super().__init__()
@@ -367,8 +366,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)    # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)                                       # each (B, H, L, D)
-        L, visible = k.shape[2], None    # one new token attends to all L keys: no mask. Of several,
-        if 1 < T < L:                    # the last attends to all, the one before it to L - 1, ...
+        L, visible = k.shape[2], None    # a single new token attends to all L keys without a mask;
+        if 1 < T < L:                    # several: the last to L keys, the one before to L - 1, ...
             visible = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
         x = F.scaled_dot_product_attention(              # softmax(q k^T / sqrt(D) + mask) v
             q, k, v, visible, self.dropout if self.training else 0.,
@@ -378,7 +377,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, applied to each token: (B, T, C) -> (B, T, C)."""
+    """Two linear layers with a GELU between, applied to each token: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, dim, dropout=0.):
         super().__init__()
@@ -392,8 +391,8 @@ class MLP(nn.Module):
 
 
 class Cache:
-    """KV cache of one block: keys and values of all L tokens so far, (B, H, L, D) each. Memory for
-    a whole context is allocated once."""
+    """KV cache of one block: the keys and the values of the L tokens so far, (B, H, L, D) each.
+    Memory for the whole context is allocated once."""
 
     def __init__(self, batch, heads, context, head_dim, like):
         self.k = like.new_empty(batch, heads, context, head_dim)
@@ -401,7 +400,7 @@ class Cache:
         self.length = 0
 
     def append(self, k, v):
-        """Appends those of T new tokens (B, H, T, D); returns those of all, (B, H, L, D)."""
+        """Appends keys and values of T new tokens (B, H, T, D); returns all L, (B, H, L, D)."""
         start, self.length = self.length, self.length + k.shape[2]
         self.k[:, :, start:self.length] = k
         self.v[:, :, start:self.length] = v
@@ -412,34 +411,34 @@ class Cache:
 
 
 def distance(prediction, target):
-    """C. Mean cross-entropy of logits (B, T, V) with tokens (B, T), in nats per token; a target of
-    -100 does not count."""
+    """C. Mean cross-entropy of logits (B, T, V) and tokens (B, T), in nats per token. Targets of
+    -100 are ignored."""
     return F.cross_entropy(prediction.flatten(0, 1).float(), target.flatten())
 
 
 def mask(x, bos):
-    """A. Tokens x (B, T) -> the inputs (B, T), shifted by one, and the target, x itself.
+    """A. Tokens x (B, T) -> inputs (B, T), shifted right by one, and the target, x itself.
 
-    Of h e l l o the inputs are BOS h e l l. The shift, with causal attention, masks x_t and all
-    that follow where x_t is predicted.
+    For h e l l o the inputs are BOS h e l l. The shift and causal attention together mask x_t and
+    all tokens after it in the prediction of x_t.
     """
     return F.pad(x[:, :-1], (1, 0), value=bos), x
 
 
 def in_context(examples, x):
-    """The other way to use k examples (k, T), without training: prepends them all to each text x
-    (B, T'), giving (B, k T + T'). Nothing is put between them: here each begins with a newline.
-    Examples of several lengths can come one after another, (n,)."""
+    """Uses k examples (k, T) without training: prepends them all to each text x (B, T'), giving
+    (B, k T + T'). There is no separator, because here each example begins with a newline. Examples
+    of different lengths can be given as one sequence (n,)."""
     return torch.cat([examples.flatten().expand(len(x), -1), x], 1)
 
 
 @torch.inference_mode()
 def sample(model, prompt, n, temperature=1.):
-    """Continues the prompts (B, T), at most the context with the result, by n tokens: (B, n). The
-    model should be in evaluation mode. (gpt.py has greedy, top-k and nucleus sampling.)"""
+    """Samples n tokens after each prompt (B, T): (B, n). Call model.eval() first. T + n is at most
+    the context plus one. (gpt.py also has greedy, top-k and nucleus sampling.)"""
     cache, x, tokens = model.new_cache(len(prompt)), prompt, []
     for _ in range(n):
-        logits = model(x, cache)[:, -1].float()      # (B, V); first the prompt, then one token each
+        logits = model(x, cache)[:, -1].float()      # (B, V); x: the prompt, then the last token
         p = ((logits - logits.amax(1, keepdim=True)) / temperature).softmax(1)
         x = torch.multinomial(p, 1)                                                     # (B, 1)
         tokens.append(x)
@@ -450,12 +449,12 @@ def sample(model, prompt, n, temperature=1.):
 
 
 BYTES = common.Bytes()
-IGNORE = -100                                 # as a target: this token does not count in the loss
+IGNORE = -100                                 # a target that the loss ignores
 
 
 def windows(args, name, T, tokens=BYTES):
-    """Windows of T tokens of a text: to train on from every start, (n, T); to validate on one after
-    another, (m, T)."""
+    """Windows of T tokens of a text: training windows start at every token, (n, T); validation
+    windows do not overlap, (m, T)."""
     text = common.load_text(name, args.data_dir, flag="--old")
     train, val = (tokens.stream(part).to(args.device) for part in (text.train, text.val))
     common.require(len(val) >= T <= len(train), f"the last tenth of --old {name} has {len(val)} "
@@ -465,8 +464,8 @@ def windows(args, name, T, tokens=BYTES):
 
 
 def load_examples(args, tokens=BYTES):
-    """Examples of the new text to train on and to validate on: tokens and targets, (n, 2, 1 + T),
-    the newline before an example included."""
+    """Training and validation examples of the new text: tokens and targets, (n, 2, 1 + T) and
+    (m, 2, 1 + T), each with the newline before it."""
     text = common.load_text(args.data, args.data_dir)
     if tokens is BYTES and not args.data.endswith(".tsv"):
         train, val = (line_starts(args, documents) for documents in (text.train, text.val))
@@ -481,19 +480,19 @@ def load_examples(args, tokens=BYTES):
 
 
 def line_starts(args, documents):
-    """The first T = --example bytes of each line, and what follows a shorter one."""
+    """Examples of T = --example bytes from the start of each line on, into the next if need be."""
     x, T, newline = BYTES.stream(documents).to(args.device), args.example, ord("\n")
     if len(x) <= T:
         return x.new_empty(0, 2, T + 1)
     i = ((x[:-T] == newline) & (x[1:len(x) - T + 1] != newline)).nonzero().flatten()
     rows = x.unfold(0, T + 1, 1)[i]
-    rows = rows[(rows != BYTES.BOS).all(1)]                              # none of two documents
+    rows = rows[(rows != BYTES.BOS).all(1)]                              # within one document
     return torch.stack([rows, F.pad(rows[:, 1:], (1, 0), value=IGNORE)], 1)
 
 
 def lines(args, texts, tokens):
-    """Whole lines, at most --example tokens, with BOS after a shorter one, which does not count; in
-    a .tsv what stands before the first tab does not count either. At most 20,000 of them."""
+    """Examples of whole lines, cut at --example tokens or padded with BOS, which is ignored in the
+    loss, and so is the text before the first tab in a .tsv. At most 20,000 of them."""
     pairs, T = args.data.endswith(".tsv"), args.example
     newline, rows = tokens.encode("\n"), []
     for i in torch.linspace(0, len(texts) - 1, min(len(texts), 20_000)).long().tolist():
@@ -511,19 +510,19 @@ def lines(args, texts, tokens):
 
 
 def choose(train, k, seed):
-    """k of the examples (n, 2, 1 + T) at random, the same ones first for every k."""
+    """Chooses k of the examples (n, 2, 1 + T) at random; a smaller k gives the first of them."""
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     return train[order[:k].to(train.device)].long()
 
 
 def in_a_row(examples, bos):
-    """The tokens of examples (k, 2, 1 + T) one after another, without the BOS after short ones."""
+    """The tokens of examples (k, 2, 1 + T) as one sequence (n,), without the BOS of the padding."""
     return examples[:, 0][examples[:, 0] != bos]
 
 
 def to_test(args, val, old, context, tokens=BYTES):
-    """Of the examples to validate on, and of windows of the old text, some: fewer for a large
-    model."""
+    """Subsets of the validation examples and of the old text's validation windows; they are smaller
+    for published weights."""
     m, n = (100, 20) if args.uses_published else (400, 100)
     _, windows_of_old = windows(args, old, min(context, 256), tokens)
     return common.evenly(val, m), common.evenly(windows_of_old, n)
@@ -533,7 +532,7 @@ def to_test(args, val, old, context, tokens=BYTES):
 
 
 def pretrain(args):
-    """Trains the base, as gpt.py does, unless it is there already. Returns its folder."""
+    """Trains the base as gpt.py does, unless this was done before. Returns its folder."""
     how, done = common.stage(
         args, "base", ("data", "context", "dim", "depth", "heads", "dropout"),
         weight_decay=.1, warmup=.05, data=args.old or "pydocs")
@@ -541,10 +540,10 @@ def pretrain(args):
         return how.out
     train, _ = windows(how, how.data, args.context)
     model = GPT(BYTES.vocab, args.context, args.dim, args.depth, args.heads, args.base_dropout)
-    build(args, copy.deepcopy(model))                     # raises now, not later, what does not fit
+    build(args, copy.deepcopy(model))                     # fail early if something does not fit
     common.require(args.example < args.context, f"--example {args.example} does not fit in "
                    f"--context {args.context}, with the newline before it")
-    common.say(f"First the base, a GPT that learns {how.data}. It is kept in {how.out}.")
+    common.say(f"First the base: training a GPT on {how.data}. It is kept in {how.out}.")
     optimizer = common.optimizer(how, model.to(args.device).named_parameters())
     run = common.Run(how, model, optimizer, uniform=math.log(BYTES.vocab))
     for step in run:
@@ -563,39 +562,39 @@ def pretrain(args):
 
 
 def load_base(args, folder):
-    """The base in the folder of a run of gpt.py or of lora.py (or the GPT-2 in --base), and what it
-    is: its folder, its fingerprint, the old text, which it knows, and the published weights that
-    it began with."""
+    """Loads the base from the folder of a run of gpt.py or lora.py, or of GPT-2. Returns it and a
+    dict: its folder (base), its fingerprint, the text that it was trained on (old), and the folder
+    of the published weights that it started from (weights, "" if none)."""
     if args.uses_published:
         model, _ = load_gpt2(args, args.base, "--base")
         return model.to(args.device).eval(), dict(
             base=args.base, fingerprint=common.fingerprint(model.state_dict()),
             old=args.old or "pydocs", weights=args.base)
     read = lambda folder: common.read_checkpoint(folder, "gpt.py", "lora.py", flag="--base")
-    folder = read(folder)["about"].get("base", folder)    # of a run that adapted a base: that one
+    folder = read(folder)["about"].get("base", folder)    # lora.py: the base of that run
     state = read(folder)
     how, weights = state["args"], state["model"]
     common.require(not common.is_images(how["data"]), f"the base in {folder} was trained on images "
                    f"({how['data']}), and this is about text: take another --base")
     vocab, context = (len(weights[f"{name}_embed.weight"]) for name in ("token", "pos"))
-    model = GPT(vocab, context, how["dim"], how["depth"], how["heads"])     # from now on no dropout
+    model = GPT(vocab, context, how["dim"], how["depth"], how["heads"])     # without dropout
     model.load_state_dict(weights)
     return model.to(args.device).eval(), dict(
         base=str(folder), fingerprint=common.fingerprint(weights), old=args.old or how["data"],
         weights=how.get("weights", ""))
 
 
-# GPT-2's names for the parts of this model, and ours (-: the causal mask, which is not loaded).
+# GPT-2's names of the tensors = the names in this file (-: the causal mask, not loaded).
 NAMES = ("transformer.= wte=token_embed lm_head=token_embed wpe=pos_embed h.=blocks. ln_f.=norm. "
          "ln_=norm c_attn=qkv attn.c_proj=attn.proj mlp.c_proj=mlp.fc2 c_fc=fc1 .attn.bias=- "
          ".attn.masked_bias=-")
 
 
 def load_gpt2(args, path, flag="--weights", dropout=0.):
-    """The GPT-2 in a folder, and its tokenizer; sets the sizes of args."""
+    """Loads GPT-2 from a folder and sets its sizes in args. Returns the model, its tokenizer."""
     state, config = common.published(path, "GPT-2", NAMES, "pos_embed.weight", flag)
     state = {name: x.T if x.ndim == 2 and "embed" not in name else x
-             for name, x in state.items()}                                      # (in, out) there
+             for name, x in state.items()}                              # theirs are (in, out)
     tokens, (context, args.dim) = common.BPE.load(path), state["pos_embed.weight"].shape
     args.depth = sum(name.endswith("qkv.weight") for name in state)
     args.heads = config.get("n_head", args.dim // 64)
@@ -605,19 +604,19 @@ def load_gpt2(args, path, flag="--weights", dropout=0.):
 
 
 def publish(model):
-    """The tensors of a GPT by GPT-2's names, as transformers loads them."""
+    """The tensors of a GPT under GPT-2's names, as transformers loads them."""
     found = {common.rename(name, NAMES, back=True): x for name, x in model.state_dict().items()}
     return {f"transformer.{name}": x.T.contiguous() if x.ndim == 2 and "h." in name else x
             for name, x in found.items()}
 
 
 def build(args, model):
-    """The base, adapted in place as the settings say."""
+    """Adapts the base in place, as the settings say."""
     return adapt(model, args.method, args.targets, args.rank, args.alpha or args.rank, args.dropout)
 
 
 def recipe(args):
-    """Sets the batch, the steps and the learning rate: they follow from k and the method."""
+    """Sets the batch size, steps and learning rate, which depend on k and the method."""
     args.batch = min(args.batch, args.k)
     args.steps = min(args.steps, round(args.epochs * args.k / args.batch))
     args.lr = args.lr or LR[args.method]
@@ -628,8 +627,8 @@ def recipe(args):
 
 @torch.no_grad()
 def evaluate(args, model, x, target=None, examples=None, bos=BYTES.BOS):
-    """Loss on texts x (m, T), in nats per token: of all tokens, or of the targets (m, T) that are
-    not -100; with examples (k, T') or (n,), after these in the same context."""
+    """Loss on texts x (m, T), in nats per token, over all tokens or the targets (m, T) that are not
+    -100. The examples (k, T') or (n,), if any, are prepended to each text (in-context)."""
     nats, count, T = 0., 0, x.shape[1]
     both = torch.stack([x, x if target is None else target], 1).long()
     with common.autocast(args):
@@ -643,13 +642,13 @@ def evaluate(args, model, x, target=None, examples=None, bos=BYTES.BOS):
 
 
 def losses(args, model, val, old, bos=BYTES.BOS):
-    """The losses on new text, rows (m, 2, 1 + T), and on old text (m, T), in nats per token."""
+    """Losses on examples of the new text (m, 2, 1 + T) and on old text (m, T), nats per token."""
     return dict(new=evaluate(args, model, *val.unbind(1), bos=bos),
                 old=evaluate(args, model, old, bos=bos))
 
 
 def write(args, model, tokens=BYTES):
-    """The text that the model writes after a newline and --prompt."""
+    """--prompt and the text that the model generates after a newline and the prompt."""
     prompt = tokens.encode("\n".encode() + args.prompt.encode(errors="surrogateescape"))
     start = F.pad(prompt, (1, 0), value=tokens.BOS).to(args.device)
     n = max(1, min(args.length, len(model.pos_embed.weight) - len(start)))
@@ -659,7 +658,7 @@ def write(args, model, tokens=BYTES):
 
 
 def save_adapter(args, model, about):
-    """Writes adapter.pt: what was trained, and how and for which base. Returns its path."""
+    """Writes adapter.pt: the trained tensors, the method and the base. Returns its path."""
     path = Path(args.out, "adapter.pt")
     how = {name: getattr(args, name) for name in ("method", "targets", "rank")}
     state = dict(fingerprint=about["fingerprint"],
@@ -671,11 +670,11 @@ def save_adapter(args, model, about):
 
 
 def report(run, about, rows, texts, count):
-    """The end of the run, on the terminal and in result.json. count: parameters of the base."""
+    """Prints the results and writes result.json. count: the number of parameters of the base."""
     args, before, after = run.args, rows["the base"], rows[run.args.method]
     cells = [[who, f"{row['new']:.3f}", f"{row['old']:.3f}", f"{row['trained']:,}",
               f"{row['bytes']:,}"] for who, row in rows.items()]
-    table = common.table([["nats per token", "new text", "old text", "trained", "bytes"], *cells])
+    table = common.table([["nats per token", "new", "old", "trained", "bytes to store"], *cells])
     common.say("\n".join(f"\nSample of {who}:\n\n{text}" for who, text in texts.items()))
     common.say(f"\n{table}\n\nNew text: {Path(args.data).name}; old text: "
                f"{Path(about['old']).name}. Trained: {100 * after['trained'] / count:.1f} % of "
@@ -691,7 +690,7 @@ def report(run, about, rows, texts, count):
 @common.setup
 def main(args):
     recipe(args)
-    base = load_base(args, args.base) if args.base else None        # raises now if it is wrong
+    base = load_base(args, args.base) if args.base else None        # fail early if it is wrong
     tokens = common.BPE.load(base[1]["weights"]) if base and base[1]["weights"] else BYTES
     train, val = load_examples(args, tokens)                        # (n, 2, 1 + T), (m, 2, 1 + T)
     model, about = base or load_base(args, pretrain(args))
@@ -707,8 +706,10 @@ def main(args):
 
     torch.manual_seed(args.seed)
     build(args, model)                                  # in place: freezes the base, adds A and B
-    optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)    # of what is trained
+    optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)    # trainable only
     run = common.Run(args, model.train(), optimizer, about=about)
+    if run.step < args.steps:
+        common.say(f"Now {args.method}: training on {args.k} examples of {Path(args.data).name}.")
     for step in run:                       # sets the seed and the learning rate of this step
         with run.autocast():
             x, target = run.part(run.batch(examples).unbind(1)) # (B, 1 + T) each
