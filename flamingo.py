@@ -3,23 +3,23 @@
 Paper    Alayrac et al. 2022, "Flamingo: a Visual Language Model for Few-Shot Learning",
          arXiv 2204.14198
 
-Idea     Freeze a pre-trained language model and a pre-trained vision encoder; train only what joins
-         them. A resampler turns the patch tokens of an image into a few latents; new layers between
-         the LM's blocks attend to the latents of the last image. Each is multiplied by tanh(gate),
-         and gates start at 0: at step 0 this IS the language model. What that does with text, the
-         whole does with images among text: describe, answer, and (the paper's point) learn a task
-         from a few examples in the prompt.
+Idea     Freeze a pre-trained language model (LM) and a pre-trained vision encoder (ViT). Train only
+         new layers that connect them. A resampler turns the patch tokens of an image into a few
+         latents. Gated layers between the LM's blocks attend to the latents of the last image, and
+         their output is multiplied by tanh(gate). Gates start at 0: at step 0 this IS the LM. What
+         the LM does with text, the whole model does with text and images: describe, answer, and
+         (the main point of the paper) learn a task from a few examples in the prompt.
 
 Loss     L = - mean_t log p(x_t | x_<t, the images before x_t), in nats, of all tokens but <image>.
-         Gated layers attend to the last image; of earlier ones the LM's self-attention tells.
+         Gated layers attend to the last image; earlier ones act through the LM's self-attention.
 
 Flow     tokens x (B, 1 + T) with <image> tokens, images (B, M, 3, S, S)
          0. encode    frozen ViT, once per image         -> features (B, M, N, E)
          A. mask      shift by one                       -> inputs (B, T), target (B, T)
-         B. predict   resample: N tokens to R latents; project to keys and values, once per image
-                      LM blocks, a gated layer before every n-th           -> logits (B, T, V)
+         B. predict   once per image: resample N tokens to R latents, project to keys and values
+                      LM blocks, a gated layer before every n-th -> logits (B, T, V)
          C. compare   cross-entropy; <image> is never a target
-         sample       the LM's keys and values are cached, as in gpt.py
+         sample       with a cache of the LM's keys and values, as in gpt.py
 
 Run      python flamingo.py
 Expect   of held-out scenes 99.8 ± 0.3, 97.8 ± 0.1 and 90.0 ± 0.6 % of the captions of 1, 2 and 3
@@ -29,16 +29,17 @@ Expect   of held-out scenes 99.8 ± 0.3, 97.8 ± 0.1 and 90.0 ± 0.6 % of the ca
          training, but its syllables in other words, in 96.4 ± 2.6 % (3 seeds; 268 s of training for
          the LM and the ViT, then 263 s, on 1 thread, beside other jobs; Intel(R) Xeon(R) Processor,
          2 cores, Python 3.11.7, torch 2.13.0+cpu)
-Differs  A toy world: eight shapes in eight colours, 54 tokens. Theirs are Chinchilla and an NFNet;
-         here both are trained first: the LM on text of this world in which words, and sometimes an
-         <image> token whose embedding is 0, stand in the place of images; the ViT by CLIP's loss,
-         in batches of like colours. Muon (common.py) trains the matrices of the blocks, AdamW the
-         rest (theirs: AdamW all); the gates learn at ten times the rate. Text always attends to the
-         image before it (theirs, on web pages, half of the time to the one after it). No video.
+Differs  A toy world of eight shapes in eight colours, with 54 tokens. The paper's LM is Chinchilla
+         and its vision encoder an NFNet. Here both are trained first: the LM on text of this world,
+         with words, and sometimes an <image> token with embedding 0, in the place of images; the
+         ViT with CLIP's loss, in batches of similar colours. Muon (common.py) trains the matrices
+         of the blocks and AdamW the rest (the paper: AdamW all); the gates have ten times the
+         learning rate. Text always attends to the image before it (in the paper, on web pages, half
+         of the time to the image after it). No video.
 
-Try      --gate-start 0.5, or inf (no gate): what does the loss in log.jsonl do at the first steps?
+Try      --gate-start 0.5, or inf (no gates): what does the loss in log.jsonl do in the first steps?
          --attend all; --every 4 (one gated layer); --latents 0; --no-freeze: what gets worse?
-         --optimizer adamw, or --lm-steps 200: what is left of the new words?
+         --optimizer adamw, or --lm-steps 200: are new words still learned?
 """
 import math
 from dataclasses import dataclass
@@ -56,36 +57,36 @@ import common
 
 @dataclass
 class Args(common.Args):
-    """Settings of flamingo.py: for a GPU, and in `cpu` smaller ones for two cores."""
+    """Settings of flamingo.py for a GPU; `cpu` has smaller ones for two CPU cores."""
     steps: int = 6000               # steps of the multimodal training, 0 or more
     batch: int = 64                 # documents per step
     lr: float = 1e-3                # peak learning rate
-    warmup: float = 0.1             # fraction of the steps in which the rate rises, in [0, 1]
-    optimizer: Literal["muon", "adamw"] = "muon"   # muon: for the matrices of the blocks
-    muon_lr: float = 0.02           # peak learning rate of these matrices, in (0, inf)
-    weight_decay: float = 0.1       # decay, of matrices, not the resampler's (B.1.2)
-    data: str = "scenes"            # images that --prompt is about: scenes, or an .npz of `images`
+    warmup: float = 0.1             # fraction of steps in which the learning rate rises, in [0, 1]
+    optimizer: Literal["muon", "adamw"] = "muon"   # Muon for the blocks' matrices, or AdamW for all
+    muon_lr: float = 0.02           # peak learning rate of Muon, in (0, inf)
+    weight_decay: float = 0.1       # weight decay, on matrices outside the resampler (B.1.2)
+    data: str = "scenes"            # images for --prompt: scenes, or an .npz with an array `images`
     images: int = 40_000            # training images, two thirds with a single figure, 500 or more
-    tests: int = 1000               # test images, as many of unseen kinds, and episodes, 12 or more
-    new_words: float = 0.4          # fraction of the documents on new words, in [0, 1]
-    image_size: int = 32            # side of an image in pixels
-    context: int = 96               # tokens of a document, 41 or more
-    every: int = 1                  # a gated layer before every n-th block (table 3)
+    tests: int = 1000               # test images, as many of unseen kinds, and episodes; 12 or more
+    new_words: float = 0.4          # fraction of the documents about new words, in [0, 1]
+    image_size: int = 32            # side of the images in pixels
+    context: int = 96               # tokens per document, 41 or more
+    every: int = 1                  # put a gated layer before every n-th block (table 3)
     latents: int = 8                # latents per image (paper: 64), 0 or more; 0: no resampler
     resampler_depth: int = 2        # layers of the resampler (paper: 6)
-    attend: Literal["last", "all"] = "last"    # images a token attends to: the last before it, all
-    gate_start: float = 0.          # gates before tanh at the start, in [0, inf]; inf: no gates
+    attend: Literal["last", "all"] = "last"    # attend to the last image before a token, or to all
+    gate_start: float = 0.          # initial gates, before tanh, in [0, inf]; inf: no gates
     gate_lr: float = 10.            # learning rate of the gates, as a multiple of --lr
-    freeze: bool = True             # keep the LM frozen
-    lm: str = ""                    # folder of a run of gpt.py, or of an LM of this script
+    freeze: bool = True             # keep the LM frozen (--no-freeze: train it, too)
+    lm: str = ""                    # LM: folder of a gpt.py run or this script's LM [trains one]
     lm_steps: int = 10_000          # LM: training steps
     lm_batch: int = 64              # LM: documents per step
     lm_lr: float = 1e-3             # LM: peak learning rate
-    lm_new_words: float = 0.7       # LM: fraction of the documents on new words, in [0, 1]
+    lm_new_words: float = 0.7       # LM: fraction of the documents about new words, in [0, 1]
     dim: int = 256                  # LM: channels
     depth: int = 6                  # LM: blocks
-    heads: int = 8                  # LM: attention heads, of the gated layers, too
-    vit: str = ""                   # folder of a run of mae.py, or of a ViT of this script
+    heads: int = 8                  # LM: attention heads, also those of the gated layers
+    vit: str = ""                   # ViT: folder of a mae.py run or this script's ViT [trains one]
     vit_steps: int = 5000           # ViT: training steps
     vit_batch: int = 256            # ViT: pairs of image and caption per step
     vit_lr: float = 1e-3            # ViT: peak learning rate
@@ -94,7 +95,7 @@ class Args(common.Args):
     vit_depth: int = 4              # ViT: blocks
     vit_heads: int = 6              # ViT: attention heads
     shots: tuple[int, ...] = (0, 1, 2, 4, 8)    # examples before a few-shot question, in [0, 100]
-    prompt: str = ""                # asked at the end: "<image> what colour is it ?"
+    prompt: str = ""                # question at the end, such as "<image> what colour is it ?"
 
     cpu = dict(steps=800, batch=32, lr=3e-3, images=32_000, tests=200, context=48,
                resampler_depth=1, lm_steps=600, lm_batch=96, lm_lr=3e-3, dim=128, depth=4, heads=4,
@@ -102,16 +103,16 @@ class Args(common.Args):
 
 
 # ------------------------------------------------------------------------------------- the model
-# B batch, M images, N visual tokens per image (cls and patches), R latents per image, E their
-# channels; T new tokens, L keys, C channels of the LM, H heads, D = C / H, V vocabulary.
+# B batch, M images, N visual tokens per image (cls and patches), R latents per image, E channels of
+# both; T new tokens, L keys, C channels of the LM, H heads, D = C / H, V vocabulary size.
 
 
 class Flamingo(nn.Module):
-    """A language model that reads images among text: tokens (B, T), with one <image> token for each
-    of M images -> logits (B, T, V).
+    """A language model that reads text and images: tokens (B, T), one <image> token for each of M
+    images -> logits (B, T, V).
 
-    Images are encoded once (`encode`, frozen), then projected (`project`). `image` is the <image>
-    token; attend: "last" or "all", see media_mask.
+    Images are encoded once by the frozen ViT (`encode`), then projected (`project`). image: the
+    <image> token; attend: "last" or "all", as in media_mask; start: the gates' initial value.
     """
 
     def __init__(self, lm, vit, patch, image, every=1, latents=8, depth=1, attend="last", start=0.):
@@ -127,20 +128,20 @@ class Flamingo(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """0. Normalised images (n, 3, S, S) -> features (n, N, E), by the frozen ViT."""
+        """0. Encodes normalised images (n, 3, S, S) with the frozen ViT: features (n, N, E)."""
         return self.vit(patchify(images, self.patch))
 
     def project(self, features):
-        """Features (B, M, N, E) -> media: keys and values of each gated layer, (2, B, H, M, R, D).
-        R is N without a resampler."""
+        """Features (B, M, N, E) -> media: for each gated layer keys and values (2, B, H, M, R, D).
+        Without a resampler, R is N."""
         B, M, N, E = features.shape
         latents = self.resampler(features.flatten(0, 1)).view(B, -1, E)     # (B, M R, E)
         return [layer.attn.keys_values(latents).unflatten(3, (M, -1)) for layer in self.gated]
 
     def forward(self, tokens, media=None, cache=None, images_before=0):
-        """B. media: from project(); None: the LM alone. With a cache, the LM's, the tokens come
-        after those that it holds, which had images_before (B, 1) <image> tokens. Raises ValueError
-        where they are more than the context."""
+        """B. media: the result of project(); None: the LM alone. With a cache of the LM, the tokens
+        continue those in the cache, images_before (B, 1) of which were <image> tokens. Raises
+        ValueError if the text is longer than the context."""
         lm, start = self.lm, cache[0].length if cache else 0
         end, context = start + tokens.shape[1], len(lm.pos_embed.weight)
         if end > context:
@@ -157,7 +158,7 @@ class Flamingo(nn.Module):
         return F.linear(lm.norm(x), lm.token_embed.weight)
 
     def train(self, mode=True):
-        """What is frozen stays in evaluation mode: an LM with dropout, for example."""
+        """Keeps frozen parts in evaluation mode, so that a frozen LM has no dropout."""
         super().train(mode)
         for part in (self.vit, self.lm):
             part.train(mode and any(p.requires_grad for p in part.parameters()))
@@ -165,39 +166,38 @@ class Flamingo(nn.Module):
 
 
 def media_mask(so_far, M, R, attend="last"):
-    """Which of M images, of R latents each, a token attends to: the last before it, or all before
-    it. so_far (B, T): <image> tokens up to each token, its own included -> (B, 1, T, M R) bool. A
-    token before the first image attends to none."""
-    number = torch.arange(1, M + 1, device=so_far.device)                   # of each image
+    """Which of M images, with R latents each, every token attends to: the last image before it, or
+    all before it. so_far (B, T): the number of <image> tokens up to and including each token ->
+    (B, 1, T, M R) bool. A token before the first image attends to none."""
+    number = torch.arange(1, M + 1, device=so_far.device)                   # of the images
     visible = so_far[:, :, None] == number if attend == "last" else so_far[:, :, None] >= number
     return visible[:, None].repeat_interleave(R, 3)
 
 
 class GatedCrossAttention(nn.Module):
     """Gated cross-attention, then a gated feed-forward layer (Flamingo, fig. 4): x (B, T, C), keys
-    and values (2, B, H, L, D), visible (B, 1, T, L) -> (B, T, C). Where no image is visible, the
-    attention adds exactly 0; the feed-forward layer changes x all the same."""
+    and values (2, B, H, L, D), visible (B, 1, T, L) -> (B, T, C). For a token that sees no image,
+    the attention adds exactly 0, but the feed-forward layer still applies."""
 
     def __init__(self, dim, source_dim, heads, start=0.):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.attn = CrossAttention(dim, source_dim, heads)
         self.mlp = FeedForward(dim)
-        trained = math.isfinite(start)               # tanh(inf) is 1: no gate
+        trained = math.isfinite(start)               # tanh(inf) = 1: no gates
         self.attn_gate = nn.Parameter(torch.tensor([start]), requires_grad=trained)
         self.mlp_gate = nn.Parameter(torch.tensor([start]), requires_grad=trained)
 
     def forward(self, x, keys_values, visible):
-        # With gates at 0, x stays as it is. Then only the gates have a gradient; once they have
-        # moved, so do the layers.
+        # While the gates are 0, x is unchanged, and only the gates have a gradient. Once they have
+        # moved, the layers have one, too.
         x = x + self.attn_gate.tanh() * self.attn(self.norm(x), keys_values, visible)
         return x + self.mlp_gate.tanh() * self.mlp(x)
 
 
 class Resampler(nn.Module):
-    """Perceiver resampler: any number of visual tokens (B, N, E) -> R latents (B, R, E), at first
-    learned queries. The order of the visual tokens does not matter: their positions are known by
-    what the ViT put into them."""
+    """Perceiver resampler: any number of visual tokens (B, N, E) -> R latents (B, R, E). Learned
+    queries attend to the visual tokens in any order, since the ViT has added their positions."""
 
     def __init__(self, dim, depth, heads, latents):
         super().__init__()
@@ -230,8 +230,8 @@ class ResamplerLayer(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries from x (B, T, C), keys and values from another sequence (B, L, E): (B, T, C). No
-    biases: what attends to nothing gets exactly 0."""
+    """Queries from x (B, T, C), keys and values from another sequence (B, L, E): (B, T, C). There
+    are no biases, so that a token that attends to nothing gets exactly 0."""
 
     def __init__(self, dim, source_dim, heads):
         super().__init__()
@@ -241,17 +241,17 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=False)
 
     def keys_values(self, source):
-        """(B, L, E) -> keys and values, (2, B, H, L, D)."""
+        """Source tokens (B, L, E) -> keys and values (2, B, H, L, D)."""
         B, L, _ = source.shape
         return self.kv(source).view(B, L, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
 
     def forward(self, x, keys_values, visible=None):
-        """visible (B, 1, T, L) bool: the keys that a token attends to; None: all."""
+        """visible (B, 1, T, L) bool: the keys that each token attends to; None: all."""
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.heads, -1).transpose(1, 2)            # (B, H, T, D)
         if visible is None:
             x = F.scaled_dot_product_attention(q, *keys_values)
-        else:                  # the softmax of nothing is nan: attend to all there, and drop it
+        else:                  # softmax over no keys is nan: use all keys there, then zero it
             none = ~visible.any(-1, keepdim=True)                           # (B, 1, T, 1)
             x = F.scaled_dot_product_attention(q, *keys_values, visible | none)
             x = x.masked_fill(none, 0.)
@@ -259,7 +259,7 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Norm, two layers, a squared ReLU between them (Flamingo, A.1.4): (B, T, C) -> (B, T, C)."""
+    """LayerNorm, two layers, a squared ReLU between (Flamingo, A.1.4): (B, T, C) -> (B, T, C)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -272,8 +272,8 @@ class FeedForward(nn.Module):
 
 
 class CLIP(nn.Module):
-    """The ViT while it is trained, beside a text encoder far simpler than CLIP's: a vector for each
-    word at each of 16 positions, summed. The captions of this world need no more."""
+    """The ViT and a text encoder, for the training of the ViT. The text encoder is simpler than
+    CLIP's: it sums a vector for each word at each of 16 positions, enough for these captions."""
 
     def __init__(self, vit, vocab, dim, patch):
         super().__init__()
@@ -286,22 +286,23 @@ class CLIP(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, images, captions):
-        """Images (B, 3, S, S), captions (B, 16) -> vectors of each (B, 64), and their scale."""
-        tokens = self.vit(patchify(images, self.patch))[:, 1:]              # without cls
+        """Images (B, 3, S, S), captions (B, 16) -> an embedding of each, (B, 64), and a scale."""
+        tokens = self.vit(patchify(images, self.patch))[:, 1:]              # drop cls
         words = F.one_hot(captions, self.vocab).flatten(1).float()
         scale = self.scale.exp().clamp(max=100)
         return self.image_proj(tokens.mean(1)), self.text_proj(words), scale
 
 
-# The vision encoder: mae.py's ViT, line by line (its blocks are called ViTBlock and so on).
+# The vision encoder: a copy of mae.py's ViT (its Block is called ViTBlock here, and so on).
 
 
 class ViT(nn.Module):
-    """Vision Transformer of some or all patches of an image: (B, n, P) -> (B, 1 + n, C).
+    """Vision Transformer for some or all patches of an image: (B, n, P) -> (B, 1 + n, C).
 
-    ids (B, n) are the positions of the patches in the image, row by row; without them the patches
-    are all N, in order. Token 0 of the output is the cls token. image_size: the side in pixels, or
-    (height, width).
+    ids (B, n) are the positions of the patches in the image, counted row by row; None means all N
+    patches in order. Token 0 of the output is the cls token, which belongs to no patch. It can
+    be used to classify the image, and has no target in pre-training (as in MAE). image_size: the
+    side in pixels, or (height, width).
     """
 
     def __init__(self, image_size, patch, dim, depth, heads, channels=3):
@@ -321,7 +322,7 @@ class ViT(nn.Module):
     def forward(self, patches, ids=None):
         B, n, _ = patches.shape
         position = self.pos_embed[:, 1:].expand(B, -1, -1)
-        if ids is not None:                          # each patch keeps its position in the image
+        if ids is not None:                          # add the position of each patch
             position = gather(position, ids)
         elif n != position.shape[1]:
             raise ValueError(f"{n} patches per image, and this ViT is for {position.shape[1]}")
@@ -349,7 +350,7 @@ class ViTBlock(nn.Module):
 
 
 class ViTAttention(nn.Module):
-    """Multi-head self-attention, every token to every token: (B, T, C) -> (B, T, C)."""
+    """Multi-head self-attention: (B, T, C) -> (B, T, C). Every token attends to every token."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -368,7 +369,7 @@ class ViTAttention(nn.Module):
 
 
 class ViTMLP(nn.Module):
-    """Two layers, applied to each token: (B, T, C) -> (B, T, C)."""
+    """Two linear layers with a GELU between, applied to each token: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -382,8 +383,8 @@ class ViTMLP(nn.Module):
 def sincos_pos_embed(rows, columns, dim):
     """Fixed 2-D sin-cos position embedding of N = rows x columns patches: (1, 1 + N, dim).
 
-    Half of the channels encode the column, half the row, each by sines, then cosines, of frequency
-    10000^(-4 i / dim). Row 0 is for the cls token: zeros.
+    The first half of the channels encodes the column, the second half the row: first sines, then
+    cosines, with frequencies 10000^(-4 i / dim). Index 0 is for the cls token and is zero.
     """
     if dim % 4:
         raise ValueError(f"{dim} channels cannot hold sines and cosines of x and y: take a "
@@ -396,12 +397,12 @@ def sincos_pos_embed(rows, columns, dim):
 
 
 def gather(x, ids):
-    """The tokens of x (B, T, C) at positions ids (B, n), others in each image: (B, n, C)."""
+    """Selects the tokens of x (B, T, C) at positions ids (B, n) of each image: (B, n, C)."""
     return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def patchify(x, p):
-    """Images (B, C, H, W) -> patches (B, N, P), row by row; inside a patch: row, column, colour."""
+    """Images (B, C, H, W) -> patches (B, N, P), row by row; within a patch: row, column, colour."""
     B, C, H, W = x.shape
     if H % p or W % p:
         raise ValueError(f"a patch of {p} pixels does not divide images of {H} x {W} pixels")
@@ -409,28 +410,28 @@ def patchify(x, p):
     return x.reshape(B, C, h, p, w, p).permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, p * p * C)
 
 
-# The language model: gpt.py's GPT, line by line.
+# The language model: a copy of gpt.py's GPT.
 
 
 class GPT(nn.Module):
-    """GPT-2: tokens (B, T) -> logits of the token after each, (B, T, V).
+    """GPT-2: tokens (B, T) -> logits (B, T, V) for the token that follows each of them.
 
-    With a cache, from new_cache(), the tokens come after those that it holds: a whole text at once,
-    or a prompt and then one token at a time, give the same logits. Raises ValueError where they
-    are more than the context.
+    With a cache from new_cache(), the tokens continue those in the cache: passing a prompt and then
+    one token at a time gives the same logits as passing the whole text. Raises ValueError if the
+    text is longer than the context.
     """
 
     def __init__(self, vocab, context, dim, depth, heads, dropout=0.):
         super().__init__()
         self.dropout = dropout
-        self.token_embed = nn.Embedding(vocab, dim)      # tied: also the matrix to the logits
+        self.token_embed = nn.Embedding(vocab, dim)      # tied: the output layer uses it, too
         self.pos_embed = nn.Embedding(context, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-5)
-        for name, p in self.named_parameters():                  # as GPT-2: 0.02, positions 0.01
+        for name, p in self.named_parameters():                  # GPT-2's 0.02; 0.01 for positions
             if p.ndim > 1:
-                last = name.endswith(("proj.weight", "fc2.weight"))    # the last layer of a branch:
-                std = .02 / math.sqrt(2 * depth) if last else .02      # 2 depth of them are summed
+                last = name.endswith(("proj.weight", "fc2.weight"))    # last layer of a branch:
+                std = .02 / math.sqrt(2 * depth) if last else .02      # 2 depth branches add up
                 nn.init.normal_(p, std=.01 if name == "pos_embed.weight" else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -448,7 +449,7 @@ class GPT(nn.Module):
         return F.linear(self.norm(x), self.token_embed.weight)                      # (B, T, V)
 
     def new_cache(self, batch):
-        """An empty KV cache for a batch of texts: a Cache for each block."""
+        """Returns an empty KV cache for a batch of texts: one Cache per block."""
         context, dim = self.pos_embed.weight.shape
         return [Cache(batch, block.attn.heads, context, dim // block.attn.heads,
                       self.pos_embed.weight) for block in self.blocks]
@@ -470,8 +471,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention: each token to itself and those before it, (B, T, C) ->
-    (B, T, C). With a cache, the T tokens come after those that it holds, and are appended."""
+    """Causal multi-head self-attention: (B, T, C) -> (B, T, C). Each token attends to itself and to
+    the tokens before it. With a cache, the T new tokens also attend to the cached ones."""
 
     def __init__(self, dim, heads, dropout=0.):
         super().__init__()
@@ -487,8 +488,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)    # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)                                       # each (B, H, L, D)
-        L, visible = k.shape[2], None    # one new token attends to all L keys: no mask. Of several,
-        if 1 < T < L:                    # the last attends to all, the one before it to L - 1, ...
+        L, visible = k.shape[2], None    # a single new token attends to all L keys without a mask;
+        if 1 < T < L:                    # several: the last to L keys, the one before to L - 1, ...
             visible = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
         x = F.scaled_dot_product_attention(              # softmax(q k^T / sqrt(D) + mask) v
             q, k, v, visible, self.dropout if self.training else 0.,
@@ -498,7 +499,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, applied to each token: (B, T, C) -> (B, T, C)."""
+    """Two linear layers with a GELU between, applied to each token: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, dim, dropout=0.):
         super().__init__()
@@ -512,8 +513,8 @@ class MLP(nn.Module):
 
 
 class Cache:
-    """KV cache of one block: keys and values of all L tokens so far, (B, H, L, D) each. Memory for
-    a whole context is allocated once."""
+    """KV cache of one block: the keys and the values of the L tokens so far, (B, H, L, D) each.
+    Memory for the whole context is allocated once."""
 
     def __init__(self, batch, heads, context, head_dim, like):
         self.k = like.new_empty(batch, heads, context, head_dim)
@@ -521,7 +522,7 @@ class Cache:
         self.length = 0
 
     def append(self, k, v):
-        """Appends those of T new tokens (B, H, T, D); returns those of all, (B, H, L, D)."""
+        """Appends keys and values of T new tokens (B, H, T, D); returns all L, (B, H, L, D)."""
         start, self.length = self.length, self.length + k.shape[2]
         self.k[:, :, start:self.length] = k
         self.v[:, :, start:self.length] = v
@@ -532,22 +533,22 @@ class Cache:
 
 
 def distance(prediction, target):
-    """C. Mean cross-entropy of logits (B, T, V) with tokens (B, T), in nats per token; -100: none
-    to predict."""
+    """C. Mean cross-entropy of logits (B, T, V) and tokens (B, T), in nats per token. Targets of
+    -100 are ignored."""
     return F.cross_entropy(prediction.flatten(0, 1).float(), target.flatten(), ignore_index=-100)
 
 
 def mask(x, image):
-    """A. Tokens x (B, 1 + T), -100 after a text's end -> inputs (B, T), and the target (B, T): the
-    next token, -100 where that is <image> or after the end."""
+    """A. Tokens x (B, 1 + T), -100 after the end of a text -> inputs (B, T), and the target (B, T):
+    the next token, or -100 if that is <image> or after the end."""
     inputs, target = x[:, :-1], x[:, 1:]
-    end = x[:, :1]                                       # a text begins with an <end>
+    end = x[:, :1]                                       # every text begins with <end>
     return torch.where(inputs < 0, end, inputs), target.masked_fill(target == image, -100)
 
 
 def clip_loss(image, text, scale):
-    """n images and their captions as vectors, (n, 64) each: each image has to find its caption
-    among all, and each caption its image (Flamingo, B.1.3). A uniform guess costs ln n."""
+    """CLIP's loss (Flamingo, B.1.3) on the embeddings of n images and of their captions, (n, 64)
+    each: match each image to its caption and vice versa. A uniform guess costs ln n."""
     logits = scale * F.normalize(image.float(), dim=1) @ F.normalize(text.float(), dim=1).T
     pairs = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
@@ -555,12 +556,12 @@ def clip_loss(image, text, scale):
 
 @torch.inference_mode()
 def sample(model, prompts, media, n, end, temperature=0.):
-    """Continues each of the prompts, a list of (t,) tokens of any lengths, by n tokens or up to
-    `end`, which is left out: a list of (n,) or shorter. temperature 0: the most likely tokens.
+    """Samples up to n tokens after each of the prompts, a list of (t,) of any lengths, and stops
+    before the token `end`: a list of (n,) or shorter. temperature 0: only the most likely token.
 
-    All texts are written at once, one position at a time; where a prompt still lasts, its own token
-    is taken, so nothing is padded. Raises ValueError where a prompt is longer than the context, or
-    has more <image> tokens than there are images.
+    All texts are generated together, one position at a time. Within a prompt its own token is kept
+    instead of the sampled one, so no padding is needed. Raises ValueError if a prompt is longer
+    than the context or has more <image> tokens than there are images.
     """
     lengths, device = [len(prompt) for prompt in prompts], model.lm.pos_embed.weight.device
     context, most = len(model.lm.pos_embed.weight), max(lengths)
@@ -570,7 +571,7 @@ def sample(model, prompts, media, n, end, temperature=0.):
     for row, prompt in zip(text, prompts):
         row[:len(prompt)] = torch.as_tensor(prompt)
     ends = torch.tensor(lengths, device=device)
-    given = torch.arange(text.shape[1], device=device) < ends[:, None]      # prompts
+    given = torch.arange(text.shape[1], device=device) < ends[:, None]      # the prompts
     count = int(((text == model.image) & given).sum(1).max())
     if media is not None and count > media[0].shape[3]:
         raise ValueError(f"a prompt has {count} <image> tokens, and there are "
@@ -579,7 +580,7 @@ def sample(model, prompts, media, n, end, temperature=0.):
     for t in range(min(lengths), text.shape[1]):
         images_before = (text[:, :start] == model.image).sum(1, keepdim=True)
         logits = model(text[:, start:t], media, cache, images_before)[:, -1].float()     # (B, V)
-        logits[:, model.image] = -math.inf                         # it writes text, not images
+        logits[:, model.image] = -math.inf                         # it generates text only
         token = logits.argmax(1)
         if temperature > 0:
             p = ((logits - logits.amax(1, keepdim=True)) / temperature).softmax(1)
@@ -594,25 +595,25 @@ def sample(model, prompts, media, n, end, temperature=0.):
 
 
 def normalize(images, mean=(.2, .2, .2), std=(.2, .2, .2)):
-    """uint8 images (n, 3, S, S) -> about mean 0 and variance 1, on this dark ground."""
+    """uint8 images (n, 3, S, S) -> about mean 0, variance 1 (scenes have a dark background)."""
     mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (mean, std))
     return (images.float() / 255 - mean) / std
 
 
 # -------------------------------------------------------------------- the LM and the vision encoder
-# Documents come from common.py. A new word means a kind of figure, another one in each document:
+# Documents come from common.py. A new word means a kind of figure, a different one per document:
 #     the LM       a large ring on the left . what colour is it ? red <end> blue moon dax <end> ...
 #     Flamingo     <image> what colour is it ? red <end> <image> there is a large ring ... <end> ...
 #     new words    <image> dag <end> <image> kox <end> <image> kox <end> <image> dag <end> ...
 #     an unasked question        <image> red <end> <image> blue <end> <image> green <end> ...
 
-LM = "lm_new_words", "context", "dim", "depth", "heads"                     # these make another LM
-VIT = "images", "image_size", "patch", "vit_dim", "vit_depth", "vit_heads"  # and these another ViT
+LM = "lm_new_words", "context", "dim", "depth", "heads"                     # these define the LM
+VIT = "images", "image_size", "patch", "vit_dim", "vit_depth", "vit_heads"  # and these the ViT
 
 
 def train(how, model, loss_at, choices, **about):
-    """A training that comes first, of what loss_at(run, step) returns; a uniform guess among as
-    many choices has the loss ln(choices). Returns its folder."""
+    """Trains a model on the loss that loss_at(run, step) returns; ln(choices) is the loss of a
+    uniform guess. Used for the LM and the ViT. Returns the folder of the run."""
     optimizer = common.optimizer(how, model.named_parameters())
     run = common.Run(how, model, optimizer, math.log(choices), about)
     for step in run:
@@ -629,21 +630,21 @@ def train(how, model, loss_at, choices, **about):
 
 
 def train_lm(args, tokens):
-    """A GPT learns the language of the shapes world, from text alone. Returns its folder."""
+    """Trains a GPT on the language of the toy world, text only. Returns the folder of the run."""
     how, done = common.stage(args, "lm", LM)
     if done:
         return how.out
     torch.manual_seed(args.seed)
     model = GPT(tokens.vocab, args.context, args.dim, args.depth, args.heads)
     with torch.no_grad():
-        for p in model.parameters():             # GPT-2's 0.02 suits its 768 channels
+        for p in model.parameters():             # GPT-2's std of 0.02 is for 768 channels
             p *= math.sqrt(768 / args.dim) if p.ndim > 1 else 1.
         model.token_embed.weight[tokens.image] = 0
-    # The embedding of <image> stays 0: in the multimodal training only the image speaks there.
+    # The embedding of <image> stays 0, so that only the gated layers contribute at that token.
     image = torch.tensor(tokens.image, device=args.device)
     model.token_embed.weight.register_hook(lambda gradient: gradient.index_fill(0, image, 0.))
     model.to(args.device)
-    common.say(f"First the LM learns the language, from text alone. It is kept in {how.out}.")
+    common.say(f"First the LM: training on text only. It is kept in {how.out}.")
     n = min(how.steps * how.batch, 60_000)
     x = common.text_documents(args.seed, tokens, n, args.context, args.lm_new_words)
     x = x.to(args.device)                                                   # (n, 1 + T)
@@ -655,24 +656,24 @@ def train_lm(args, tokens):
 
 
 def build_vit(args):
-    """The ViT of these settings, with random weights."""
+    """Builds the ViT of these settings, with random weights."""
     return ViT(args.image_size, args.patch, args.vit_dim, args.vit_depth, args.vit_heads)
 
 
 def train_vit(args, tokens, scenes, images):
-    """A ViT learns which caption belongs to an image (n, 3, S, S). Returns its folder."""
+    """Trains a ViT to match images (n, 3, S, S) and captions. Returns the folder of the run."""
     how, done = common.stage(args, "vit", VIT)
     if done:
         return how.out
     torch.manual_seed(args.seed)
     model = CLIP(build_vit(args), tokens.vocab, args.vit_dim, args.patch).to(args.device)
-    common.say(f"Then the ViT learns which caption belongs to an image. It is kept in {how.out}.")
+    common.say(f"Then the ViT: training to match images and captions. It is kept in {how.out}.")
     words, alike = scenes.captions(tokens).to(args.device), scenes.alike()
 
     def loss_at(run, step):
         i = run.batch(torch.arange(len(images), device=args.device))
-        if step % 4:             # hard negatives: scenes of the same colours, so that only shapes,
-            own = alike[step % 4 - 1]                            # sizes and places tell them apart
+        if step % 4:             # hard negatives: scenes of the same colours, which differ only
+            own = alike[step % 4 - 1]                            # in their shapes, sizes and places
             start = torch.randint(max(1, len(own) - how.batch + 1), (1,)).item()
             i = own[start:start + how.batch].to(args.device)
         return clip_loss(*model(normalize(images[i]), words[i]))
@@ -680,12 +681,12 @@ def train_vit(args, tokens, scenes, images):
 
 
 def load_lm(args, folder):
-    """The LM in a folder of a run of gpt.py, or of an LM of this script, and its tokenizer."""
+    """Loads the LM and its tokenizer from the folder of a run of gpt.py or of this script's LM."""
     state = common.read_checkpoint(folder, "gpt.py", common.script(args), flag="--lm")
     how, weights = state["args"], state["model"]
     common.require("token_embed.weight" in weights, f"{folder} holds no LM: try --lm {folder}/lm")
     text = None if state["script"] != "gpt.py" else common.Bytes()
-    if how.get("weights"):                  # GPT-2: a shorter context, and one more token, <image>
+    if how.get("weights"):                  # GPT-2: shorten the context, add the token <image>
         text, embed = common.BPE.load(how["weights"]), weights["token_embed.weight"]
         weights["token_embed.weight"] = torch.cat([embed, embed.mean(0, keepdim=True)])
         weights["pos_embed.weight"] = weights["pos_embed.weight"][:args.context]
@@ -701,12 +702,12 @@ def load_lm(args, folder):
 
 
 def load_vit(args, folder):
-    """The ViT of a run of mae.py or of this script, its patch, and {mean, std} of its images."""
+    """Loads the ViT of a run of mae.py or this script: the ViT, its patch size, {mean, std}."""
     state = common.read_checkpoint(folder, "mae.py", common.script(args), flag="--vit")
     how, own = state["args"], state["script"] == common.script(args)
     prefix = "vit." if own else "encoder."
     weights = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
-    alone = not own or "text_proj.weight" in state["model"]    # a whole Flamingo has a vit., too
+    alone = not own or "text_proj.weight" in state["model"]    # a Flamingo has a vit., too
     alone = alone and {"mean", "std"} <= state["about"].keys()
     common.require(weights and alone, f"{folder} holds no ViT: try --vit {folder}/vit")
     vit = ViT(args.image_size, how["patch"], how["dim"], how["depth"], how["heads"])
@@ -719,14 +720,14 @@ def load_vit(args, folder):
 
 @torch.no_grad()
 def encode(args, model, images, statistics):
-    """Features of images (n, 3, S, S) by the frozen ViT, once for all: (n, N, E) bfloat16."""
+    """Encodes all images (n, 3, S, S) once with the frozen ViT: features (n, N, E), bfloat16."""
     with common.autocast(args):
         return torch.cat([model.encode(normalize(x, **statistics)).bfloat16()
                           for x in images.split(500)])
 
 
 def answers(args, model, tokens, asked, features=None):
-    """Answers to a list of common.Query, as texts; without features (n, N, E), of the LM alone."""
+    """Answers a list of common.Query: a list of texts. features (n, N, E); None: the LM alone."""
     texts, context = [], len(model.lm.pos_embed.weight)
     for part in (asked[i:i + 250] for i in range(0, len(asked), 250)):
         prompts, media = [tokens.encode(f"<end> {q.prompt}") for q in part], None
@@ -743,7 +744,7 @@ def answers(args, model, tokens, asked, features=None):
 
 
 def evaluate(args, model, tokens, asked, features):
-    """{(row, column): % of answers exactly right}; "LM alone": of all in a column, no images."""
+    """{(row, column): % of answers exactly right}; row "LM alone": all queries, without images."""
     right, alone = {}, [q for q in asked if q.group[1] in common.SORTS]
     for q, text in zip(asked, answers(args, model, tokens, asked, features)):
         right.setdefault(q.group, []).append(text == q.answer)
@@ -753,7 +754,7 @@ def evaluate(args, model, tokens, asked, features):
 
 
 def own_prompt(args, tokens, context, own):
-    """--prompt, about the first images, as a list of common.Query. UserError if it does not fit."""
+    """--prompt as a list of common.Query on the first images. UserError if it does not fit."""
     prompt, n = tokens.encode(f"<end> {args.prompt}"), args.tests if own is None else len(own)
     count = prompt.count(tokens.image)
     common.require(count <= n, f"--prompt has {count} <image> tokens, and there are {n} images of "
@@ -764,18 +765,18 @@ def own_prompt(args, tokens, context, own):
 
 
 def describe(args, model, tokens, asked, features, images):
-    """Writes scenes.png, twelve test images; returns what the model says of each, as lines."""
+    """Writes scenes.png, twelve test images. Returns the model's text about each, as lines."""
     common.save_png(f"{args.out}/scenes.png", images[:12].float() / 255, 6)
     of = lambda i: [q for q in asked if q.images == [i]][::1 + i % 3][:2]    # a caption, a question
     chosen = [("" if j else i + 1, q) for i in range(12) for j, q in enumerate(of(i))]
     texts = answers(args, model, tokens, [q for _, q in chosen], features)
     return [f"{i:>2}  {q.prompt.removeprefix('<image> ')} {text}"
-            + f"\n    WRONG, it is: {q.answer}" * (text != q.answer)
+            + f"\n    WRONG, should be: {q.answer}" * (text != q.answer)
             for (i, q), text in zip(chosen, texts)]
 
 
 def tables(args, model, right):
-    """What came out, as text: captions and questions, few-shot episodes, gates."""
+    """The results as text: tables of captions, questions and few-shot episodes, and the gates."""
     cell = lambda *group: f"{right[group]:.1f}" if group in right else "-"
     grid = lambda corner, rows, columns: common.table(
         [[corner, *columns], *([row, *(cell(row, column) for column in columns)] for row in rows)])
@@ -785,13 +786,13 @@ def tables(args, model, right):
         grid("exactly right, %", ["caption", *common.ABOUT, "LM alone"], common.SORTS),
         grid("examples in the prompt", ["unasked question", "new word", "held-out word"],
              [*map(str, args.shots)]),
-        "From 2 examples on, the new word is one of two: always the same one is right in 50 %. No "
-        "image came with the held-out words, only with their syllables, in other words.",
-        f"tanh of the gates, attention and feed-forward, layer by layer: {gates}"])
+        "From 2 examples on, the new word is one of two (chance 50 %). A held-out word never came "
+        "with an image in training; its syllables did, in other words.",
+        f"tanh of the gates (attention, feed-forward) of each layer: {gates}"])
 
 
 def show(args, run, model, tokens, own, statistics):
-    """The end of the run; where nothing was trained, the answer to --prompt alone."""
+    """Evaluates the model and prints the results. Without training: only answers --prompt."""
     asked, scenes = common.queries(args.seed, args.tests, args.shots)
     images = common.paint(scenes, args.seed + 1_000_000, args.image_size, args.device)
     context, mine = len(model.lm.pos_embed.weight), []
@@ -806,10 +807,10 @@ def show(args, run, model, tokens, own, statistics):
     lines = describe(args, model, tokens, asked, features, images)
     right = evaluate(args, model, tokens, asked, features)
     lines += ["", *mine] if mine else []
-    captions = right.get(("caption", "1 figure"), math.nan)             # in bytes none may fit
+    captions = right.get(("caption", "1 figure"), math.nan)             # with bytes, none may fit
     common.report(run, f"captions of one figure {captions:.1f} %",
                   dict(lines=lines, right={", ".join(group): x for group, x in right.items()}))
-    common.say(f"\nTwelve test images, six in a row of {args.out}/scenes.png:\n\n"
+    common.say(f"\nTwelve test images, in two rows of {args.out}/scenes.png:\n\n"
                + "\n".join(lines) + f"\n\n{tables(args, model, right)}")
 
 
@@ -817,8 +818,8 @@ def show(args, run, model, tokens, own, statistics):
 
 
 def build_optimizer(args, model):
-    """The resampler does not decay (Flamingo, B.1.2), and the gates have --gate-lr times the rate:
-    Adam changes a number by about the rate in a step, too little where all passes through one."""
+    """The resampler has no weight decay (Flamingo, B.1.2). Gates have --gate-lr times the learning
+    rate: an Adam step changes a number by about the rate, too little for a gate."""
     rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gates = [rest.pop(name) for name in [*rest] if name.endswith("gate")]
     resampler = {name: rest.pop(name) for name in [*rest] if name.startswith("resampler")}
@@ -831,8 +832,8 @@ def build_optimizer(args, model):
 
 
 def check(args, words):
-    """Finds the mistakes that would show only after the training of the LM. Returns the images of
-    --data, (n, 3, S, S) uint8, or None for held-out scenes. Raises ValueError."""
+    """Raises ValueError for mistakes that would otherwise show only after the training of the LM.
+    Returns the images of --data, (n, 3, S, S) uint8, or None for the test scenes."""
     own = None
     if args.data != "scenes":
         common.require(args.data.endswith(".npz"), "--data takes scenes, or an .npz with images "
@@ -859,15 +860,15 @@ def main(args):
     images = common.paint(scenes.all, args.seed, args.image_size, args.device)
     lm, tokens = load_lm(args, args.lm or train_lm(args, words))
     context = len(lm.pos_embed.weight)
-    own_prompt(args, tokens, context, own)                             # raises now if it is wrong
+    own_prompt(args, tokens, context, own)                             # fail early if it is wrong
     vit, patch, statistics = load_vit(args, args.vit or train_vit(args, words, scenes, images))
     torch.manual_seed(args.seed)
     model = Flamingo(lm, vit, patch, tokens.image, args.every, args.latents, args.resampler_depth,
                      args.attend, args.gate_start).to(args.device)
     optimizer = build_optimizer(args, model)
     run = common.Run(args, model, optimizer)
-    if run.step < args.steps:                        # a finished run may be asked a --prompt alone
-        common.say("Last the multimodal training, of the resampler and the gated layers.")
+    if run.step < args.steps:                        # else only --prompt or evaluation
+        common.say("Last the multimodal training: the resampler and the gated layers.")
         features = encode(args, model, images, statistics)                         # (n, N, E)
         n = min(args.steps * args.batch, 60_000)
         x, ids = common.image_documents(args.seed, tokens, scenes, n, context, args.new_words)
