@@ -1,40 +1,41 @@
-"""BERT: mask 15 % of the words, predict them from both sides; then fine-tune on a few labels.
+"""BERT: mask 15 % of the words, predict them from both sides, then fine-tune on a few labels.
 
 Paper    Devlin et al. 2018, "BERT: Pre-training of Deep Bidirectional Transformers for Language
          Understanding", arXiv 1810.04805. --strategy span: Joshi et al. 2019 (SpanBERT), arXiv
          1907.10529; pmi: Levine et al. 2020 (PMI-Masking), arXiv 2010.01825
 
-Idea     A masked autoencoder of words: mask some, predict them from the words on both sides. Words
-         carry more information than patches of an image, so fewer are masked. Some show as random
-         words instead of [MASK]: so no word can be trusted, and all have to be represented. [CLS],
-         before a text, attends to all of it: it is what a classifier reads in fine-tuning.
+Idea     A masked autoencoder of words: mask some, and predict them from the words on both sides.
+         Words carry more information than image patches, so fewer are masked. Some are replaced by
+         random words instead of [MASK], so the model cannot trust any word and has to represent
+         all of them. [CLS], before a text, attends to all of it; its output is for classifiers.
 
-Loss     L = -1 / |M| sum_{i in M} log p(x_i | x~)
-         over the masked words M only, x~ the text as it shows; in nats per word; a uniform guess
-         costs ln V. Perplexity: e^L
+Loss     L = -1 / |M| sum_{i in M} log p(x_i | x~), in nats per word
+         The sum is over the masked words M; x~ is the corrupted text. A uniform guess costs ln V.
+         The perplexity is e^L.
 
 Flow     texts x (B, T): [CLS], words, [SEP]
          A. mask      choose_positions -> positions (B, n), target (B, n): the words there
                       corrupt          -> tokens (B, T): x with [MASK] or random words there
          B. predict   bidirectional Transformer, MLM head -> logits (B, n, V), at positions only
-         C. compare   cross-entropy of the masked words
-         fine-tuning  output at [CLS] -> a layer and tanh (pool) -> a new linear layer (Classifier)
+         C. compare   cross-entropy at the masked words
+         fine-tuning  output at [CLS] -> linear layer, tanh (pool) -> new linear layer (Classifier)
 
 Run      python bert.py --fill "the <mask> statement is used to <mask>"
 Expect   36.6 ± 0.4 % of the masked words of new text are right, at a perplexity of 32.7 ± 0.4
          (unigram baseline 7.1 % and 267); the part that a passage is from, 20 labels per class:
          53.4 ± 2.6 % (untrained 32.1 ± 3.1 %) (3 seeds; 109 s of training on 1 thread, beside other
          jobs; Intel(R) Xeon(R) Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
-Differs  80 % of the masked words show as [MASK] and 20 % as random words, as in the lecture
-         (Stanford's CS330); --keep 0.1 is the paper's 80/10/10. A token is a lower-case word or a
-         punctuation mark; rare ones are [UNK], never masked. No next-sentence prediction, so no
-         loss trains the output at [CLS] before fine-tuning. Muon (common.py) trains the matrices of
-         the blocks, AdamW the rest; the paper has Adam for all. Larger initial weights in narrow
-         models. span: without SpanBERT's second loss. pmi: all n-grams above a threshold.
+Differs  80 % of the masked words are replaced by [MASK] and 20 % by random words, as in the lecture
+         (Stanford's CS330); --keep 0.1 gives the paper's 80/10/10. A token is a lower-case word or
+         a punctuation mark; rare ones are [UNK] and never masked. There is no next-sentence
+         prediction, so no loss trains the output at [CLS] before fine-tuning. Muon (common.py)
+         trains the matrices of the blocks and AdamW the rest; the paper uses Adam for all. Narrow
+         models start with larger weights. span: without SpanBERT's span boundary objective. pmi:
+         masks all n-grams above a threshold.
 
-Try      --strategy span, pmi: is a phrase harder to predict than as many words? (See log.jsonl.)
-         --mask-ratio 0.05, 0.4, 0.8: which perplexity is lowest, which fine-tuning best?
-         --optimizer adamw: how many steps does it take to the same perplexity?
+Try      --strategy span, pmi: is a phrase harder to predict than as many single words? (log.jsonl)
+         --mask-ratio 0.05, 0.4, 0.8: which gives the lowest perplexity, which the best fine-tuning?
+         --optimizer adamw: how many more steps does it take to reach the same perplexity?
 """
 import copy
 import math
@@ -53,28 +54,28 @@ import common
 
 @dataclass
 class Args(common.Args):
-    """Settings of bert.py: for a GPU, and in `cpu` smaller ones for two cores."""
+    """Settings of bert.py for a GPU; `cpu` has smaller ones for two CPU cores."""
     steps: int = 5000               # training steps, 0 or more
-    batch: int = 128                # windows of the text per step
+    batch: int = 128                # windows of text per step
     lr: float = 1e-3                # peak learning rate
-    warmup: float = 0.1             # fraction of the steps in which the rate rises, in [0, 1]
-    optimizer: Literal["muon", "adamw"] = "muon"   # muon: for the matrices of the blocks
-    muon_lr: float = 0.02           # peak learning rate of these matrices, in (0, inf)
-    weight_decay: float = 0.1       # decay, of matrices only (BERT, app. A.2: 0.01)
-    weights: str = ""               # BERT as published: a folder; not trained without --steps
+    warmup: float = 0.1             # fraction of steps in which the learning rate rises, in [0, 1]
+    optimizer: Literal["muon", "adamw"] = "muon"   # Muon for the blocks' matrices, or AdamW for all
+    muon_lr: float = 0.02           # peak learning rate of Muon, in (0, inf)
+    weight_decay: float = 0.1       # weight decay, on matrices only (BERT, app. A.2: 0.01)
+    weights: str = ""               # folder of a published BERT; it is trained only with --steps N
     data: str = "pydocs"            # pydocs, pycode, shakespeare, a file or a folder of .txt files
-    vocab: int = 8192               # tokens at most, special ones included, 6 or more
-    context: int = 128              # tokens of a window, [CLS] and [SEP] included, 4 or more
+    vocab: int = 8192               # maximum vocabulary size, special tokens included, 6 or more
+    context: int = 128              # tokens per window, [CLS] and [SEP] included, 4 or more
     dim: int = 256                  # channels
     depth: int = 4                  # blocks
-    heads: int = 4                  # attention heads (on a CPU 8: with few it learns later)
+    heads: int = 4                  # attention heads (on a CPU 8: with fewer it learns later)
     dropout: float = 0.1            # dropout probability, in [0, 1) (BERT, app. A.2)
     mask_ratio: float = 0.15        # fraction of the words to mask, in (0, 1) (BERT, sec. 3.1)
-    keep: float = 0.0               # fraction of masked words that stay, in [0, 0.2] (paper: 0.1)
+    keep: float = 0.0               # fraction of masked words left as is, in [0, 0.2] (paper: 0.1)
     strategy: Literal["token", "span", "pmi"] = "token"   # mask words, spans, or common phrases
-    fill: str = ""                  # a sentence of your own with <mask> in it, to be filled in
-    classes: int = 6                # parts of the text that passages are classified by, 2 or more
-    passage: int = 32               # tokens of a passage, [CLS] and [SEP] included, 3 or more
+    fill: str = ""                  # a sentence with <mask> in it; the model fills in words there
+    classes: int = 6                # parts of the text by which passages are classified, 2 or more
+    passage: int = 32               # tokens per passage, [CLS] and [SEP] included, 3 or more
     labels: tuple[int, ...] = (1, 5, 20)   # labelled passages per class
     tune_steps: int = 200           # steps of each fine-tuning, 0 or more
     tune_lr: float = 5e-4           # peak learning rate of fine-tuning
@@ -86,32 +87,32 @@ class Args(common.Args):
 
 
 # ------------------------------------------------------------------------------------- the model
-# B batch, T tokens, n masked positions, C channels, H heads, D = C / H, V vocabulary.
+# B batch, T tokens, n masked positions, C channels, H heads, D = C / H, V vocabulary size.
 
 
 class BERT(nn.Module):
-    """BERT with its head for masked language modelling (MLM): tokens (B, T) and positions (B, n) ->
-    logits of the words at these positions, (B, n, V).
+    """BERT with a head for masked language modelling (MLM): tokens (B, T), positions (B, n) ->
+    logits (B, n, V) of the words at these positions.
 
     attention_mask (B, T): False or 0 at padding, to which no token attends. segments (B, T): 0 or
-    1, for pairs of texts. The texts of this script need neither. Raises ValueError where a text is
-    longer than the context. The tensors are those of the published weights, renamed.
+    1, for pairs of texts. This script needs neither. Raises ValueError if a text is longer than
+    the context. The parameters are those of the published weights, under other names.
     """
 
     def __init__(self, vocab, context, dim, depth, heads, dropout=0.):
         super().__init__()
         self.dropout = dropout
-        self.token_embed = nn.Embedding(vocab, dim)      # also the matrix to the logits
+        self.token_embed = nn.Embedding(vocab, dim)      # tied: the output layer uses it, too
         self.pos_embed = nn.Embedding(context, dim)
         self.segment_embed = nn.Embedding(2, dim)
         self.norm = nn.LayerNorm(dim, eps=1e-12)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(depth))
-        self.pooler = nn.Linear(dim, dim)                # on [CLS]; random until fine-tuning
+        self.pooler = nn.Linear(dim, dim)                # for [CLS]; not trained before fine-tuning
         self.mlm_transform = nn.Linear(dim, dim)
         self.mlm_norm = nn.LayerNorm(dim, eps=1e-12)
         self.mlm_bias = nn.Parameter(torch.zeros(vocab))
-        std = .02 * math.sqrt(768 / dim)       # BERT's .02 suits its 768 channels; narrower models
-        for layer in self.modules():           # learn sooner with more
+        std = .02 * math.sqrt(768 / dim)       # BERT's .02 is for 768 channels; narrow models learn
+        for layer in self.modules():           # sooner with larger weights
             if isinstance(layer, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
             if isinstance(layer, nn.Linear):
@@ -123,8 +124,8 @@ class BERT(nn.Module):
         return F.linear(x, self.token_embed.weight, self.mlm_bias)                  # (B, n, V)
 
     def encode(self, tokens, positions=None, attention_mask=None, segments=None):
-        """The Transformer alone: tokens (B, T) -> (B, T, C). With positions (B, n) the last block
-        computes only these: (B, n, C)."""
+        """The Transformer without the head: tokens (B, T) -> (B, T, C). With positions (B, n), the
+        last block computes its output only there: (B, n, C)."""
         T, context = tokens.shape[1], len(self.pos_embed.weight)
         if T > context:
             raise ValueError(f"{T} tokens are more than the context of {context}")
@@ -136,17 +137,17 @@ class BERT(nn.Module):
         return self.blocks[-1](x, positions, attention_mask)
 
     def pool(self, tokens, attention_mask=None, segments=None):
-        """A text as one vector, for a classifier: a layer on [CLS], (B, T) -> (B, C)."""
+        """Texts (B, T) -> vectors (B, C) for a classifier: a layer on the output at [CLS]."""
         first = torch.zeros_like(tokens[:, :1])                          # the position of [CLS]
         x = self.encode(tokens, first, attention_mask, segments)                    # (B, 1, C)
         return self.pooler(x[:, 0]).tanh()
 
 
 class Classifier(nn.Module):
-    """A BERT to be fine-tuned, with a new linear layer on pool(): texts (B, T) -> (B, classes).
+    """BERT with a new linear layer on pool(), for fine-tuning: texts (B, T) -> scores (B, classes).
 
-    Between them is a BatchNorm, as in MAE's probes (MAE, A.1), so that the scale of pool() does not
-    matter. At first all classes get the same score.
+    A BatchNorm between them, as in MAE's probes (MAE, A.1), makes the scale of pool() irrelevant.
+    At first all classes get the same score.
     """
 
     def __init__(self, bert, classes):
@@ -161,8 +162,8 @@ class Classifier(nn.Module):
 
 
 class Block(nn.Module):
-    """Post-norm Transformer block: (B, T, C) -> (B, T, C), or (B, n, C) at positions (B, n): the
-    same as to gather them afterwards, with less work."""
+    """Post-norm Transformer block: (B, T, C) -> (B, T, C). With positions (B, n), only the outputs
+    there are computed: (B, n, C)."""
 
     def __init__(self, dim, heads, dropout=0.):
         super().__init__()
@@ -178,8 +179,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, from tokens y (B, n, C) to all tokens x (B, T, C) of the text:
-    (B, n, C). Query, key and value are layers of their own, as in the published weights."""
+    """Multi-head attention: tokens y (B, n, C) attend to all tokens x (B, T, C) of the text:
+    (B, n, C). Query, key and value are separate layers, as in the published weights."""
 
     def __init__(self, dim, heads, dropout=0.):
         super().__init__()
@@ -201,7 +202,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, applied to each token: (B, T, C) -> (B, T, C)."""
+    """Two linear layers with a GELU between, applied to each token: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, dim, dropout=0.):
         super().__init__()
@@ -214,96 +215,96 @@ class MLP(nn.Module):
 
 
 def gather(x, positions):
-    """The tokens of x (B, T, C) at positions (B, n), others in each text: (B, n, C)."""
+    """Selects the tokens of x (B, T, C) at positions (B, n) of each text: (B, n, C)."""
     return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 # ------------------------------------------------------------------------------------ the method
 
-PAD, UNK, CLS, SEP, MASK = range(5)      # the special tokens, which are never masked
-FIRST_WORD = 5                           # all tokens from here on are words
+PAD, UNK, CLS, SEP, MASK = range(5)      # the special tokens are never masked
+FIRST_WORD = 5                           # ids of words start here
 
 
 def distance(prediction, target):
-    """C. Mean cross-entropy of logits (B, n, V) with the masked words (B, n), in nats per word;
-    -100 in the target: nothing is masked there."""
+    """C. Mean cross-entropy of logits (B, n, V) and the masked words (B, n), in nats per word.
+    Targets of -100 are ignored."""
     loss = F.cross_entropy(prediction.flatten(0, 1).float(), target.flatten(), reduction="sum")
-    return loss / (target >= 0).sum().clamp(min=1)            # clamp: texts of special tokens alone
+    return loss / (target >= 0).sum().clamp(min=1)            # clamp: if nothing is masked
 
 
 def mask(x, span_ids, vocab, ratio=.15, keep=0.):
     """A. Masks words of the texts x (B, T). Returns the inputs of the model, (tokens (B, T),
-    positions (B, n)), and the target (B, n): the words that were there, or -100.
+    positions (B, n)), and the target (B, n): the original words there, or -100.
 
-    span_ids (B, T): neighbours with the same id are masked together, so with
-    torch.arange(T).expand(B, T) each word alone. vocab: size of the vocabulary; ratio: fraction of
-    the words to mask; keep: fraction of these that stay as they are. x is not changed.
+    span_ids (B, T): neighbours with the same id are masked together; torch.arange(T).expand(B, T)
+    masks each word alone. vocab: vocabulary size; ratio: fraction of the words to mask; keep:
+    fraction of the masked words that are left as they are. x is not changed.
     """
     positions, target = choose_positions(x, span_ids, ratio)
     words = x.gather(1, positions)
-    u = rand_per_span(span_ids).gather(1, positions)        # a span is corrupted in one way
+    u = rand_per_span(span_ids).gather(1, positions)        # one choice for a whole span
     shown = torch.where(target < 0, words, corrupt(words, u, vocab, keep))
     return (x.scatter(1, positions, shown), positions), target
 
 
 def corrupt(words, u, vocab, keep=0.):
-    """What shows in place of the masked words: [MASK] for 80 % of them, the word itself for the
-    fraction `keep` (0.2 or less), a random word for the rest. u, of the same shape, is uniform in
-    [0, 1)."""
+    """Replaces words of any shape: 80 % of them by [MASK] and the rest by random words, except for
+    the fraction `keep` (0.2 or less), which is left as it is. u, of the same shape and uniform in
+    [0, 1), decides."""
     random = torch.randint(FIRST_WORD, vocab, words.shape, device=words.device)
     return torch.where(u < .8, MASK, torch.where(u < 1 - keep, random, words))
 
 
 def choose_positions(x, span_ids, ratio=.15):
-    """Chooses random words of the texts x (B, T): positions (B, n), and the words there (B, n).
+    """Chooses words of the texts x (B, T) to mask: positions (B, n), and the words there (B, n).
 
-    Each span gets a random number, the tokens are sorted by it, and the first are taken: whole
-    spans, until the fraction `ratio` of the words (rounded, 1 or more) is reached; the last span is
-    cut there. All texts have n = round(ratio * T) positions; since special tokens are no words,
-    some need fewer, and the rest get -100 in place of the word.
+    Each span gets a random number, the tokens are sorted by it, and the first ones are chosen:
+    whole spans, until the fraction `ratio` of the words is reached (rounded, at least 1), where the
+    last span is cut. Every text has n = round(ratio * T) positions. Since special tokens are not
+    words, some texts need fewer; the remaining positions get -100 instead of a word.
     """
     is_word = x >= FIRST_WORD
     count = (is_word.sum(1, keepdim=True) * ratio).round().clamp(min=1)             # (B, 1)
     n = max(1, round(ratio * x.shape[1]))
-    order = rand_per_span(span_ids).masked_fill(~is_word, 2.)           # special tokens come last
+    order = rand_per_span(span_ids).masked_fill(~is_word, 2.)           # special tokens go last
     positions = order.argsort(stable=True, dim=1)[:, :n]                # stable: spans stay whole
     chosen = (torch.arange(n, device=x.device) < count) & is_word.gather(1, positions)
     return positions, x.gather(1, positions).masked_fill(~chosen, -100)
 
 
 def rand_per_span(span_ids):
-    """Uniform numbers in [0, 1), one for each span, at all tokens of it: (B, T)."""
-    span = F.pad(span_ids[:, 1:] != span_ids[:, :-1], (1, 0)).cumsum(1)    # 0, 1, 2 in each text
+    """Random numbers, uniform in [0, 1), with the same number at all tokens of a span: (B, T)."""
+    span = F.pad(span_ids[:, 1:] != span_ids[:, :-1], (1, 0)).cumsum(1)    # 0, 1, ... in each text
     return torch.rand(span.shape, device=span.device).gather(1, span)
 
 
 def spans(B, T, p=.2, longest=10, device=None):
-    """Span ids for --strategy span, spans of random lengths: (B, T).
+    """Span ids (B, T) for --strategy span: spans of random lengths.
 
-    The lengths are geometric, cut at the longest and renormalised: P(l) ~ p (1 - p)^(l - 1), with
-    a mean of 3.80 (SpanBERT, sec. 3.1). In short texts the last one is often cut: of a CPU's 4
-    masked words per text, the mean is 2.4.
+    The lengths follow a geometric distribution, truncated at `longest` and renormalised: P(l) ~ p
+    (1 - p)^(l - 1), with a mean of 3.80 (SpanBERT, sec. 3.1). choose_positions often cuts the last
+    span of a short text: with 4 masked words per text, as on a CPU, the mean is 2.4.
     """
     weight = (1 - p) ** torch.arange(longest, device=device)
     length = 1 + weight.multinomial(B * T, replacement=True).view(B, T)      # T spans are enough
-    start = length.cumsum(1).clamp(max=T)                                    # of all but the first
+    start = length.cumsum(1).clamp(max=T)                                    # of the second span on
     is_start = torch.zeros(B, T + 1, dtype=torch.int64, device=device).scatter_(1, start, 1)
     return is_start[:, :T].cumsum(1)
 
 
 def pmi(tokens, longest=5):
-    """Pointwise mutual information of the n-gram that starts at each of N tokens, and how often it
-    occurs: {n: (PMI in nats, count)}, each (N - n + 1,), for n from 2 to `longest`.
+    """Pointwise mutual information (PMI) of the n-gram at each of N tokens, and the number of its
+    occurrences: {n: (PMI in nats, count)}, each (N - n + 1,), for n from 2 to `longest`.
 
-    PMI(w) = log p(w) - max sum_j log p(part_j) over all ways to cut w into two or more parts
-    (PMI-Masking, eq. 3). It is high where the words occur together far more often than even the
-    likeliest parts would by chance.
+    PMI(w) = log p(w) - max sum_j log p(part_j), where the maximum is over all ways to cut w into
+    two or more parts (PMI-Masking, eq. 3). It is high if the words occur together far more often
+    than even the most likely parts would by chance.
     """
-    log_p, best, found = {}, {}, {}           # best[n]: the maximum over all cuts, or no cut
-    ids = torch.zeros_like(tokens)            # number of the (n - 1)-gram that starts at each token
+    log_p, best, found = {}, {}, {}           # best[n]: maximum over all cuts, or no cut
+    ids = torch.zeros_like(tokens)            # id of the (n - 1)-gram that starts at each token
     for n in range(1, min(longest, len(tokens)) + 1):
         size = len(tokens) - n + 1
-        pairs = ids[:size] * (tokens.max() + 1) + tokens[n - 1:]     # and the next word: n-grams
+        pairs = ids[:size] * (tokens.max() + 1) + tokens[n - 1:]     # + the next word: n-grams
         _, ids, count = pairs.unique(return_inverse=True, return_counts=True)
         log_p[n] = best[n] = (count[ids] / size).log()
         if n > 1:
@@ -315,25 +316,25 @@ def pmi(tokens, longest=5):
 
 
 def pmi_spans(tokens, min_count=10, min_pmi=2., longest=5):
-    """Span ids for --strategy pmi, of a whole text: (N,).
+    """Span ids (N,) for --strategy pmi, of a whole text (N,).
 
-    A span is an n-gram without special tokens that occurs min_count times or more, with a PMI of
-    min_pmi nats or more. From left to right, the longest is taken; any other token is a span alone.
+    A span is an n-gram without special tokens that occurs at least min_count times and has a PMI of
+    at least min_pmi nats. From left to right, the longest is chosen; other tokens are single spans.
     """
-    length = torch.ones(len(tokens), dtype=torch.int64)       # of the longest span from here on
-    special = F.pad((tokens < FIRST_WORD).long().cumsum(0), (1, 0))          # special tokens before
+    length = torch.ones(len(tokens), dtype=torch.int64)       # of the longest span that starts here
+    special = F.pad((tokens < FIRST_WORD).long().cumsum(0), (1, 0))          # special tokens so far
     for n, (nats, count) in pmi(tokens, longest).items():
         words_only = special[n:] == special[:-n]
         length[:len(nats)][(nats >= min_pmi) & (count >= min_count) & words_only] = n
     ids = []
     for i, n in enumerate(length.tolist()):
-        if len(ids) == i:                                     # the span before has ended
+        if len(ids) == i:                                     # the last span has ended
             ids += [i] * n
     return torch.tensor(ids)
 
 
 def add_special_tokens(x):
-    """[CLS] before texts (B, T) and [SEP] after them: (B, T + 2)."""
+    """Adds [CLS] before and [SEP] after the texts (B, T): (B, T + 2)."""
     return F.pad(F.pad(x, (1, 0), value=CLS), (0, 1), value=SEP)
 
 
@@ -341,12 +342,12 @@ def add_special_tokens(x):
 
 
 def build(args, vocab):
-    """The BERT of these settings, on the device."""
+    """Builds the BERT of these settings, on the device."""
     return BERT(vocab, args.context, args.dim, args.depth, args.heads,
                 args.dropout).to(args.device)
 
 
-# The names of BERT's authors for the parts of this model, and ours (-: is not loaded).
+# BERT's names of the tensors = the names in this file (-: not loaded).
 NAMES = ("position_ids=- seq_relationship=- bert.= gamma=weight beta=bias "
          "embeddings.word_embeddings=token_embed embeddings.position_embeddings=pos_embed "
          "embeddings.token_type_embeddings=segment_embed embeddings.LayerNorm=norm "
@@ -358,12 +359,12 @@ NAMES = ("position_ids=- seq_relationship=- bert.= gamma=weight beta=bias "
 
 
 def load_published(args):
-    """The BERT and the tokenizer in the folder --weights; sets the sizes of args. Where there is no
-    head for masked words (sentence encoders have none) that head is random."""
+    """Loads the BERT of --weights and sets its sizes in args. Returns the model, its tokenizer, and
+    whether it has an MLM head; a missing one (as in sentence encoders) is random."""
     state, config = common.published(args.weights, "BERT", NAMES, "pos_embed.weight")
     words = common.WordPiece.load(args.weights)
     for name in {"token_embed.weight", "mlm_bias"} & state.keys():
-        if len(state[name]) == words.vocab:                    # here the special tokens come first
+        if len(state[name]) == words.vocab:                    # special tokens come first here
             state[name] = state[name][words.published]
     common.require("num_attention_heads" in config, f"--weights {args.weights} has no config.json")
     context, args.dim = state["pos_embed.weight"].shape
@@ -375,8 +376,8 @@ def load_published(args):
 
 
 def start(args, text=None):
-    """The model at the start, its tokenizer, and whether it can fill in words without training. A
-    resumed run keeps the words that it started with."""
+    """Returns the initial model, its tokenizer, and whether it has an MLM head. A resumed run keeps
+    its vocabulary."""
     if args.weights:
         return load_published(args)
     if text is None or args.resume and Path(args.out, "checkpoint.pt").exists():
@@ -388,8 +389,8 @@ def start(args, text=None):
 
 
 def windows(args, words, text):
-    """Windows of --context tokens, two of them special. To train on from every start, tokens and
-    span ids: (n, 2, T - 2); to validate on one after another, tokens: (m, T - 2)."""
+    """Windows of T = --context tokens, without [CLS] and [SEP]. Training windows start at every
+    token, tokens and span ids: (n, 2, T - 2); validation windows do not overlap: (m, T - 2)."""
     train, val, size = words.stream(text.train), words.stream(text.val), args.context - 2
     common.require(len(val) >= size <= len(train), f"the last tenth of --data {args.data} has "
                    f"{len(val)} words, the rest {len(train)}, and --context {args.context} needs "
@@ -403,7 +404,7 @@ def windows(args, words, text):
 
 
 def examples(args, rows):
-    """Training windows (B, 2, T - 2) -> texts x and their span ids, each (B, T)."""
+    """Training windows (B, 2, T - 2) -> texts x with [CLS] and [SEP], span ids: (B, T) each."""
     x, span_ids = rows.long().unbind(1)
     x = add_special_tokens(x)
     if args.strategy == "span":
@@ -413,9 +414,9 @@ def examples(args, rows):
 
 @torch.no_grad()
 def evaluate(args, model, train, val, repeats=4):
-    """Masks single words, 15 %, of new texts (m, T - 2), other ones in each repeat. Returns
-    dict(accuracy in %, perplexity) of the model, and of the unigram baseline, which predicts the
-    frequencies of the words in the training text (N,) at all positions."""
+    """Masks 15 % of the words of new texts (m, T - 2), different single words in each repeat.
+    Returns dict(accuracy in %, perplexity) of the model, and that of the unigram baseline,
+    which always predicts the word frequencies of the training text (N,)."""
     vocab, found = len(model.mlm_bias), []
     for repeat in range(repeats):
         torch.manual_seed(repeat)
@@ -437,12 +438,12 @@ def evaluate(args, model, train, val, repeats=4):
 
 
 def own_sentence(args, words):
-    """--fill as tokens (T,), and the positions of its blanks."""
+    """--fill as tokens (T,), and the positions of its <mask>s."""
     common.require("<mask>" in args.fill, "--fill has no <mask> in it: put one where a word is to "
                    'be predicted, as in --fill "the <mask> statement"')
     parts = [words.encode(part) for part in args.fill.split("<mask>")]
     if any((part == UNK).any() for part in parts):
-        common.say("Some words of --fill are not in the vocabulary: the model gets [UNK].")
+        common.say("Some words of --fill are not in the vocabulary: they are read as [UNK].")
     tokens = torch.cat([t for part in parts for t in (torch.tensor([MASK]), part)][1:])
     common.require(len(tokens) <= args.context - 2, f"--fill has {len(tokens)} words and marks, "
                    f"and --context {args.context} holds {args.context - 2}: shorten it")
@@ -450,8 +451,8 @@ def own_sentence(args, words):
 
 
 def sentences(words, text, n, seed, longest):
-    """n sentences of a text (N,), 8 to 16 plain words and a full stop, each with two words to be
-    predicted: [(tokens (T,), positions (2,))]. Without such sentences, windows of the text."""
+    """n sentences of a text (N,) with 8 to 16 plain words and a full stop, two words of each chosen
+    to be predicted: [(tokens (T,), positions (2,))]. If there are none, windows of the text."""
     ends = (text == words.ids.get(".", -1)).nonzero().flatten()
     plain = [text[a + 1:b + 1] for a, b in zip(ends, ends[1:]) if 9 <= b - a <= min(17, longest)]
     is_plain = lambda t: t >= FIRST_WORD and words.words[t].isalpha()
@@ -464,7 +465,7 @@ def sentences(words, text, n, seed, longest):
 
 
 def ask(args):
-    """Fills in --fill by a trained or a published model, without a text or an evaluation."""
+    """Fills in --fill with a trained or published model, without training or evaluation."""
     model, words, able = start(args)
     if args.resume:
         model.load_state_dict(common.read_checkpoint(args.out)["model"])
@@ -475,7 +476,7 @@ def ask(args):
 
 @torch.no_grad()
 def fill(args, model, words, tokens, positions):
-    """A text (T,) with numbered blanks, and the most likely words at each of these positions."""
+    """A text (T,) with numbers at the positions, and the most likely words for each of them."""
     inputs = tokens.scatter(0, positions, MASK)
     x = add_special_tokens(inputs[None]).to(args.device)
     logits = model(x, 1 + positions[None].to(args.device))[0]                           # (n, V)
@@ -489,8 +490,8 @@ def fill(args, model, words, tokens, positions):
 
 
 def finetune(args, model, passages, k, seed=0):
-    """Accuracy in % of a copy of the model as a Classifier, after fine-tuning what takes gradients
-    on k passages per class."""
+    """Accuracy in % of a Classifier on a copy of the model, after fine-tuning what requires
+    gradients on k passages per class."""
     i = common.k_shot(passages.labels, k, seed)
     x, labels = passages.train[i], passages.labels[i]
     torch.manual_seed(seed)
@@ -510,7 +511,7 @@ def finetune(args, model, passages, k, seed=0):
 
 
 def few_labels(args, model, passages):
-    """Which part is a passage from? {method: accuracies in % at each of --labels}."""
+    """Accuracies with few labels, by the part of a passage: {method: [% for each of --labels]}."""
     vocab, labels, test_labels = len(model.mlm_bias), passages.labels, passages.test_labels
     bag = lambda x: x.new_zeros(len(x), vocab).scatter_add_(1, x, torch.ones_like(x))
     train, test = (common.encode(args, bag, None, x) for x in (passages.train, passages.test))
@@ -533,7 +534,7 @@ def main(args):
     model, words, able = start(args, text)
     train, val = windows(args, words, text)
     passages = common.Passages(args, words, text)
-    common.k_shot(passages.labels, max(args.labels))                       # raises now if too few
+    common.k_shot(passages.labels, max(args.labels))                       # fail early if too few
     blanks = [own_sentence(args, words)] if args.fill else []
     optimizer = common.optimizer(args, model.named_parameters())
     run = common.Run(args, model, optimizer, uniform=math.log(words.vocab),
@@ -558,7 +559,7 @@ def main(args):
     if able or args.steps:
         blanks += sentences(words, val.flatten().cpu(), 4, args.seed, args.context - 2)
         filled = [fill(args, model, words, *blank) for blank in blanks]
-        masked, unigram = evaluate(args, model, train[:, 0, 0], val)       # first words of windows
+        masked, unigram = evaluate(args, model, train[:, 0, 0], val)       # the first word of each
         result = (f"{masked['accuracy']:.1f} % of masked words, perplexity "
                   f"{masked['perplexity']:.1f} (unigram baseline {unigram['accuracy']:.1f} %, "
                   f"{unigram['perplexity']:.1f})")
