@@ -1,45 +1,45 @@
-"""SimCLR: learn features in which two views of an image agree, and views of other images differ.
+"""SimCLR: learn features in which views of the same image agree and those of other images differ.
 
 Paper    Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations",
          arXiv 2002.05709. triplet: Schroff et al. 2015 (FaceNet), arXiv 1503.03832
 
-Idea     Make two random views of each image: crop, mirror, change the colours. Then ask for each
-         view which of the 2 N - 1 other views in the batch is of the same image. Crop and colours
-         differ at random, so they do not help; what the image is of does. Nothing is reconstructed.
-         The choice of views is the only supervision, and any shortcut that it leaves is learned.
+Idea     Make two random views of each image: crop, mirror, change the colours. For each view, find
+         which of the 2 N - 1 other views in the batch shows the same image. Crop and colours are
+         random, so they do not help; the content of the image does. Nothing is reconstructed. The
+         choice of views is the only supervision: if it leaves a shortcut, the model learns that.
 
 Loss     NT-Xent: L = mean over all 2 N views i of
              -log ( exp(cos(z_i, z_j) / τ) / sum_{k != i} exp(cos(z_i, z_k) / τ) ),
-         j the other view of i's image (the positive), k any view but i, τ the temperature: a
-         cross-entropy with 2 N - 1 classes; a uniform guess costs ln(2 N - 1).
-         --loss triplet, which is older: mean of max(0, |z_i - z_j|^2 - |z_i - z_k|^2 + margin),
-         k any view of another image (a negative), z on the unit sphere.
+         where j is the other view of the same image (the positive), k any view but i, and τ the
+         temperature. It is a cross-entropy with 2 N - 1 classes; a uniform guess costs ln(2 N - 1).
+         --loss triplet (older): mean of max(0, |z_i - z_j|^2 - |z_i - z_k|^2 + margin), where k is
+         any view of another image (a negative) and z lies on the unit sphere.
 
 Flow     images (N, 3, S, S) in [0, 1], each twice
-         t(x)  augment  crop, mirror, jitter, drop colours   -> views (2 N, 3, S, S)
+         t(x)  augment  crop, mirror, jitter, greyscale      -> views (2 N, 3, S, S)
          f(x)  encode   ResNet                               -> h (2 N, C), the features
          g(h)  project  two layers, discarded after training -> z1, z2 (N, dim) each
          L(z)  compare  each view with all others            -> loss ()
 
 Data     drawn images of 32 x 32 pixels: one of ten shapes, in one of eight colours, anywhere. The
-         views change the colour, so it should be less readable than in raw pixels. (A linear probe
-         is a linear classifier on frozen features.)
+         views change the colour, so the features should hold less of it than raw pixels do. (A
+         linear probe is a linear classifier on frozen features.)
 
 Run      python simclr.py --temperature 0.2
 Expect   a linear probe of h finds the shape, from 20 labels per class, in 64.8 ± 2.7 % (raw pixels
          11.7 ± 0.0 %, chance 10 %), and the colour, from all labels, in 37.6 ± 4.3 % (raw pixels
          99.7 ± 0.0 %, chance 12.5 %) (3 seeds; 66 s of training on 2 threads; AMD EPYC, 2 cores,
          Python 3.11.7, torch 2.13.0+cpu)
-Differs  A ResNet-18, on a CPU -10, instead of -50; AdamW instead of LARS; BatchNorm after the first
-         layer of g alone; a crop that would be wider than the image is cut, not sampled again; the
-         triplet loss averages all triplets, where FaceNet picks semi-hard ones. Views and
-         temperature are chosen for shapes, against colours; the paper's for CIFAR-10 are
+Differs  A ResNet-18 (on a CPU ResNet-10) instead of ResNet-50, and AdamW instead of LARS. Only the
+         first layer of g has a BatchNorm. A crop wider than the image is cut, not sampled again.
+         The triplet loss averages over all triplets; FaceNet selects semi-hard ones. Views and
+         temperature are chosen to learn shapes and not colours; the paper's for CIFAR-10 are
          --crop-scale 0.08 --jitter 0.5 --hue 0.1 --temperature 0.5.
 
-Try      --jitter 0 --hue 0: which probe gains, and which loses? (A fifth of the views stay grey.)
-         --temperature 0.05, 0.2, 1: which loss is nearest to a uniform guess, and which features
-         are best?
-         --loss triplet --margin 0.1, 1: when all margins are kept, what gradient is left?
+Try      --jitter 0 --hue 0: which probe gains, and which loses? (A fifth of the views stays grey.)
+         --temperature 0.05, 0.2, 1: which loss is nearest to a uniform guess, and which gives the
+         best features?
+         --loss triplet --margin 0.1, 1: which gradient is left once all margins are met?
 """
 import copy
 import math
@@ -57,28 +57,28 @@ import common
 
 @dataclass
 class Args(common.Args):
-    """Settings of simclr.py: for a GPU, and in `cpu` smaller ones for two cores."""
+    """Settings of simclr.py for a GPU; `cpu` has smaller ones for two CPU cores."""
     steps: int = 2000               # training steps, 0 or more
     batch: int = 512                # images per step, two views of each, 2 or more
     lr: float = 4e-3                # peak learning rate
-    warmup: float = 0.25            # fraction of the steps in which the rate rises, in [0, 1]
-    weight_decay: float = 0.05      # AdamW's decay, of matrices only
-    clip: float = math.inf          # maximum gradient norm, in (0, inf]; inf: none (with 1: worse)
+    warmup: float = 0.25            # fraction of steps in which the learning rate rises, in [0, 1]
+    weight_decay: float = 0.05      # weight decay, on matrices only
+    clip: float = math.inf          # maximum gradient norm, in (0, inf]; inf: none (1 is worse)
     loss: Literal["ntxent", "triplet"] = "ntxent"    # all negatives at once, or triplets
     temperature: float = 0.2        # divides the similarities, in (0, inf) (for CIFAR-10: 0.5)
-    margin: float = 0.5             # triplet: how much further negatives have to be than positives
-    crop_scale: float = 0.5         # least area of a crop, as a fraction, in (0, 1] (paper: 0.08)
-    jitter: float = 1.0             # strength of jitter in brightness, contrast and saturation
-    hue: float = 0.5                # largest change of the hue, 1 the whole circle, in [0, 0.5]
+    margin: float = 0.5             # triplet: how much farther away negatives should be
+    crop_scale: float = 0.5         # minimum area of a crop as a fraction, in (0, 1] (paper: 0.08)
+    jitter: float = 1.0             # strength of the jitter in brightness, contrast, saturation
+    hue: float = 0.5                # maximum change of the hue, in [0, 0.5]; 1 is a full circle
     blur: bool = False              # blur half of the views (SimCLR, app. A; not for CIFAR-10)
-    weights: str = ""               # a published ResNet-18, by torchvision's names: a .pth file
-    skip_broken: bool = False       # leave out pictures of a folder that cannot be read
-    image_size: int = 32            # side in pixels; a folder's pictures are cropped to squares
+    weights: str = ""               # .pth file of a ResNet-18 to load (with torchvision's names)
+    skip_broken: bool = False       # skip the pictures of a folder that cannot be read
+    image_size: int = 32            # side in pixels; pictures of a folder are cropped to squares
     depth: Literal[10, 18] = 18     # layers of the ResNet
-    # below 8, PyTorch 2.13 gets wrong gradients on some CPUs (AVX2): those of the convolutions with
-    # a 1 x 1 kernel and stride 2 in channels_last
-    width: int = 64                 # channels of its first stage, doubled in each next, 8 or more
-    dim: int = 128                  # channels of z, where views are compared (SimCLR, sec. 2.3)
+    # Below 8, PyTorch 2.13 computes wrong gradients on some CPUs (AVX2), for 1 x 1 convolutions of
+    # stride 2 in channels_last.
+    width: int = 64                 # channels of the first stage, 8 or more; doubled in each next
+    dim: int = 128                  # dimensions of z, where views are compared (SimCLR, sec. 2.3)
     labels: tuple[int, ...] = (1, 5, 20, 0)   # labelled images per class, 0 or more (0: all)
 
     cpu = dict(steps=800, batch=64, depth=10, width=16)
@@ -86,7 +86,7 @@ class Args(common.Args):
 
 
 # ------------------------------------------------------------------------------------- the model
-# N images, B = 2 N views, C channels, S side in pixels.
+# N images, B = 2 N views, C channels, S side of an image in pixels.
 
 
 class SimCLR(nn.Module):
@@ -100,16 +100,16 @@ class SimCLR(nn.Module):
                                      nn.Linear(C, dim))
 
     def forward(self, x):
-        h = self.encoder(x)      # (B, C), the features to keep. The loss makes z ignore what views
-        return self.project(h)   # differ in; h, two layers earlier, keeps more (SimCLR, sec. 4.2)
+        h = self.encoder(x)      # (B, C), the features. The loss makes z ignore what varies among
+        return self.project(h)   # views; h, two layers earlier, retains more (SimCLR, sec. 4.2)
 
 
 class ResNet(nn.Module):
-    """ResNet-18 (He et al. 2015, arXiv 1512.03385), or -10, with one block per stage instead of
-    two: (B, 3, S, S) -> (B, 8 width).
+    """ResNet-18 (He et al. 2015, arXiv 1512.03385), or ResNet-10 with one block per stage instead
+    of two: (B, 3, S, S) -> (B, 8 width).
 
-    For small images the first convolution is 3 x 3 and nothing is pooled (SimCLR, B.9). stem=7
-    and classes=1000 give torchvision's resnet18, tensor for tensor and by the same names.
+    For small images the first convolution is 3 x 3 and there is no max-pooling (SimCLR, B.9).
+    stem=7 and classes=1000 give torchvision's resnet18 with the same names of the parameters.
     """
 
     def __init__(self, depth=18, width=64, stem=3, classes=0):
@@ -163,18 +163,18 @@ class BasicBlock(nn.Module):
 
 
 def ntxent(z1, z2, temperature=.5):
-    """L(z), NT-Xent (SimCLR, eq. 1): z1 and z2 (N, dim), of two views of the same images -> ()."""
-    sim = similarity(z1, z2, temperature).fill_diagonal_(-math.inf)      # i itself is left out
-    positive = torch.arange(len(sim), device=sim.device).roll(len(z1))   # of i: i + N, or i - N
+    """L(z). NT-Xent loss (SimCLR, eq. 1) of two views z1, z2 (N, dim) of the same images: ()."""
+    sim = similarity(z1, z2, temperature).fill_diagonal_(-math.inf)      # exclude i itself
+    positive = torch.arange(len(sim), device=sim.device).roll(len(z1))   # of i: i + N or i - N
     return F.cross_entropy(sim, positive)
 
 
 def triplet(z1, z2, margin=.5, square=True):
-    """L(z), mean of max(0, d(i, positive) - d(i, negative) + margin) over all views i and all
-    negatives, the views of other images: z1 and z2 (N, dim), as for ntxent -> ().
+    """L(z). Triplet loss of z1 and z2 (N, dim), as in ntxent: (). The mean of max(0, d(i, positive)
+    - d(i, negative) + margin) over all views i and all negatives, the views of other images.
 
-    d is the SQUARED distance on the unit sphere, as in FaceNet (sec. 3.1); square=False takes the
-    distance itself, as torch's triplet_margin_loss.
+    d is the SQUARED distance on the unit sphere, as in FaceNet (sec. 3.1); with square=False it is
+    the distance itself, as in torch's triplet_margin_loss.
     """
     N = len(z1)
     d = 2 - 2 * similarity(z1, z2)                                       # (2 N, 2 N)
@@ -186,9 +186,9 @@ def triplet(z1, z2, margin=.5, square=True):
 
 def similarity(z1, z2, temperature=1.):
     """Similarity matrix (2 N, 2 N): the cosine of each pair of the 2 N rows of z1 and z2 (N, dim),
-    divided by the temperature. Raises ValueError where N is 1: there are no negatives.
+    divided by the temperature. Raises ValueError if N is 1, because there are no negatives then.
 
-    In float32 (TF32 on a GPU that has it) or better: bfloat16's 8 bits are too few.
+    Computed in float32 (TF32 on GPUs that have it) or better: bfloat16's 8 bits are not enough.
     """
     if z1.shape != z2.shape or len(z1) < 2:
         raise ValueError("z1 and z2 should have one row for each of 2 or more images, and are "
@@ -196,31 +196,31 @@ def similarity(z1, z2, temperature=1.):
     z = torch.cat([z1, z2])
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
-        z = z / temperature ** .5                # so that z @ z.T is the cosines / temperature
+        z = z / temperature ** .5                # so that z @ z.T = cosines / temperature
         return z @ z.T
 
 
 def augment(x, crop_scale=.08, jitter_strength=1., hue=.2, blurred=False):
-    """t(x), a random view of each image (SimCLR, app. A): x (B, 3, S, S) in [0, 1] -> the same.
+    """t(x). A random view of each image (SimCLR, app. A): (B, 3, S, S) in [0, 1] -> same shape.
 
-    crop_scale: least area of a crop as a fraction of the image (one that would be wider than the
-    image is cut); jitter_strength: of brightness, contrast and saturation; hue: its largest change,
-    1 the whole circle; blurred: blur half of the views. The defaults are the paper's for ImageNet,
-    but for the blur. Each image has random numbers of its own; another transform is one more line.
+    crop_scale: minimum area of a crop as a fraction (a crop wider than the image is cut);
+    jitter_strength: of brightness, contrast and saturation; hue: its maximum change, where 1 is a
+    full circle; blurred: blur half of the views. The defaults, except for the blur, are the paper's
+    for ImageNet. Every image gets its own random numbers. To add a transform, add a line.
     """
     B, u = len(x), torch.rand(12, len(x), device=x.device)
     between = lambda u, low, high: low + (high - low) * u
     area, ratio = between(u[0], crop_scale, 1), (between(u[1], -1, 1) * math.log(4 / 3)).exp()
     size = torch.stack([area * ratio, area / ratio], 1).sqrt().clamp(max=1)      # (B, 2)
-    x = crop(x, size / 2 + (1 - size) * u[2:4].T, size, u[4] < .5)   # half are mirrored
+    x = crop(x, size / 2 + (1 - size) * u[2:4].T, size, u[4] < .5)   # mirror half of them
 
     s = .8 * jitter_strength
     factors = torch.cat([between(u[5:8], max(0, 1 - s), 1 + s), between(u[8:9], -hue, hue)]).T
     unchanged = torch.tensor([1., 1., 1., 0.], device=x.device)
-    factors = torch.where(u[9, :, None] < .8, factors, unchanged)    # a fifth are not jittered
+    factors = torch.where(u[9, :, None] < .8, factors, unchanged)    # no jitter for a fifth
     x = jitter(x, factors, torch.rand(B, 4, device=x.device).argsort(1))
 
-    drop = u[10] < .2                                                # a fifth lose their colours
+    drop = u[10] < .2                                                # a fifth becomes grey
     x = torch.where(drop.view(-1, 1, 1, 1), rgb_to_grayscale(x), x)
     if blurred:
         half = u[11] < .5
@@ -228,18 +228,18 @@ def augment(x, crop_scale=.08, jitter_strength=1., hue=.2, blurred=False):
     return x
 
 
-# The transforms: x is (B, 3, S, S) in [0, 1], the parameters differ from image to image.
+# The transforms. x is (B, 3, S, S) in [0, 1]; each image has its own parameters.
 
 
 def crop(x, centre, size, mirror):
-    """A box of each image, scaled to S x S and mirrored where asked, in one resampling.
+    """Crops a box from each image, scales it to S x S and mirrors it if asked, in one resampling.
 
-    centre, size (B, 2): x and y as fractions of the side; mirror (B,) bool. Bilinear, as
-    torchvision's RandomResizedCrop of tensors, but the box need not begin at a whole pixel, and at
-    its edge the pixels just outside of it count, too.
+    centre, size (B, 2): x and y as fractions of the side; mirror (B,) bool. Bilinear, as in
+    torchvision's RandomResizedCrop for tensors, except that the box may begin between pixels and
+    that pixels just outside contribute at its edges.
     """
     S = x.shape[-1]
-    at = (torch.arange(S, device=x.device) + .5) / S - .5            # the pixels' positions: +- 1/2
+    at = (torch.arange(S, device=x.device) + .5) / S - .5            # pixel centres, within +- 1/2
     width = torch.where(mirror, -size[:, 0], size[:, 0])
     across = centre[:, :1] + width[:, None] * at                     # (B, S)
     down = centre[:, 1:] + size[:, 1:] * at                          # (B, S)
@@ -250,10 +250,10 @@ def crop(x, centre, size, mirror):
 def jitter(x, factors, order):
     """Changes brightness (0), contrast (1), saturation (2) and hue (3), in each image's own order.
 
-    factors (B, 4): how much; 1, 1, 1, 0 changes nothing. order (B, 4): permutations of 0 to 3.
+    factors (B, 4): the changes; 1, 1, 1, 0 changes nothing. order (B, 4): permutations of 0 to 3.
     """
     x = x.clone()
-    for kinds in order.T:                                            # (B,): each image's next one
+    for kinds in order.T:                                            # (B,): the next of each image
         for kind in range(4):
             i = (kinds == kind).nonzero()[:, 0]
             x[i] = adjust(x[i], kind, factors[i, kind])
@@ -261,8 +261,8 @@ def jitter(x, factors, order):
 
 
 def adjust(x, kind, factor):
-    """One kind of jitter, by factor (B,). Of 0, 1 and 2 the factor multiplies each pixel's distance
-    from black, from the mean grey of the image, or from its own grey."""
+    """One kind of jitter. factor (B,) multiplies each pixel's difference from black (0), from the
+    mean grey of the image (1) or from its own grey (2); for kind 3 it is added to the hue."""
     if kind == 3:
         return adjust_hue(x, factor)
     grey = rgb_to_grayscale(x)
@@ -271,8 +271,8 @@ def adjust(x, kind, factor):
 
 
 def adjust_hue(x, change):
-    """Changes the hue of each image by change (B,), 1 the whole circle; HSV's value and saturation
-    stay."""
+    """Adds change (B,) to the hue of each image, where 1 is a full circle. The value and saturation
+    (HSV) stay the same."""
     r, g, b = x.unbind(1)                                            # each (B, S, S)
     value = torch.maximum(torch.maximum(r, g), b)
     chroma = value - torch.minimum(torch.minimum(r, g), b)
@@ -285,17 +285,17 @@ def adjust_hue(x, change):
 
 
 def rgb_to_grayscale(x):
-    """Luminance, by the weights of ITU-R BT.601: (B, 3, S, S) -> (B, 1, S, S)."""
+    """Luminance with the weights of ITU-R BT.601: (B, 3, S, S) -> (B, 1, S, S)."""
     return .299 * x[:, :1] + .587 * x[:, 1:2] + .114 * x[:, 2:]
 
 
 def blur(x, sigma):
-    """Gaussian blur by sigma (B,) pixels; the kernel is a tenth of the side (SimCLR, app. A)."""
+    """Gaussian blur with sigma (B,) in pixels; kernel size: a tenth of S (SimCLR, app. A)."""
     S = x.shape[-1]
-    r = min(S - 1, max(1, S // 20))                                  # a single pixel stays
+    r = min(S - 1, max(1, S // 20))                                  # 0 if S is 1
     at = torch.arange(-r, r + 1, device=x.device)
-    weight = (-.5 * (at / sigma[:, None]).square()).softmax(1)       # (B, 2 r + 1), of sum 1
-    for dim in 2, 3:                                                 # down the columns, then across
+    weight = (-.5 * (at / sigma[:, None]).square()).softmax(1)       # (B, 2 r + 1), sum 1
+    for dim in 2, 3:                                                 # vertically, then horizontally
         pad = F.pad(x, (0, 0, r, r) if dim == 2 else (r, r, 0, 0), mode="reflect")
         x = sum(weight[:, i, None, None, None] * pad.narrow(dim, i, S) for i in range(2 * r + 1))
     return x
@@ -305,14 +305,14 @@ def blur(x, sigma):
 
 
 def build(args, image_size):
-    """The SimCLR of these settings, on the device; it takes images of any size."""
+    """Builds the SimCLR of these settings, on the device. It takes images of any size."""
     model = SimCLR(args.depth, args.width, args.dim).to(args.device)
-    return model.to(memory_format=torch.channels_last)       # in which convolutions are faster
+    return model.to(memory_format=torch.channels_last)       # for faster convolutions
 
 
 def load_published(args):
-    """A SimCLR with the encoder of --weights, by torchvision's names, without its layer to classes;
-    the projection head is random. Sets the sizes of args."""
+    """Loads the encoder of --weights (torchvision's names) without its classifier, and sets its
+    sizes in args. The projection head is random."""
     weights, _ = common.read_weights(args.weights, common.HUB["ResNet"])
     state = {name: x for name, x in weights.items() if "fc." not in name}
     for prefix in "module.", "encoder.", "backbone.":
@@ -327,8 +327,8 @@ def load_published(args):
 
 @torch.no_grad()
 def neighbours(args, model, images, k):
-    """Writes neighbours.png: test images, each with its k nearest by h, and its k nearest in raw
-    pixels, among the first 2,000. Returns for both how many, in %, are of the image's class."""
+    """Writes neighbours.png: test images with their k nearest neighbours by h and by raw pixels,
+    among the first 2,000. Returns for both the % of neighbours that are of the image's class."""
     x, groups, same = images.test[:2000], [], []
     for f in model.encoder, nn.Flatten():
         h = F.normalize(common.encode(args, f, images, x), dim=1)                   # (n, C)
@@ -352,7 +352,7 @@ def main(args):
     images = common.load_images(args)
     k = min(5, len(images.test) - 1)
     common.require(k > 0, "one test image has no neighbours: 2 or more are needed")
-    images.check(args.labels)                                                # raises now if too few
+    images.check(args.labels)                                                # fail early if too few
     if args.weights:
         images.imagenet()
     model = load_published(args) if args.weights else build(args, images.size)
@@ -361,8 +361,8 @@ def main(args):
     uniform = math.log(2 * args.batch - 1) if args.loss == "ntxent" else None
     run = common.Run(args, model, optimizer, uniform=uniform, about=images.about())
     for step in run:                       # sets the seed and the learning rate of this step
-        x = run.part(run.batch(images.train))                   # one process: all of them
-        x = x.repeat(2, 1, 1, 1) / 255                          # rows i, i + N: the same, in [0, 1]
+        x = run.part(run.batch(images.train))                   # this process's part
+        x = x.repeat(2, 1, 1, 1) / 255                          # rows i and i + N are equal
         views = images.normalize(augment(x, args.crop_scale, args.jitter, args.hue, args.blur))
         with run.autocast():
             z1, z2 = map(run.gather, model(views).chunk(2))                  # (N, dim) each
@@ -386,10 +386,10 @@ def main(args):
                   dict(neighbours=same, labels=args.labels, accuracy=rows))
     common.say("\n" + common.label_table(args, images, rows))
     if rows:
-        common.say(f"\nOf the {k} nearest neighbours of a test image {same[0]:.0f} % are of its "
-                   f"class by SimCLR's features, {same[1]:.0f} % in raw pixels.")
+        common.say(f"\nOf the {k} nearest neighbours of a test image, {same[0]:.0f} % are of its "
+                   f"class by SimCLR's features and {same[1]:.0f} % by raw pixels.")
     common.say(f"Picture: {args.out}/neighbours.png (image | nearest by features || "
-               "image | nearest in pixels)")
+               "image | nearest by pixels)")
     return model
 
 
