@@ -1,27 +1,27 @@
-"""Autoencoder: compress an image to a small latent z, and reconstruct it from there.
+"""Autoencoder: compress an image to a small latent z, and reconstruct the image from z.
 
 Paper    Hinton & Salakhutdinov 2006, "Reducing the Dimensionality of Data with Neural Networks".
          variational: Kingma & Welling 2013, arXiv 1312.6114. sparse: Makhzani & Frey 2013, arXiv
          1312.5663. --corrupt: Vincent et al. 2008, "Extracting and Composing Robust Features"
 
-Idea     To reconstruct an image from z, z has to hold what matters in it, one would think. So that
-         it cannot be a copy, something limits z: few dimensions (narrow), noise (variational), few
-         dimensions that are not zero (sparse), or a linear decoder (weak). But z keeps first what
-         lowers the squared error most, large areas and colours: not what the image is OF.
+Idea     One would think that z has to hold what matters in an image to reconstruct it. To prevent
+         a plain copy, something limits z: few dimensions (narrow), noise (variational), few nonzero
+         dimensions (sparse), or a linear decoder (weak). But z first keeps what lowers the squared
+         error most, large areas and colours, and not what the image is OF.
 
 Loss     L = 1 / P ( || x - decode(z) ||^2 + beta KL(q(z | x~) || N(0, I)) )
-         x~ is x or, with --corrupt, x with pixels set to 0; P pixel values per image. z is
-         encode(x~), of which sparse keeps the k largest; variational alone has the KL, and samples
-         z from q(z | x~) = N(mean, variance). To predict the mean of all pixels costs about 1.
+         x~ is x or, with --corrupt, x with some pixels set to 0; P is the number of pixel values.
+         z is encode(x~), of which sparse keeps the k largest values. Only variational has the KL
+         and samples z from q(z | x~) = N(mean, variance). Predicting the mean costs about 1.
 
 Flow     images (B, 3, S, S)
-         A. mask      set no pixels, or some, to 0       -> inputs x~ (B, 3, S, S), target x
+         A. mask      set some pixels (or none) to 0     -> inputs x~ (B, 3, S, S), target x
          B. predict   encoder      three convolutions    -> h (B, 4 width, S / 8, S / 8)
                       to_latent    linear                -> z (B, latent)    none, sparse: h itself
                       bottleneck   noise, or top-k       -> z (B, latent)
                       from_latent  linear                -> (B, 4 width, S / 8, S / 8)
                       decoder      three convolutions up -> (B, 3, S, S)     weak: one linear layer
-         C. compare   mean squared error of all pixels
+         C. compare   mean squared error on all pixels
 
 Data     drawn images of 32 x 32 pixels: one of ten shapes, in one of eight colours, anywhere
 
@@ -30,12 +30,12 @@ Expect   a linear probe (a linear classifier) of z finds the shape, from 20 labe
          11.3 ± 0.2 % (raw pixels 11.7 ± 0.0 %, chance 10 %), and the colour, from all labels, in
          95.3 ± 0.4 % (raw pixels 99.7 ± 0.0 %, chance 12.5 %) (3 seeds; 60 s of training on 2
          threads; AMD EPYC, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
-Differs  Convolutions and AdamW instead of stacked restricted Boltzmann machines; top-k keeps k per
-         image at test time, too.
+Differs  Convolutions and AdamW replace stacked restricted Boltzmann machines. The sparse bottleneck
+         keeps k values per image at test time, too.
 
-Try      --bottleneck none, variational, sparse, weak: whose error is lowest, whose probe best?
-         --latent 8, 64, 512: what is the last thing that a shrinking latent still holds?
-         --corrupt 0.5: half of the pixels are set to 0. Does the probe gain? (Patches: mae.py)
+Try      --bottleneck none, variational, sparse, weak: which has the lowest error, the best probe?
+         --latent 8, 64, 512: what does a very small latent still hold?
+         --corrupt 0.5 (sets half of the pixels to 0): does the probe gain? (mae.py masks patches)
 """
 import copy
 import math
@@ -56,19 +56,19 @@ Bottleneck = Literal["none", "narrow", "variational", "sparse", "weak"]
 
 @dataclass
 class Args(common.Args):
-    """Settings of autoencoder.py: for a GPU, and in `cpu` smaller ones for two cores."""
+    """Settings of autoencoder.py for a GPU; `cpu` has smaller ones for two CPU cores."""
     steps: int = 4000               # training steps, 0 or more
     batch: int = 256                # images per step
     lr: float = 1e-3                # peak learning rate
-    weight_decay: float = 0.01      # AdamW's decay, of matrices only
+    weight_decay: float = 0.01      # weight decay, on matrices only
     bottleneck: Bottleneck = "narrow"   # what limits z: nothing, size, noise, zeros, the decoder
     latent: int = 64                # dimensions of z (narrow, variational, weak)
     k: int = 64                     # sparse: dimensions kept, of 4 x width x (image_size / 8)^2
-    noise: float = 1.0              # variational: scale of the noise in z (the KL is that of 1)
-    beta: float = 0.1               # variational: weight of the KL beside the summed squared error
-    corrupt: float = 0.0            # fraction of the input's pixels set to 0 (denoising), in [0, 1)
-    skip_broken: bool = False       # leave out pictures of a folder that cannot be read
-    image_size: int = 32            # side in pixels; a folder's pictures are cropped to squares
+    noise: float = 1.0              # variational: scale of the noise in z (the KL assumes 1)
+    beta: float = 0.1               # variational: weight of the KL; the squared error is summed
+    corrupt: float = 0.0            # fraction of the input's pixels to set to 0, in [0, 1)
+    skip_broken: bool = False       # skip the pictures of a folder that cannot be read
+    image_size: int = 32            # side in pixels; pictures of a folder are cropped to squares
     width: int = 48                 # channels of the first convolution, doubled in each next
     labels: tuple[int, ...] = (1, 5, 20, 0)   # labelled images per class, 0 or more (0: all)
 
@@ -76,14 +76,14 @@ class Args(common.Args):
 
 
 # ------------------------------------------------------------------------------------- the model
-# B batch, C channels, S side of the image in pixels, s = S / 8 rounded up.
+# B batch, C channels, S side of an image in pixels, s = S / 8 rounded up.
 
 
 class Autoencoder(nn.Module):
     """Images -> latent z -> images, with a bottleneck: none, narrow, variational, sparse or weak.
 
-    latent is the size of z; with none and sparse z has 4 width s^2 dimensions instead, of which
-    sparse keeps k. Raises ValueError where there is no such bottleneck, or too large a k.
+    latent: the size of z, except for none and sparse: there z has 4 width s^2 dimensions, of which
+    sparse keeps k. Raises ValueError if the bottleneck is unknown or k is too large.
     """
 
     def __init__(self, image_size, width, latent, bottleneck="narrow", k=64, noise=1.):
@@ -91,13 +91,13 @@ class Autoencoder(nn.Module):
         if bottleneck not in ("none", "narrow", "variational", "sparse", "weak"):
             raise ValueError(f"there is no bottleneck {bottleneck!r}")
         self.bottleneck, self.k, self.noise = bottleneck, k, noise
-        if bottleneck in ("none", "sparse"):     # z is the features: at width 48, and S a multiple
-            latent = 0                           # of 8, as large as the image, so that a copy fits
+        if bottleneck in ("none", "sparse"):     # z is the features. With width 48 it is as large
+            latent = 0                           # as the image (if 8 divides S): a copy would fit
         self.encoder = Encoder(image_size, width, latent)
         if bottleneck == "sparse" and k > self.encoder.features_dim:
             raise ValueError(f"top-k with k = {k} is more than the {self.encoder.features_dim} "
                              "dimensions of the latent")
-        if bottleneck == "weak":        # a linear decoder: the best z is then that of PCA
+        if bottleneck == "weak":        # linear decoder: the optimal z is then PCA's
             self.decoder = nn.Sequential(nn.Linear(latent, 3 * image_size ** 2),
                                          nn.Unflatten(1, (3, image_size, image_size)))
         else:
@@ -106,26 +106,26 @@ class Autoencoder(nn.Module):
             self.log_var = nn.Linear(self.encoder.features_dim, latent)
 
     def forward(self, x):
-        """B. Images (B, 3, S, S) -> reconstructions (B, 3, S, S), and the KL (B,), or 0."""
+        """B. Images (B, 3, S, S) -> reconstructions (B, 3, S, S), and the KL (B,) or 0."""
         h, kl = self.encoder.features(x), 0.
         z = self.encoder.to_latent(h)                                # (B, latent)
         if self.bottleneck == "variational":
             mean, log_var = z.float(), self.log_var(h).float()
             z, kl = mean, kl_divergence(mean, log_var)
-            if self.training:            # the noise is an input: gradients reach mean and log_var
+            if self.training:            # reparameterised: gradients reach mean and log_var
                 z = mean + self.noise * (log_var / 2).exp() * torch.randn_like(mean)
         if self.bottleneck == "sparse":
             z = top_k(z, self.k)
         return self.decoder(z), kl
 
     def encode(self, x):
-        """Images -> z as the decoder gets it, but the mean where there is noise: (B, latent)."""
+        """Images -> the decoder's input z, without noise (variational: the mean): (B, latent)."""
         z = self.encoder(x)
         return top_k(z, self.k) if self.bottleneck == "sparse" else z
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, S, S) -> z (B, latent), or, with latent 0, (B, 4 width s^2)."""
+    """Images (B, 3, S, S) -> z (B, latent), or (B, 4 width s^2) if latent is 0."""
 
     def __init__(self, image_size, width, latent):
         super().__init__()
@@ -139,14 +139,14 @@ class Encoder(nn.Module):
         return self.to_latent(self.features(x))
 
     def features(self, x):
-        """All but the last layer: (B, 3, S, S) -> (B, 4 width s^2)."""
+        """All layers but the last: (B, 3, S, S) -> (B, 4 width s^2)."""
         x = F.relu(self.conv1(x))                                    # (B, width, S / 2, S / 2)
         x = F.relu(self.conv2(x))                                    # (B, 2 width, S / 4, S / 4)
         return F.relu(self.conv3(x)).flatten(1)                      # (B, 4 width s^2)
 
 
 class Decoder(nn.Module):
-    """The encoder's mirror image: z (B, latent) -> images (B, 3, S, S)."""
+    """Mirrors the encoder: z (B, latent) -> images (B, 3, S, S)."""
 
     def __init__(self, image_size, width, latent):
         super().__init__()
@@ -161,40 +161,40 @@ class Decoder(nn.Module):
         x = F.relu(self.from_latent(z)).unflatten(1, (-1, self.side, self.side))
         x = F.relu(self.conv1(x))                                    # (B, 2 width, 2 s, 2 s)
         x = F.relu(self.conv2(x))                                    # (B, width, 4 s, 4 s)
-        return self.conv3(x)[..., :self.size, :self.size]            # 28 pixels come out as 32: cut
+        return self.conv3(x)[..., :self.size, :self.size]            # crop, for example 32 to 28
 
 
 # ------------------------------------------------------------------------------------ the method
 
 
 def distance(prediction, target, kl=0., beta=0.):
-    """C. Mean squared error of all pixel values of (B, 3, S, S), and beta times the KL (B,)."""
+    """C. Mean squared error over all pixel values (B, 3, S, S), plus the KL (B,) times beta."""
     penalty = beta * torch.as_tensor(kl).mean() / target[0].numel()
     return F.mse_loss(prediction.float(), target) + penalty
 
 
 def mask(x, corrupt=0.):
-    """A. Images x (B, 3, S, S) -> the inputs (B, 3, S, S), in which that fraction of the pixels is
-    0, which is the mean, and the target, x itself."""
+    """A. Images x (B, 3, S, S) -> inputs (B, 3, S, S), where the fraction `corrupt` of the pixels
+    is set to 0 (the mean), and the target, x itself."""
     if not corrupt:
         return x, x
     return x.masked_fill(torch.rand_like(x[:, :1]) < corrupt, 0.), x
 
 
 def kl_divergence(mean, log_var):
-    """KL(N(mean, exp(log_var)) || N(0, I)), in nats: two (B, latent) -> (B,) (Kingma & Welling,
-    app. B)."""
+    """KL(N(mean, exp(log_var)) || N(0, I)) in nats (Kingma & Welling, app. B). mean and log_var
+    (B, latent) -> (B,)."""
     return (mean.square() + log_var.exp() - 1 - log_var).sum(1) / 2
 
 
 def top_k(z, k):
-    """Keeps the k largest of each row of z (B, latent), and sets the others to 0."""
+    """Keeps the k largest values in each row of z (B, latent) and sets the others to 0."""
     ids = z.topk(k, 1).indices
     return torch.zeros_like(z).scatter(1, ids, z.gather(1, ids))
 
 
 def interpolate(model, a, b, n):
-    """Images decoded from n latents on the line from a to b, (B, 3, S, S) each: (B, n, 3, S, S)."""
+    """Decodes n latents on the line from images a to b, (B, 3, S, S) each: (B, n, 3, S, S)."""
     weight = torch.linspace(0, 1, n, device=a.device)[:, None]
     z = torch.lerp(model.encode(a)[:, None], model.encode(b)[:, None], weight)   # (B, n, latent)
     return model.decoder(z.flatten(0, 1)).unflatten(0, (len(a), n))
@@ -204,15 +204,15 @@ def interpolate(model, a, b, n):
 
 
 def build(args, image_size):
-    """The autoencoder of these settings, on the device."""
+    """Builds the autoencoder of these settings, on the device."""
     return Autoencoder(image_size, args.width, args.latent, args.bottleneck, args.k,
                        args.noise).to(args.device)
 
 
 @torch.no_grad()
 def reconstruct(args, model, images):
-    """The mean squared error on test images, corrupted as in training. Writes pictures: images and
-    their reconstructions, and ten steps on the line between the z of two images."""
+    """Writes reconstructions.png, and interpolations.png: ten steps from one image to another.
+    Returns the mean squared error on test images that are corrupted as in training."""
     torch.manual_seed(args.seed)
     error = 0.
     for part in images.test.split(500):
@@ -236,7 +236,7 @@ def reconstruct(args, model, images):
 @common.setup
 def main(args):
     images = common.load_images(args)
-    images.check(args.labels)                                                # raises now if too few
+    images.check(args.labels)                                                # fail early if too few
     model = build(args, images.size)
     untrained = copy.deepcopy(model).eval()
     optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)
@@ -263,8 +263,9 @@ def main(args):
     common.report(run, f"{args.bottleneck}: error {error:.3f}, "
                   + common.best_probe(args, images, rows, "autoencoder"),
                   dict(error=error, labels=args.labels, accuracy=rows))
-    common.say(f"\n{common.label_table(args, images, rows)}\n\nSquared error on new images: "
-               f"{error:.3f}.\nPictures: {args.out}/reconstructions.png "
+    common.say(f"\n{common.label_table(args, images, rows)}\n\nMean squared error on new images: "
+               f"{error:.3f} (a constant prediction: about 1).\nPictures: "
+               f"{args.out}/reconstructions.png "
                f"({'corrupted | ' * (args.corrupt > 0)}reconstructed | original), "
                f"{args.out}/interpolations.png")
     return model

@@ -258,7 +258,7 @@ def test_the_whole_script(tiny, tmp_path, kind):
     assert list(figures["accuracy"]) == ["raw pixels", "untrained encoder", "autoencoder"]
     for row in figures["accuracy"].values():
         assert "  ".join(f"{x:5.1f}" for x in row) in done.stdout        # the table has the same numbers
-    assert f"Squared error on new images: {figures['error']:.3f}." in done.stdout
+    assert f"Mean squared error on new images: {figures['error']:.3f} (" in done.stdout
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in log]
     assert log[-1]["step"] == 70 and sum(losses[-10:]) < .9 * sum(losses[:10])
