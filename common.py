@@ -1,17 +1,17 @@
-"""What the seven scripts share: settings, data, what surrounds a training loop, linear probes and
-fine-tuning, pictures. No model, loss, mask, augmentation or sampler lives here.
+"""What the seven scripts share: settings, data, the code around a training loop, linear probes and
+fine-tuning, output. It contains no model, loss, mask, augmentation or sampler.
 
-    settings     Args, setup, cli       a dataclass becomes the command line, or is used from Python
-    data         load_images            uint8 images that live on the device, with their labels
+    settings     Args, setup, cli       a dataclass of settings, also used as the command line
+    data         load_images            uint8 images on the device, with their labels
                  draw, shapes           the embedded images: ten shapes, drawn in a second
-                 scene, paint, caption  several figures, in pictures and in words
+                 scene, paint, caption  scenes of several figures, as images and as words
                  load_text              documents as bytes; the embedded ones are Python's own
-                 Bytes, Words           tokenizers: a token per byte, or a token per word
+                 Bytes, Words           tokenizers: one token per byte, or one per word
     training     adamw, Muon, Run, stage  schedule, autocast, log, checkpoints, exact resume
-    evaluation   k_shot, probe, finetune     what do k labels per class buy?
+    evaluation   k_shot, probe, finetune     accuracies with k labels per class
     output       save_png, save_curve, table, report
 
-`python common.py` prints one table of all runs under runs/.
+`python common.py` prints a table of all runs under runs/.
 Letters: B batch, C channels, S side of an image in pixels; images are (B, 3, S, S).
 """
 import argparse
@@ -66,51 +66,51 @@ from tqdm import tqdm
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. On the command line it is one sentence, no traceback."""
+    """A mistake that the user can correct. The command line shows it without a traceback."""
 
 
 class UsageError(UserError):
-    """A setting that makes no sense: exit status 2."""
+    """An invalid setting. The exit status is 2."""
 
 
 def require(condition, sentence, error=UserError):
-    """Raises error(sentence) unless the condition holds."""
+    """Raises error(sentence) if the condition is false."""
     if not condition:
         raise error(sentence)
 
 
 @dataclass
 class Args:
-    """Settings of every script. One line each: name, type, default; the comment is its --help, and
-    its range, if that is not the usual one: an int is 1 or more, a float 0 or more and finite."""
+    """Settings of every script, one per line: name, type and default. The comment is the help text,
+    and gives the range unless it is the usual one: int 1 or more, float 0 or more and finite."""
     steps: int = 4000            # training steps, 0 or more
     batch: int = 256             # examples per step
     lr: float = 1e-3             # peak learning rate
-    warmup: float = 0.05         # fraction of the steps in which the learning rate rises, in [0, 1]
-    weight_decay: float = 0.05   # AdamW's decay, of matrices only
+    warmup: float = 0.05         # fraction of steps in which the learning rate rises, in [0, 1]
+    weight_decay: float = 0.05   # weight decay, on matrices only
     clip: float = 1.0            # maximum gradient norm, in (0, inf]; inf: no clipping
-    seed: int = 0                # seed of the weights and of every step, in [0, 1e9]
+    seed: int = 0                # seed of all random numbers, in [0, 1e9]
     data: str = "shapes"         # shapes, cifar10, fashion-mnist, mnist, an .npz file or a folder
-    data_dir: str = os.environ.get("DATA_DIR", "data")   # where downloads are kept ($DATA_DIR)
-    out: str = ""                # folder of the run [runs/<script>, runs/<script>-2, ...]
-    device: str = "auto"         # cuda, mps or cpu; auto takes the first that is available
+    data_dir: str = os.environ.get("DATA_DIR", "data")   # folder for downloads ($DATA_DIR)
+    out: str = ""                # folder for the results [runs/<script>, runs/<script>-2, ...]
+    device: str = "auto"         # cuda, mps or cpu; auto: the first that is available
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # auto: bfloat16 where it is native
-    compile: bool = False        # compile the model first (for longer runs on a GPU)
-    resume: bool = False         # continue the run in --out, or else the newest one
+    compile: bool = False        # compile the model with torch.compile (for long runs on a GPU)
+    resume: bool = False         # continue the run in --out, or the newest run if none is given
     save_every: float = 30.0     # seconds between checkpoints
-    accumulate: int = 1          # parts of a batch, one after another, where memory is short
+    accumulate: int = 1          # split each batch into this many parts, to save memory
 
-    cpu = {}                     # no annotation, so no setting: defaults that differ without a GPU,
-    published = {}               # and those that differ with --weights, on any device
+    cpu = {}                     # not a setting (no annotation): defaults that differ without a GPU
+    published = {}               # defaults that differ with --weights, on any device
 
     def __new__(cls, *args, **given):
         self = super().__new__(cls)
-        self.given = set(given)          # these keep their values, whatever `cpu` and --resume say
+        self.given = set(given)          # `cpu` and --resume do not change these
         return self
 
     @property
     def uses_published(self):
-        """Whether the run begins with published weights: --weights, or a --base that is no run."""
+        """Whether the run starts from published weights (--weights, or a --base that is no run)."""
         base = getattr(self, "base", "")
         return bool(getattr(self, "weights", "") or base and not has_run(base))
 
@@ -121,12 +121,12 @@ def flag(name):
 
 
 def typed(value):
-    """A setting as one would type it."""
+    """A setting as typed on the command line."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def comments(Args):
-    """{setting: the comment on its line}, read from the source of the class and its parents."""
+    """{setting: the comment on its line}, from the source of the class and its parents."""
     text = {}
     for cls in reversed(Args.__mro__[:-1]):
         with contextlib.suppress(OSError, TypeError):      # a class in a notebook has no source
@@ -135,7 +135,7 @@ def comments(Args):
 
 
 def kind_of(field):
-    """The type of a setting's values, and whether there are several: tuple[int, ...] -> int, True.
+    """The type of a setting's values, and whether it takes several: tuple[int, ...] -> (int, True).
     """
     many = typing.get_origin(field.type) is tuple
     return (typing.get_args(field.type)[0] if many else field.type), many
@@ -146,7 +146,7 @@ TYPES = {bool: bool, int: (int, np.integer), float: (int, float, np.integer, np.
 
 
 def wrong(x, kind, comment):
-    """What x, a value of a setting, would have to be by its type and comment; None if it is so."""
+    """What the value x should be by the type and comment of its setting; None if it is valid."""
     if choices := typing.get_args(kind):                          # a Literal
         return None if x in choices else f"one of {', '.join(map(str, choices))}"
     if not isinstance(x, TYPES[kind]):
@@ -163,8 +163,8 @@ def wrong(x, kind, comment):
 
 
 def check(args):
-    """Raises UsageError for a value that is not of its setting's type, or outside the range that
-    its comment names. From Python lists, paths and NumPy's numbers do as well: they are converted.
+    """Raises UsageError for a value that has another type than its setting, or is outside the range
+    in the comment. Converts lists, paths and NumPy numbers, which may be given from Python.
     """
     text = comments(type(args))
     for f in dataclasses.fields(args):
@@ -179,7 +179,7 @@ def check(args):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, with exit status 2, and the nearest flag that exists."""
+    """Reports an error in one sentence, suggests the nearest flag, and exits with status 2."""
 
     def error(self, message):
         if message.startswith("unrecognized arguments: "):
@@ -192,7 +192,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser_of(Args):
-    """An argparse parser with a flag for each field; the help of one is the comment on its line."""
+    """An argparse parser with a flag for each field, whose help is the comment on its line."""
     doc, text, name = sys.modules[Args.__module__].__doc__ or "", comments(Args), script(Args)
     parser = Parser(
         prog=name, allow_abbrev=False, argument_default=argparse.SUPPRESS,
@@ -230,8 +230,8 @@ def script(args):
 
 
 def resolve(args):
-    """A copy of the settings with nothing left open: device, folder, sizes. Later wins: default,
-    size for a CPU, what a resumed run had, a value that was given. Raises UserError."""
+    """A copy of the settings with device, folder and sizes filled in. By increasing priority: the
+    default, the value for a CPU, that of a resumed run, and a given value. Raises UserError."""
     usual = {f.name: f.default for f in dataclasses.fields(args)}
     given = {name: getattr(args, name) for name in usual
              if name in args.given or getattr(args, name) != usual[name]}
@@ -254,9 +254,9 @@ def resolve(args):
 
 
 def setup(main):
-    """Decorator of a script's main(args): resolves the settings, claims a folder for the run, and
-    seeds. So main can be called from a notebook, too; a mistake raises there. A run that ends
-    before anything was saved leaves no folder."""
+    """Decorator of a script's main(args): resolves the settings, claims a folder for the run and
+    sets the seed, so that main can also be called from a notebook, where errors are raised. A run
+    that ends before it has saved anything leaves no folder."""
     @functools.wraps(main)
     def run(args):
         start_processes(args)
@@ -277,25 +277,25 @@ def setup(main):
         finally:
             if new and not has_run(args.out):
                 shutil.rmtree(args.out, ignore_errors=True)
-            elif new is False and not has_run(args.out):    # the folder was there before
+            elif new is False and not has_run(args.out):    # the folder existed before
                 for name in "settings.json", "log.jsonl":
                     Path(args.out, name).unlink(missing_ok=True)
     return run
 
 
 def cli(main, Args, argv=None):
-    """The command line of a script: main(args) with the flags as args."""
+    """The command line of a script: calls main(args) with args from the flags."""
     given = vars(parser_of(Args).parse_args(argv))
     args = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     guarded(main, args, script(args))
 
 
 def guarded(main, args, name):
-    """main(args) of the program `name`: a user's mistake becomes one sentence and status 1, or 2
-    for a flag; a signal that asks to stop keeps its usual status."""
+    """Calls main(args) of the program `name`. A user's mistake is printed as one sentence and exits
+    with status 1, or 2 for a flag; a signal that stops the run keeps its usual status."""
     if hasattr(sys.stdout, "reconfigure"):
-        with contextlib.suppress(OSError):              # of a descriptor that is closed
-            sys.stdout.reconfigure(errors="replace")    # a terminal without UTF-8 gets marks
+        with contextlib.suppress(OSError):              # the descriptor is closed
+            sys.stdout.reconfigure(errors="replace")    # terminals without UTF-8
     on_signals(interrupt)
     try:
         main(args)
@@ -305,16 +305,16 @@ def guarded(main, args, name):
         if rank() == 0:
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except (MemoryError, RuntimeError) as error:        # of NumPy; of PyTorch, on any device
+    except (MemoryError, RuntimeError) as error:        # NumPy's; PyTorch's
         if not re.search("out of memory|can't allocate memory", str(error)) and \
                 not isinstance(error, MemoryError):
             raise
         sys.exit(f"{name}: the memory is not enough for these settings: take a smaller --batch, or "
                  "a smaller model")
-    except OSError as error:                            # a full disk, a folder that is gone
+    except OSError as error:                            # a full disk, a missing folder
         where = error.filename or getattr(args, "out", "") or "runs"
         sys.exit(f"{name}: {error.strerror or error} ({where})")
-    except KeyboardInterrupt as error:      # die by the signal: a shell's loop ends with it, too
+    except KeyboardInterrupt as error:      # die by the signal, to end a loop in a shell, too
         number = error.args[0] if error.args else signal.SIGINT
         sys.stderr.flush()
         signal.signal(number, signal.SIG_DFL)
@@ -322,15 +322,15 @@ def guarded(main, args, name):
 
 
 def ours(error):
-    """Whether a ValueError was raised on purpose, by code of this folder: others are bugs."""
+    """Whether code of this folder raised a ValueError on purpose. Otherwise it is a bug."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     here = Path(last.filename).resolve().parent == Path(__file__).resolve().parent
     return isinstance(error, UserError) or here and last.line.startswith("raise ValueError(")
 
 
 def on_signals(handler):
-    """Sets the handler of what asks a run to stop: Ctrl-C, and the signals of batch systems and
-    closed terminals. Returns {signal: handler before}; one that is ignored (nohup) stays so."""
+    """Sets the handler of the signals that stop a run: Ctrl-C, and those of batch systems or closed
+    terminals. Returns {signal: previous handler}. Ignored signals (nohup) stay ignored."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
@@ -340,13 +340,13 @@ def on_signals(handler):
 
 
 def interrupt(number, frame):
-    """A signal's handler: as Ctrl-C, but the signal's number is kept."""
+    """Signal handler: raises KeyboardInterrupt with the number of the signal."""
     raise KeyboardInterrupt(number)
 
 
 def say(text="", width=80):
-    """Prints, with lines over `width` columns wrapped. Where nobody reads any more (`| head`, a
-    closed terminal) the run continues in silence."""
+    """Prints text and wraps lines longer than `width` columns. If the output is closed (`| head`, a
+    closed terminal), the run continues without printing."""
     wrap = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False).fill
     lines = [line if len(line) <= width else wrap(line) for line in text.split("\n")]
     if rank():
@@ -361,7 +361,7 @@ def say(text="", width=80):
 
 
 def find_device(name):
-    """'auto' or a name -> the name of a device that is available."""
+    """'auto' or the name of a device -> the name of an available device."""
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     there += ["cpu"]
     if name == "auto":
@@ -377,7 +377,7 @@ def find_device(name):
 
 
 def has_bfloat16(device):
-    """Whether a kind of device (cpu, cuda, mps) computes in bfloat16 by itself."""
+    """Whether a type of device (cpu, cuda, mps) has native bfloat16 arithmetic."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     ask = getattr(torch.cpu, "get_capabilities", dict)            # since PyTorch 2.13
@@ -386,7 +386,7 @@ def has_bfloat16(device):
 
 
 def memory():
-    """The bytes of memory that this machine has; 64 GB where it does not say."""
+    """The memory of this machine in bytes; 64 GB if unknown."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):       # Windows
@@ -394,29 +394,29 @@ def memory():
 
 
 def precision(args):
-    """The --dtype that is meant: auto is bfloat16 where it is native, else float32."""
+    """The resolved --dtype: auto means bfloat16 if native, else float32."""
     able = args.dtype == "auto" and has_bfloat16(args.device.split(":")[0])
     return "bfloat16" if able or args.dtype == "bfloat16" else "float32"
 
 
 @contextlib.contextmanager
 def autocast(args, dtype=None):
-    """bfloat16 where dtype, or else --dtype, says so; the weights stay float32."""
+    """Autocasts to bfloat16 if dtype, or else --dtype, says so. The weights stay float32."""
     kind, on = args.device.split(":")[0], (dtype or precision(args)) == "bfloat16"
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(kind, torch.bfloat16, enabled=on))
-        short = getattr(args, "context", 0) < 256                # training in bfloat16 is faster
-        if on and kind == "cpu" and short and torch.is_grad_enabled():   # without fused attention
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))            # on short texts
+        short = getattr(args, "context", 0) < 256                # training in bfloat16 on short
+        if on and kind == "cpu" and short and torch.is_grad_enabled():   # texts is faster without
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))            # fused attention
         yield
 
 
-# One process for each GPU, of the same program: torchrun --nproc-per-node 4 mae.py. Each computes
-# its part of every batch; the gradients are averaged. Process 0 writes and speaks for all.
+# Several GPUs: torchrun --nproc-per-node 4 mae.py runs one process per GPU. Each process computes
+# its part of every batch; the gradients are averaged. Process 0 writes and prints for all.
 
 
 def start_processes(args):
-    """Joins the processes that torchrun started, if it did."""
+    """Joins the process group if torchrun started this process."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         cuda = args.device in ("auto", "cuda") and torch.cuda.is_available()
         if cuda:
@@ -425,17 +425,17 @@ def start_processes(args):
 
 
 def processes():
-    """How many processes train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank():
-    """The number of this process, from 0."""
+    """The rank of this process, from 0."""
     return dist.get_rank() if processes() > 1 else 0
 
 
 def first(f):
-    """f() in process 0, and then in the others: what it leaves behind is there for them."""
+    """Calls f() in process 0 first, then in the others, which can use the files that it left."""
     if rank():
         dist.barrier()
     found = f()
@@ -449,12 +449,12 @@ def first(f):
 
 @dataclass
 class Images:
-    """A set of images on the device, as uint8, with their labels, if there are any."""
+    """A data set of uint8 images on the device, with their labels if they have any."""
     train: torch.Tensor                       # (n, 3, S, S) uint8
     test: torch.Tensor                        # (m, 3, S, S) uint8
     train_labels: dict[str, torch.Tensor]     # attribute -> (n,) int64
     test_labels: dict[str, torch.Tensor]      # attribute -> (m,) int64
-    names: dict[str, list[str]]               # attribute -> name of each id; the first is THE class
+    names: dict[str, list[str]]               # attribute -> names of ids; the first is the class
 
     def __post_init__(self):
         sample = self.train[:5000].float() / 255
@@ -463,33 +463,33 @@ class Images:
         self.std = sample.std((0, 2, 3)).view(3, 1, 1).clamp(min=1e-3)
 
     def normalize(self, x):
-        """uint8, or floats in [0, 1] -> mean 0 and variance 1: always guessing the mean costs 1."""
+        """uint8, or floats in [0, 1] -> mean 0 and variance 1, so a constant prediction costs 1."""
         x = x.float() / 255 if x.dtype == torch.uint8 else x
         return (x - self.mean) / self.std
 
     def denormalize(self, x):
-        """The way back, to [0, 1]."""
+        """Inverse of normalize, to [0, 1]."""
         return (x.float() * self.std + self.mean).clamp(0, 1)
 
     def imagenet(self):
-        """Normalise as published models of ImageNet were trained."""
+        """Uses ImageNet's mean and std from now on, as published models expect."""
         for name, x in dict(mean=[.485, .456, .406], std=[.229, .224, .225]).items():
             setattr(self, name, torch.tensor(x, device=self.train.device).view(3, 1, 1))
 
     def class_labels(self):
-        """The ids of the class, of the training and of the test images: (n,), (m,)."""
+        """The class ids of the training images (n,) and of the test images (m,)."""
         what = next(iter(self.names))
         return self.train_labels[what], self.test_labels[what]
 
     def check(self, labels, pool=None):
-        """Raises UserError where there are fewer than max(labels) of each class, of the first
-        `pool` images; images without labels will not be probed."""
+        """Raises UserError if a class has fewer than max(labels) images among the first `pool`, for
+        images with labels."""
         if self.names:
             k_shot(self.class_labels()[0][:pool], max(labels))
 
     def about(self):
-        """What a model has to know of its images: size in pixels, mean and std of the channels in
-        [0, 1], names of the classes."""
+        """What a trained model needs to know of its images: size in pixels, mean and std of the
+        channels in [0, 1], names of the classes."""
         return dict(image_size=self.size, mean=self.mean.flatten().tolist(),
                     std=self.std.flatten().tolist(), classes=next(iter(self.names.values()), []))
 
@@ -501,8 +501,8 @@ COLOURS = {"red": (.86, .16, .16), "orange": (.96, .55, .10), "yellow": (.95, .8
 
 
 def distance_to(kind, x, y):
-    """Signed distance from (x, y), y upwards, to the edge of a figure of area about pi; inside it
-    is negative. x and y (...) in units of the figure's radius."""
+    """Signed distance from (x, y) to the edge of a figure of area about pi, negative inside. x and
+    y (...) are in units of the figure's radius, y upwards."""
     box = lambda x, y, a, b: torch.maximum(x.abs() - a, y.abs() - b)
     disc = lambda x, y, r: (x * x + y * y).sqrt() - r
     if kind == "circle":
@@ -521,11 +521,11 @@ def distance_to(kind, x, y):
         return torch.minimum(box(x, y, .4, 1.25), box(x, y, 1.25, .4))
     if kind == "moon":
         return torch.maximum(disc(x - .4, y, 1.4), -disc(x - 1.05, y, 1.05))
-    if kind == "heart":                       # a square on its corner, and discs on two sides
+    if kind == "heart":                       # a square on its corner, two discs
         u, v = (x + y + .35) * .707, (y - x + .35) * .707
         return torch.minimum(box(u, v, .64, .64),
                              torch.minimum(disc(u, v - .64, .64), disc(u - .64, v, .64)))
-    fifth = 2 * math.pi / 5                   # star: fold the plane into half a point: one edge
+    fifth = 2 * math.pi / 5                   # star: fold the plane onto one edge
     angle = (torch.remainder(torch.atan2(x, y) + fifth / 2, fifth) - fifth / 2).abs()
     r, tip, notch = (x * x + y * y).sqrt(), 1.6, .7
     nx, ny = tip - notch * math.cos(fifth / 2), notch * math.sin(fifth / 2)
@@ -533,10 +533,10 @@ def distance_to(kind, x, y):
 
 
 def draw(canvas, shape, colour, radius, x, y, turn):
-    """Paints one anti-aliased figure on each image of canvas (n, 3, S, S), in place.
+    """Draws one anti-aliased figure on each image of canvas (n, 3, S, S), in place.
 
-    shape (n,) ids into SHAPES; colour (n, 3) in [0, 1]; radius of the disc of equal area and centre
-    x, y (n,) in pixels; turn (n,) in radians, counter-clockwise.
+    shape (n,): ids into SHAPES; colour (n, 3) in [0, 1]; radius (n,) of the disc of equal area, and
+    centre x, y (n,), in pixels; turn (n,) in radians, counter-clockwise.
     """
     at = torch.arange(canvas.shape[-1], device=canvas.device) + .5
     for kind in range(len(SHAPES)):
@@ -550,11 +550,11 @@ def draw(canvas, shape, colour, radius, x, y, turn):
 
 
 def shapes(n, seed=0, size=32, device="cpu"):
-    """n images of the shapes world: one figure on a plain ground, lit from above in all of them. (A
-    slope of each image's own would be a shortcut: SimCLR learned it, and no shapes.)
+    """Draws n images of one figure each on a plain background, all lit from above. (If the light
+    differed among images, it would be a shortcut: SimCLR learned it instead of shapes.)
 
-    Returns images (n, 3, size, size) uint8 and {attribute: (n,) int64}: shape (10), colour (8),
-    size (3), place (9, a 3 x 3 grid) and turn (8 directions), drawn independently of each other.
+    Returns images (n, 3, size, size), uint8, and {attribute: (n,) int64}: shape (10), colour (8),
+    size (3), place (9, a 3 x 3 grid) and turn (8 directions), which are independent of each other.
     """
     u = torch.rand(14, n, generator=torch.Generator().manual_seed(seed)).to(device)
     between = lambda row, low, high: (low + (high - low) * u[row])[:, None, None]
@@ -562,7 +562,7 @@ def shapes(n, seed=0, size=32, device="cpu"):
               "size": (u[2] * 3).long(), "place": (u[4] * 3).long() * 3 + (u[3] * 3).long(),
               "turn": (u[5] * 8).long()}
     radius = size * between(2, .13, .25).flatten()
-    x, y = (1.5 * radius + u[row] * (size - 3 * radius) for row in (3, 4))   # wholly in the frame
+    x, y = (1.5 * radius + u[row] * (size - 3 * radius) for row in (3, 4))   # inside the image
     colour = torch.tensor(list(COLOURS.values()), device=device)[labels["colour"]]
     colour = (colour * between(6, .85, 1.15)[:, 0] + .08 * (u[7:10].T - .5)).clamp(0, 1)
     ramp = torch.linspace(.075, -.075, size, device=device)[:, None].expand(size, size)
@@ -571,23 +571,23 @@ def shapes(n, seed=0, size=32, device="cpu"):
     return (canvas * 255).round().byte(), labels
 
 
-# The shapes world in pictures and words: scenes of one to three figures, what is said and asked of
-# them, and new words for old things. flamingo.py reads it.
+# The shapes world of flamingo.py, in images and words: scenes of one to three figures, captions of
+# them and questions about them, and new words for known things.
 
-FIGURES = [kind for kind in SHAPES if kind not in ("half", "bar")]      # those with a plain name
+FIGURES = [kind for kind in SHAPES if kind not in ("half", "bar")]      # plain names only
 KINDS = [(shape, colour) for shape in range(len(FIGURES)) for colour in range(len(COLOURS))]
-UNSEEN = [(i, (3 * i + 1) % len(COLOURS)) for i in range(len(FIGURES))]  # one of each, held out
+UNSEEN = [(i, (3 * i + 1) % len(COLOURS)) for i in range(len(FIGURES))]  # one per shape, held out
 SEEN = [kind for kind in KINDS if kind not in UNSEEN]
 NUMBERS = ["one", "two", "three"]
 ABOUT = ["colour", "shape", "number", "side"]
-BEGINNINGS, ENDINGS = "bli da ko wu".split(), "cket x ba g".split()        # of new words
+BEGINNINGS, ENDINGS = "bli da ko wu".split(), "cket x ba g".split()        # syllables of new words
 NEW_WORDS = [a + b for a in BEGINNINGS for b in ENDINGS]
-HELD_OUT = [a + b for a, b in zip(BEGINNINGS, ENDINGS)]      # these come with no image in training
+HELD_OUT = [a + b for a, b in zip(BEGINNINGS, ENDINGS)]      # never with an image in training
 TRAINED = [word for word in NEW_WORDS if word not in HELD_OUT]
 
 
 class Figure(typing.NamedTuple):
-    """A figure of a scene, by ids: FIGURES, COLOURS, 0 small or 1 large, 0 left or 1 right, 0 top
+    """A figure of a scene: ids of FIGURES and COLOURS, 0 small or 1 large, 0 left or 1 right, 0 top
     or 1 bottom."""
     shape: int
     colour: int
@@ -597,8 +597,8 @@ class Figure(typing.NamedTuple):
 
 
 def scene(rng, count=None, kinds=KINDS):
-    """Figures of some kinds (shape, colour), as one reads: row by row. All shapes and all colours
-    of a scene differ; two figures are neighbours. rng: random.Random; count: 1 to 3, else any."""
+    """A random scene: figures of the given kinds (shape, colour), row by row. No shape or colour
+    repeats; two figures are neighbours. rng: random.Random; count: 1 to 3, or None for any."""
     count = count or rng.randint(1, 3)
     chosen = rng.sample(kinds, count)
     while any(len(set(ids)) < count for ids in zip(*chosen)):
@@ -606,14 +606,14 @@ def scene(rng, count=None, kinds=KINDS):
     first = rng.randrange(4)                              # quarter 0 1
     quarters = rng.sample(range(4), count)                #         2 3
     if count == 2:
-        quarters = [first, first ^ rng.choice([1, 2])]    # beside it, or above or below
+        quarters = [first, first ^ rng.choice([1, 2])]    # next to or above each other
     return [Figure(*kind, rng.randrange(2), quarter % 2, quarter // 2)
             for kind, quarter in zip(chosen, sorted(quarters))]
 
 
 def paint(scenes, seed=0, size=32, device="cpu"):
-    """Pictures of n scenes, on a dark ground: (n, 3, size, size) uint8. The exact place, size, turn
-    and hue of each figure are drawn at random."""
+    """Images of n scenes on a dark background: (n, 3, size, size), uint8. The exact place, size,
+    turn and hue of each figure are random."""
     n, most = len(scenes), max(map(len, scenes))
     ids = torch.full((n, most, 5), -1)
     for i, figures in enumerate(scenes):
@@ -642,7 +642,7 @@ def kind_name(figure):
 
 
 def caption(figures):
-    """What a scene shows: 'a small red circle left of a large blue star'."""
+    """Describes a scene: 'a small red circle left of a large blue star'."""
     parts = [f"a {('small', 'large')[f.size]} {kind_name(f)}" for f in figures]
     if len(parts) == 1:
         return f"{parts[0]} on the {('left', 'right')[figures[0].column]}"
@@ -652,9 +652,9 @@ def caption(figures):
 
 
 def question(rng, figures, about=None):
-    """(about, question, answer) of a scene, about one of its figures: colour, shape, number or
-    side, any if it is None. The caption tells the answer; so of a side it is asked of single
-    figures and of two in a row, and else (None, None, None) is returned."""
+    """A question about a figure of a scene: (about, question, answer). about: colour, shape, number
+    or side; None: a random one. The caption always contains the answer; therefore `side` is only
+    asked for one figure or two in a row, and gives (None, None, None) otherwise."""
     abouts = ABOUT if len(figures) == 1 or len(figures) == 2 and figures[0].row == figures[1].row \
         else ABOUT[:3]
     about = about or rng.choice(abouts)
@@ -672,16 +672,16 @@ def question(rng, figures, about=None):
     return about, f"which side is {which} on ?", ("left", "right")[figure.column]
 
 
-# Documents of this world are lists of chunks (scene, kind, text): what is said of the image of a
-# scene, and how words can stand in the place of that image (kind).
+# A document is a list of chunks (scene, kind, text): the index of a scene, the kind of words that
+# can replace its image, and the text that follows the image.
 
 IN_WORDS = "colour", "shape", "both"      # the words for a single figure
 
 
 class SceneTokens:
-    """Tokenizer of texts with <image>: a token per word of the shapes world, and two per new word,
-    as in WordPiece (blicket: bli ##cket); or, for an LM of gpt.py, its own (`text`: Bytes or BPE),
-    where <end> is BOS, and <image> is byte 0, which is in no text, or for BPE one more token."""
+    """Tokenizer of texts with <image>: one token per word of the shapes world, two per new word, as
+    in WordPiece (blicket: bli ##cket). For an LM of gpt.py it is the LM's tokenizer (text: Bytes or
+    BPE), where <end> is BOS and <image> is byte 0, which no text has, or for BPE a new token."""
     WORDS = [*("a is what colour shape it the one of how many figures are there which side "
                "on left right above small large and two three ? , .").split(), *COLOURS,
              *FIGURES, *BEGINNINGS, *(f"##{ending}" for ending in ENDINGS)]
@@ -696,7 +696,7 @@ class SceneTokens:
         self.pieces = {a + b: (a, f"##{b}") for a in BEGINNINGS for b in ENDINGS}
 
     def encode(self, text):
-        """str -> a list of tokens. Raises UserError for a word that is not of this world."""
+        """str -> list of tokens. Raises UserError for an unknown word."""
         if self.text:
             special, tokens = {"<end>": [self.end], "<image>": [self.image]}, []
             for part in re.split(" *(<end>) *|(<image>) ?", text.strip(" ")):
@@ -718,8 +718,8 @@ class SceneTokens:
 
 
 class Scenes:
-    """n scenes, two thirds of them (or all) with a single figure. single: indices of these; of:
-    {kind, a pair of shape and colour: indices of its single figures}."""
+    """n scenes, of which two thirds (or all) have a single figure. single: indices of these; of:
+    the same by kind, {(shape, colour): indices}."""
 
     def __init__(self, seed, n, kinds, single=False):
         rng = random.Random(seed)
@@ -730,7 +730,7 @@ class Scenes:
             self.of.setdefault(self.all[i][0][:2], []).append(i)
 
     def captions(self, tokens):
-        """The captions as tokens, with 0 after them: (n, 16)."""
+        """The captions as tokens, padded with 0: (n, 16)."""
         rows = torch.zeros(len(self.all), 16, dtype=torch.int64)
         for row, figures in zip(rows, self.all):
             words = tokens.encode(caption(figures))
@@ -738,22 +738,22 @@ class Scenes:
         return rows
 
     def alike(self):
-        """The indices of the scenes with one, two and three figures, those of the same colours side
-        by side: three tensors."""
+        """The indices of the scenes with one, two and three figures, sorted by their colours: three
+        tensors."""
         colours = lambda i: sorted(figure.colour for figure in self.all[i])
         order = sorted(range(len(self.all)), key=colours)
         return [torch.tensor([i for i in order if len(self.all[i]) == n]) for n in (1, 2, 3)]
 
 
 def new_words(rng, scenes, names, k, ways, kind="both"):
-    """An episode of few-shot learning: `ways` new words for as many kinds of figures, k examples
-    and one more. The words mean something else in each episode, so only the examples tell."""
+    """A few-shot episode: `ways` new words for as many kinds of figures, with k examples and one
+    query. The meaning of the words changes with each episode, so it must come from the examples."""
     kinds, names = rng.sample(sorted(scenes.of), ways), rng.sample(names, ways)
     if kind != "both" and len({pair[("shape", "colour").index(kind)] for pair in kinds}) < ways:
-        kind = "both"                                # its colour alone does not tell them apart
+        kind = "both"                                # one attribute would not distinguish them
     order = [i % ways for i in range(k)]
     rng.shuffle(order)
-    # the last is of a kind that was shown, but another image, while there are any
+    # the query shows a kind from the examples, in another image if there is one
     order.append(rng.choice(order or range(ways)))
     unused = [rng.sample(scenes.of[pair], min(k + 1, len(scenes.of[pair]))) for pair in kinds]
     at = [unused[i].pop() if unused[i] else rng.choice(scenes.of[kinds[i]]) for i in order]
@@ -761,17 +761,17 @@ def new_words(rng, scenes, names, k, ways, kind="both"):
 
 
 def unasked(rng, scenes, about, k):
-    """An episode of answers to one question, which is not asked: k examples and one more."""
+    """An episode of answers to the same, unstated question: k examples and one query."""
     at = rng.sample(range(len(scenes.all)) if about == "number" else scenes.single, k + 1)
     return [(i, "answer", question(rng, scenes.all[i], about)[2]) for i in at]
 
 
 def captions(rng, scenes, k):
-    """k captions, and questions with their answers, of any scenes."""
+    """k captions, or questions with their answers, of random scenes."""
     chunks = []
     for _ in range(k):
         i = rng.randrange(0, len(scenes.all), 2)     # every second scene has 1 to 3 figures
-        if rng.random() < .65:                       # only a caption says the size
+        if rng.random() < .65:                       # only captions give the size
             chunks.append((i, "caption", f"there is {caption(scenes.all[i])}"))
         else:
             chunks.append((i, "question", " ".join(question(rng, scenes.all[i])[1:])))
@@ -779,7 +779,7 @@ def captions(rng, scenes, k):
 
 
 def document(rng, scenes, names, fraction, kind="both"):
-    """One of the three; `fraction` of the documents introduce new words."""
+    """One of the three above; `fraction` of the documents introduce new words."""
     sort = rng.random()
     if sort < fraction:
         return new_words(rng, scenes, names, 8, rng.randint(2, 3), kind)
@@ -789,18 +789,17 @@ def document(rng, scenes, names, fraction, kind="both"):
 
 
 def in_words(figures, kind, text):
-    """A chunk with words in the place of the image: of its first figure for kinds of IN_WORDS, else
-    the caption of the scene."""
+    """A chunk with words instead of the image: words for the first figure if the kind is one of
+    IN_WORDS, else the caption of the scene."""
     colour, shape = list(COLOURS)[figures[0].colour], FIGURES[figures[0].shape]
     words = {"colour": colour, "shape": shape, "both": kind_name(figures[0])}
     return f"{words[kind]} {text}" if kind in IN_WORDS else f"{caption(figures)} . {text}"
 
 
 def text_documents(seed, tokens, n, length, fraction=.7):
-    """What a language model of this world reads: (n, 1 + length). `fraction` of the documents are
-    on new words. To prepare it for images, a new word can come with a colour or a shape alone; some
-    documents have <image> before all chunks, or before half of them; and some of these leave out
-    the words for the image at 60 % of them."""
+    """Training documents of the LM: (n, 1 + length). `fraction` of them are about new words. To
+    prepare the LM for images, new words can come with a colour or a shape alone, some documents
+    have <image> before all or half of the chunks, and some omit the words for 60 % of these."""
     rng, scenes = random.Random(seed), Scenes(seed, 8000, KINDS)
     rows = torch.full((n, length + 1), tokens.end)
     for row in rows:
@@ -818,18 +817,18 @@ def text_documents(seed, tokens, n, length, fraction=.7):
 
 
 def image_documents(seed, tokens, scenes, n, length, fraction=.4):
-    """What a model of images and text reads, `fraction` of it on new words: tokens (n, 1 + length),
-    -100 after the last chunk that fits, and the indices of the images (n, M), at most 9; where
-    there are fewer, 0, which is never used, since no <image> token asks for it."""
+    """Training documents with images, `fraction` of them about new words: tokens (n, 1 + length),
+    with -100 after the last chunk that fits, and the indices of the images (n, M), M at most 9,
+    padded with 0, which is never used, because no <image> token refers to it."""
     rng = random.Random(seed + 1)
     x, ids = torch.full((n, length + 1), -100), torch.zeros(n, 9, dtype=torch.long)
     for row, images in zip(x, ids):
         text, shown = [tokens.end], []
-        while not shown:                             # a caption in bytes may not fit
+        while not shown:                             # with bytes, a caption may not fit
             kind = rng.choice(("colour", "shape"))
             for i, words, chunk in document(rng, scenes, TRAINED, fraction, kind):
                 if words in IN_WORDS and rng.random() < .4:
-                    chunk = in_words(scenes.all[i], words, chunk)           # beside the image
+                    chunk = in_words(scenes.all[i], words, chunk)           # besides the image
                 chunk = tokens.encode(f"<image> {chunk} <end>")
                 if len(text) + len(chunk) > len(row):
                     break
@@ -840,9 +839,9 @@ def image_documents(seed, tokens, scenes, n, length, fraction=.4):
 
 
 class Query(typing.NamedTuple):
-    """A question to a model. group: what it is about, and the column of its table; prompt: with
-    <image> tokens for these test images; answer: the right one; words: the prompt with captions in
-    place of the images."""
+    """A question to a model. group: (row, column) in the table; prompt: text with <image> tokens;
+    images: the test images for these; answer: the correct answer; words: the prompt with words
+    instead of the images."""
     group: tuple
     prompt: str
     images: list
@@ -854,9 +853,9 @@ SORTS = "1 figure", "2 figures", "3 figures", "unseen kind"
 
 
 def queries(seed, n, shots):
-    """All that is asked at the end, sorted by group, and the scenes that it is about: captions of
-    and questions about n held-out scenes, and n single figures of kinds that were not seen in
-    training; at each number of shots n episodes of each kind."""
+    """All queries of the evaluation, sorted by group, and their scenes: captions of and questions
+    about n test scenes and n single figures of unseen kinds, and n episodes of each sort for each
+    number of shots."""
     seed += 1_000_000
     parts = (Scenes(seed, n, SEEN), Scenes(seed + 1, n, UNSEEN, single=True),
              Scenes(seed + 2, 2000, SEEN))
@@ -885,16 +884,16 @@ def queries(seed, n, shots):
                 found.append(Query((name, str(k)), " ".join(texts), at, answer,
                                    words.removesuffix(answer).strip()))
     every = [figures for part in parts for figures in part.all]
-    return sorted(found, key=lambda q: q.group), every             # alike prompts in a batch
+    return sorted(found, key=lambda q: q.group), every             # similar prompts per batch
 
 
 def load_images(args):
-    """The data set args.data -> Images on args.device.
+    """Loads the data set args.data as Images on args.device.
 
     `shapes` is drawn at args.image_size pixels. `fashion-mnist`, `mnist` and `cifar10` are read
-    from args.data_dir, and fetched there first if they are missing. Own images are an `x.npz`, see
-    read_npz, or a folder, see read_folder; they are shuffled, and may have no labels. Raises
-    UserError for what is missing, broken or of another form.
+    from args.data_dir, and downloaded first if they are missing. Your own images are an `x.npz`
+    (see read_npz) or a folder (see read_folder); they are shuffled, and may have no labels. Raises
+    UserError if something is missing, broken or has another format.
     """
     name, size, device = args.data, args.image_size, args.device
     if name == "shapes":
@@ -918,23 +917,23 @@ def load_images(args):
     for x, y in ((x_train, y_train), (x_test, y_test)) if name in IMAGE_SETS else ():
         require(len(x) == len(y) and y.max() < len(classes), f"the labels of {name} in "
                 f"{args.data_dir} are not those of its images: delete them to fetch them anew")
-    if name not in IMAGE_SETS:          # often sorted by class; the first few should be like all
+    if name not in IMAGE_SETS:          # often sorted by class
         x_train, y_train, x_test, y_test = *shuffled(x_train, y_train), *shuffled(x_test, y_test)
 
     def images(x):
         x = torch.from_numpy(np.array(x)).to(device)
         if x.ndim == 3:
-            return x[:, None].expand(-1, 3, -1, -1)       # grey is stored once and read three times
+            return x[:, None].expand(-1, 3, -1, -1)       # grey: one channel, seen as three
         return x.permute(0, 3, 1, 2).contiguous()
 
-    if len(classes) < 2:                # nothing to tell apart
+    if len(classes) < 2:                # no classes to learn
         return Images(images(x_train), images(x_test), {}, {}, {})
     labels = [{"class": torch.from_numpy(y.astype(np.int64)).to(device)} for y in (y_train, y_test)]
     return Images(images(x_train), images(x_test), *labels, {"class": [str(c) for c in classes]})
 
 
 def shuffled(x, y):
-    """Images and labels (or None) in another order, always the same."""
+    """Shuffles images and labels (or None) with a fixed seed."""
     order = np.random.default_rng(0).permutation(len(x))
     return x[order], None if y is None else y[order]
 
@@ -943,7 +942,7 @@ IMAGE_SETS = "fashion-mnist", "mnist", "cifar10"
 
 
 def is_images(name):
-    """Whether --data NAME is about images, where it may be a text as well."""
+    """Whether --data NAME means images, in a script that also takes text."""
     return name in ("shapes", *IMAGE_SETS) or name.endswith(".npz")
 
 
@@ -952,7 +951,7 @@ FASHION = "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".sp
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 IDX = ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
        "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"]
-MIRRORS = {   # the first that has the file is taken
+MIRRORS = {   # tried in this order
     "fashion-mnist": [
         "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
         "https://fashion-mnist.s3.eu-central-1.amazonaws.com/"],
@@ -962,7 +961,7 @@ MIRRORS = {   # the first that has the file is taken
                 "https://www.cs.toronto.edu/~kriz/"],
     "shakespeare": ["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
                     "tinyshakespeare/"]}
-SHA256 = {    # of each file or, for Fashion-MNIST, of what its gzip holds: mirrors compress anew
+SHA256 = {    # of the files; Fashion-MNIST: of the unpacked files, since mirrors compress anew
     "fashion-mnist": dict(zip(IDX, [
         "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
         "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -977,18 +976,18 @@ SHA256 = {    # of each file or, for Fashion-MNIST, of what its gzip holds: mirr
                 "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
     "shakespeare": {"input.txt":
                     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}}
-EMBEDDED = {"shakespeare": "pydocs"}    # what to take instead without a network; else the shapes
-MOST_BYTES, PATIENCE = 300_000_000, 60  # of a download; seconds until a slow mirror is given up
+EMBEDDED = {"shakespeare": "pydocs"}    # alternatives without a network; else shapes
+MOST_BYTES, PATIENCE = 300_000_000, 60  # limits of a download: size, seconds for a slow mirror
 
 
 def fetch(*what):
-    """fetch_once, by one of several processes."""
+    """Calls fetch_once, in process 0 first."""
     return first(lambda: fetch_once(*what))
 
 
 def fetch_once(name, file, data_dir, kept=None):
-    """The path data_dir/name/file (or data_dir/kept), downloaded from a mirror if it is not there.
-    The name appears only once the SHA-256 fits: a broken download never enters the cache."""
+    """Returns the path data_dir/name/file (or data_dir/kept), after a download from a mirror if it
+    is missing. A download gets this name only after its SHA-256 has been checked."""
     path = data_dir / (kept or Path(name, file))
     if path.exists():
         return path
@@ -1018,13 +1017,13 @@ def fetch_once(name, file, data_dir, kept=None):
 
 
 def download(url, file):
-    """Copies a page into an open file, under a progress bar. Raises URLError where the connection
-    fails, is too slow or sends too much, and OSError where the file cannot be written."""
+    """Downloads a URL into an open file, with a progress bar. Raises URLError if the connection
+    fails, is too slow or sends too much, and OSError if the file cannot be written."""
     began = time.monotonic()
 
     def read():
         try:
-            return source.read1(1 << 16)         # what is there: it does not wait for all of them
+            return source.read1(1 << 16)         # what has arrived, without waiting
         except (OSError, EOFError, zlib.error) as error:
             raise urllib.error.URLError(error) from None
 
@@ -1044,7 +1043,7 @@ def download(url, file):
 
 
 def digests(path, inside=True):
-    """SHA-256 of a file and, with inside, if it is a gzip file, of what it holds."""
+    """SHA-256 of a file and, with inside, of the content of a gzip file."""
     found = []
     for opener in (open, gzip.open) if inside else (open,):
         with contextlib.suppress(OSError, EOFError, zlib.error), opener(path, "rb") as f:
@@ -1053,7 +1052,7 @@ def digests(path, inside=True):
 
 
 def read_idx(name, data_dir):
-    """The four gzipped IDX files of MNIST's layout -> x_train, y_train, x_test, y_test, classes."""
+    """Reads four gzipped IDX files, as of MNIST: x_train, y_train, x_test, y_test, classes."""
     arrays = []
     for file in IDX:
         path, dims = fetch(name, file, data_dir), 3 if "images" in file else 1
@@ -1072,7 +1071,7 @@ def read_idx(name, data_dir):
 
 
 def read_cifar10(name, data_dir):
-    """CIFAR-10's binary archive, read in place: records of a label and the planes R, G and B."""
+    """Reads CIFAR-10's binary archive: each record is a label and the planes R, G and B."""
     path = fetch(name, "cifar-10-binary.tar.gz", data_dir)
     parts = {"data": [], "test": []}
     try:
@@ -1090,8 +1089,8 @@ def read_cifar10(name, data_dir):
 
 
 def read_arrays(path, *names):
-    """{name: array} of an .npz, of these names. Nothing is ever unpickled. Raises UserError where
-    it is broken or has none of them."""
+    """Reads the arrays of these names from an .npz: {name: array}. Nothing is unpickled. Raises
+    UserError if the file is broken or has none of them."""
     require(path.is_file(), f"there is no file {path}")
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -1101,7 +1100,7 @@ def read_arrays(path, *names):
             held = ", ".join(file.files)
     except UserError:
         raise
-    except Exception as error:                          # NumPy raises many kinds for a broken file
+    except Exception as error:                          # NumPy raises many types for a broken file
         pickled = "Object arrays" in str(error)
         why = "it holds pickled objects" if pickled else "it is truncated or no .npz"
         raise UserError(f"cannot read {path}: {why}; write plain arrays with np.savez") from None
@@ -1112,11 +1111,11 @@ def read_arrays(path, *names):
 
 
 def read_npz(path):
-    """x_train, y_train, x_test, y_test and the names of the classes, of an .npz.
+    """Reads an .npz: x_train, y_train, x_test, y_test and the names of the classes.
 
-    Its arrays have these names, or MedMNIST's (train_images, train_labels, ...). Images are uint8,
-    or floats in [0, 1], (n, S, S), (n, S, S, 1) or (n, S, S, 3); labels anything that can be told
-    apart, (n,) or (n, 1). Without test images every fifth is one; without labels y is None.
+    The arrays have these names, or MedMNIST's (train_images, train_labels, ...). Images are uint8,
+    or floats in [0, 1], (n, S, S), (n, S, S, 1) or (n, S, S, 3); labels are of any type, (n,) or
+    (n, 1). If there are no test images, every fifth image is one; without labels, y is None.
     """
     ours = "x_train", "y_train", "x_test", "y_test"
     theirs = "train_images", "train_labels", "test_images", "test_labels"
@@ -1146,13 +1145,13 @@ def read_npz(path):
             "lacks")
     given = found.get("classes", names)
     if names.dtype.kind in "iu" and names.min() >= 0 and names.max() < len(given) != len(names):
-        given = given[names]                            # some classes have no image
+        given = given[names]                            # some classes have no images
     names = given if len(given) == len(names) else names
     return x, ids, x_test, test_ids, names.tolist()
 
 
 def as_images(what, x):
-    """Images of an .npz as (n, S, S) or (n, S, S, 3) uint8. Raises UserError for other arrays."""
+    """Converts images of an .npz to uint8 (n, S, S) or (n, S, S, 3), or raises UserError."""
     if x.ndim == 4 and x.shape[3] == 1:
         x = x[..., 0]
     require(x.ndim in (3, 4) and x.shape[3:] in ((), (3,)) and x.shape[1] == x.shape[2] and x.size,
@@ -1167,8 +1166,8 @@ def as_images(what, x):
 
 
 def read_pictures(path, size, device="cpu"):
-    """`images` (n, size, size, 3) of an .npz -> (n, 3, size, size) uint8. Raises UserError for what
-    is missing, broken or of another form."""
+    """Reads `images` (n, size, size, 3) of an .npz: (n, 3, size, size), uint8. Raises UserError if
+    something is missing, broken or has another format."""
     x = as_images(f"{path}: images", read_arrays(Path(path), "images")["images"])
     require(x.shape[1:] == (size, size, 3), f"{path}: images is {x.shape}, not (n, {size}, {size}, "
             "3): scale them, or take another --image-size")
@@ -1176,23 +1175,23 @@ def read_pictures(path, size, device="cpu"):
 
 
 def files_below(folder, ending=""):
-    """The files below a folder, in order; without hidden ones, and those in hidden folders."""
+    """The files below a folder, sorted, without hidden files and hidden folders."""
     return [file for file in sorted(folder.rglob("*")) if file.is_file()
             and file.name.lower().endswith(ending)
             and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
 def square(file, size):
-    """A picture, cropped to the square in its middle and scaled to size x size: (size, size, 3)
-    uint8, and its own width and height. What is transparent becomes white."""
+    """Reads a picture, crops it to a square in the centre and scales it: (size, size, 3), uint8.
+    Also returns its original width and height. Transparent pixels become white."""
     from PIL import Image, ImageOps
     picture = Image.open(file)
     own, form = picture.size, picture.format
-    picture.draft("RGB", (2 * size, 2 * size))                   # a large JPEG is read at a part
-    picture = ImageOps.exif_transpose(picture)                   # held upright
+    picture.draft("RGB", (2 * size, 2 * size))                   # decodes a JPEG at a lower size
+    picture = ImageOps.exif_transpose(picture)                   # upright
     if picture.mode == "F" or picture.mode == "I" and form != "PNG":
         raise ValueError("it has 32 bits a channel: save it with 8 or 16")
-    if picture.mode[0] == "I":                                   # grey of 16 bits
+    if picture.mode[0] == "I":                                   # 16-bit grey
         picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -1206,8 +1205,8 @@ def square(file, size):
 
 
 def list_pictures(path, known):
-    """The pictures below a folder, of known endings: [(file, "train", "test" or "", name of its
-    class or "")], and how many other files there are, {ending: n}."""
+    """The pictures below a folder, files with known endings: [(file, "train", "test" or "", class
+    name or "")], and the number of other files, {ending: n}."""
     files = files_below(path)
     others = collections.Counter(file.suffix.lower() or file.name for file in files
                                  if file.suffix.lower() not in known)
@@ -1225,7 +1224,7 @@ def list_pictures(path, known):
     classes = {name for _, split, name in rows if split != "test"}
     if len(classes) < 2 or "" in classes:
         return [(file, split, "") for file, split, _ in rows], +others
-    if "" in {name for _, split, name in rows if split == "test"}:       # these cannot test it
+    if "" in {name for _, split, name in rows if split == "test"}:       # not usable for tests
         flat = sum(split == "test" for _, split, _ in rows)
         others["test pictures without a class"] = flat
         rows = [(file, "", name) for file, split, name in rows if split == "train"]
@@ -1233,13 +1232,13 @@ def list_pictures(path, known):
 
 
 def read_folder(path, size, skip_broken=False):
-    """x_train, y_train, x_test, y_test and the names of the classes, of a folder of pictures; says
-    what was found.
+    """Reads a folder of pictures: x_train, y_train, x_test, y_test and the names of the classes.
+    Prints a summary.
 
-    Folders in it are classes, if there are two or more, and no picture lies beside them; else there
-    are no labels, and y is None. train/ and test/ (or val, valid, validation) hold the two parts;
-    without them every fifth picture (of each class) is for the test. Raises UserError for a picture
-    that cannot be read, unless skip_broken.
+    Its subfolders are classes if there are at least two and no pictures next to them; otherwise
+    there are no labels, and y is None. train/ and test/ (or val, valid, validation) contain the two
+    parts; without them every fifth picture (of each class) is a test picture. Raises UserError for
+    a picture that cannot be read, unless skip_broken.
     """
     try:
         from PIL import Image
@@ -1251,7 +1250,7 @@ def read_folder(path, size, skip_broken=False):
     for file, part, name in progress(found, "reading pictures"):
         try:
             picture, own = square(file, size)
-        except Exception as error:                      # Pillow raises many kinds for a broken file
+        except Exception as error:                      # Pillow raises many types for a broken file
             why = getattr(error, "strerror", None) or str(error).split(" '")[0]
             require(skip_broken, f"cannot read the picture {file} ({why}): mend it, move it away, "
                     "or leave such pictures out with --skip-broken")
@@ -1278,20 +1277,20 @@ def read_folder(path, size, skip_broken=False):
 
 @dataclass
 class Text:
-    """Documents as bytes: the first nine tenths of each to train on, the last to validate."""
+    """Documents as bytes: the first nine tenths of each for training, the rest for validation."""
     names: list[str]
     train: list[bytes]
     val: list[bytes]
 
 
 def load_text(name, data_dir="data", parts=1, utf8=False, flag="--data"):
-    """A text by name -> Text. A single document is first cut into that many parts; with utf8 each
-    has to be UTF-8; flag is the one to name in messages.
+    """Loads a text by name. parts: a single document is cut into that many; utf8: whether documents
+    have to be UTF-8; flag: the flag to mention in errors.
 
     `pydocs` is the reference manual inside every Python, `pycode` the modules of its standard
-    library, `shakespeare` the 1.1 MB of char-rnn, fetched to data_dir if it is not there. Else a
-    file, or a folder of .txt and .md files; what is found there is said. Raises UserError for what
-    is missing, unreadable or empty.
+    library, `shakespeare` the 1.1 MB of char-rnn, downloaded to data_dir if it is missing. Others
+    are a file, or a folder of .txt and .md files, of which a summary is printed. Raises UserError
+    if something is missing, unreadable or empty.
     """
     if name == "pydocs":
         documents = manual()
@@ -1327,7 +1326,7 @@ def load_text(name, data_dir="data", parts=1, utf8=False, flag="--data"):
 
 
 def read_documents(path):
-    """{name: bytes} of a file, or of a folder, of which it says what was found."""
+    """Reads a file or a folder: {name: bytes}. Prints a summary of a folder."""
     require(path.is_dir() or path.is_file(), f"{path} is no regular file")
     below = files_below(path) if path.is_dir() else []
     files = [file for file in below if file.suffix.lower() in (".txt", ".md")] or [path]
@@ -1346,7 +1345,7 @@ def read_documents(path):
 
 
 def pieces(raw, size=2 ** 20, errors="strict"):
-    """Some bytes, UTF-8, as texts of about a megabyte each, cut after a line or a word."""
+    """Decodes bytes (UTF-8) in pieces of about `size` bytes, cut after a line or a word."""
     start = 0
     while start < len(raw):
         at = start + size
@@ -1356,16 +1355,16 @@ def pieces(raw, size=2 ** 20, errors="strict"):
 
 
 def boundary(raw, at):
-    """The index in some bytes where the next character of UTF-8 begins, from `at` on."""
+    """The first index from `at` on at which a UTF-8 character of raw begins."""
     while at < len(raw) and raw[at] & 0xC0 == 0x80:
         at += 1
     return at
 
 
 def manual():
-    """{topic: bytes} of the manual that help() shows, without its tables. Many topics contain
-    others, word for word; each paragraph is kept once, in the longest, so that no text is trained
-    AND tested on."""
+    """The manual that help() shows, without its tables: {topic: bytes}. Many topics repeat others
+    word for word. Each paragraph is kept once, in the longest topic, so that no text is used for
+    training AND validation."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -1383,15 +1382,15 @@ def manual():
 
 
 def printable(text):
-    """The text; what would upset a terminal becomes a replacement character."""
+    """The text, with replacement characters for control characters."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
                    for c in text.replace("\r\n", "\n"))
 
 
 class Bytes:
-    """Tokenizer: a token for each byte, 0 to 255, and BOS, which stands before a text."""
+    """Tokenizer: one token per byte, 0 to 255, and BOS, which precedes a text."""
     BOS, vocab = 256, 257
-    sizes = torch.arange(257) < 256          # bytes of each token: one, and none for BOS
+    sizes = torch.arange(257) < 256          # bytes per token: 1, or 0 for BOS
 
     def encode(self, text):
         """str or bytes -> (n,) int64."""
@@ -1399,19 +1398,19 @@ class Bytes:
         return torch.from_numpy(np.frombuffer(raw, np.uint8).astype(np.int64))
 
     def decode(self, tokens):
-        """(n,) -> str; what is no UTF-8, or would upset a terminal, shows as a question mark."""
+        """(n,) -> str. Invalid UTF-8 and control characters become replacement characters."""
         return printable(bytes(t for t in map(int, tokens) if t < 256).decode(errors="replace"))
 
     def stream(self, documents):
-        """All documents one after another, BOS before each: (n,) int16, a quarter of int64."""
+        """All documents as one sequence, with BOS before each: (n,) int16, to save memory."""
         parts = [part for raw in documents for part in ([self.BOS], np.frombuffer(raw, np.uint8))]
         return torch.from_numpy(np.concatenate(parts, dtype=np.int16))
 
 
 @functools.cache
 def gpt2_words():
-    """GPT-2's regular expression for the words of a text: endings such as 's; letters, numbers or
-    other signs, with a space before; spaces. Python's re has no classes for letters and numbers."""
+    """GPT-2's regular expression for words: endings such as 's; letters, numbers or other signs,
+    with a space before; spaces. Python's re lacks the character classes that it uses."""
     kinds = dict(L="", N="", Z="")
     kind = lambda i: "Z" if chr(i) in "\t\n\v\f\r\x85" else unicodedata.category(chr(i))[0]
     for name, run in itertools.groupby(range(sys.maxunicode + 1), kind):
@@ -1424,11 +1423,11 @@ def gpt2_words():
 
 
 class BPE:
-    """GPT-2's tokenizer, byte pair encoding: the bytes of a word are joined, pair by pair, in the
-    order of a list of merges (Radford et al. 2019, sec. 2.2). sizes (vocab,): bytes of a token."""
+    """GPT-2's tokenizer, byte pair encoding: the bytes of a word are merged pair by pair, in the
+    order of a list of merges (Radford et al. 2019, sec. 2.2). sizes (vocab,): bytes per token."""
 
     def __init__(self, vocab, merges):
-        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]    # shown as themselves
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]    # written as themselves
         shown = [*plain, *(byte for byte in range(256) if byte not in plain)]
         shown = {chr(b if i < len(plain) else 256 + i - len(plain)): b for i, b in enumerate(shown)}
         self.BOS, self.vocab = vocab["<|endoftext|>"], len(vocab)
@@ -1442,8 +1441,8 @@ class BPE:
 
     @classmethod
     def load(cls, folder):
-        """That of a folder: vocab.json and merges.txt, encoder.json and vocab.bpe as OpenAI calls
-        them, or tokenizer.json. Raises UserError."""
+        """Loads the tokenizer of a folder: vocab.json and merges.txt (OpenAI: encoder.json and
+        vocab.bpe), or tokenizer.json. Raises UserError."""
         folder = Path(folder).parent if Path(folder).is_file() else folder
         for names in "vocab.json merges.txt", "encoder.json vocab.bpe", "tokenizer.json":
             files = [Path(folder, name) for name in names.split()]
@@ -1463,8 +1462,8 @@ class BPE:
         raise UserError(f"{folder} holds no tokenizer: fetch vocab.json and merges.txt to it, too")
 
     def join(self, word):
-        """The tokens of a word: again and again those neighbours are joined that come first in the
-        list of merges, and of equal ones the left. A heap holds the pairs that can be joined."""
+        """The tokens of a word. Merges repeatedly the neighbours that come first in the list of
+        merges, the leftmost first if tied. A heap holds the candidate pairs."""
         ids = [self.byte_ids[byte] for byte in word.encode()] + [None]
         left, right, heap = [*range(-1, len(ids) - 1)], [*range(1, len(ids) + 1)], []
 
@@ -1478,7 +1477,7 @@ class BPE:
         while heap:
             _, i, pair = heapq.heappop(heap)
             j = right[i]
-            if ids[i] is not None and pair == (ids[i], ids[j]):           # not joined since
+            if ids[i] is not None and pair == (ids[i], ids[j]):           # it still exists
                 ids[i], ids[j], right[i] = self.pairs[pair][1], None, right[j]
                 left[right[j]] = i
                 look(i)
@@ -1487,19 +1486,19 @@ class BPE:
         return [token for token in ids if token is not None]
 
     def encode(self, text, dtype=np.int64):
-        """str or bytes -> (n,) int64. Bytes that are no UTF-8 become U+FFFD."""
+        """str or bytes -> (n,) int64. Invalid UTF-8 becomes U+FFFD."""
         text = text.decode(errors="replace") if isinstance(text, bytes) else text
         words = itertools.chain.from_iterable(map(self.tokens, gpt2_words().findall(text)))
         return torch.from_numpy(np.fromiter(words, dtype))
 
     def stream(self, documents):
-        """All documents one after another, BOS before each: (n,) int32."""
+        """All documents as one sequence, with BOS before each: (n,) int32."""
         BOS = torch.tensor([self.BOS], dtype=torch.int32)
         return torch.cat([part for raw in documents for part in (
             BOS, *(self.encode(text, np.int32) for text in pieces(raw, errors="replace")))])
 
     def decode(self, tokens):
-        """(n,) -> str; what is no UTF-8, or would upset a terminal, shows as a question mark."""
+        """(n,) -> str. Invalid UTF-8 and control characters become replacement characters."""
         return printable(b"".join(self.bytes[int(t)] for t in tokens).decode(errors="replace"))
 
 
@@ -1507,7 +1506,7 @@ HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"     # Chine
 
 
 class Words:
-    """Tokenizer: lower-case words and punctuation marks, the most frequent of a text."""
+    """Tokenizer: the most frequent lower-case words and punctuation marks of a text."""
     SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]           # tokens 0 to 4
 
     def __init__(self, words):
@@ -1517,8 +1516,8 @@ class Words:
 
     @classmethod
     def of(cls, documents, most):
-        """The tokenizer of some documents (bytes, UTF-8): at most `most` tokens, each seen twice.
-        Raises UserError where no word was."""
+        """Builds the tokenizer of documents (bytes, UTF-8): at most `most` tokens, each of which
+        occurs at least twice. Raises UserError if there are none."""
         count = collections.Counter(w for raw in documents for text in pieces(raw)
                                     for w in cls.split(text))
         usual = sorted((word for word in count if count[word] > 1), key=lambda w: (-count[w], w))
@@ -1527,21 +1526,21 @@ class Words:
 
     @staticmethod
     def split(text):
-        """The words and the marks of a text, one by one. A run of the same mark, such as >>>, is
-        one; accents and vowel signs stay with their letter; as in BERT, each Chinese character is a
-        word."""
-        text = text.removeprefix("\ufeff").lower()                     # Windows' mark of UTF-8
-        signs = "".join(c for c in set(text)                           # and joiners in a word
+        """Yields the words and marks of a text. A run of the same mark, such as >>>, is one mark;
+        accents and vowel signs stay with their letters; each Chinese character is a word, as in
+        BERT."""
+        text = text.removeprefix("\ufeff").lower()                     # byte order mark
+        signs = "".join(c for c in set(text)                           # marks, and joiners
                         if unicodedata.category(c)[0] == "M" or c in "\u200c\u200d")
         word = f"(?:[^\\W{HAN}][{signs}]*)+" if signs else f"[^\\W{HAN}]+"
         return (m[0] for m in re.finditer(rf"{word}|[{HAN}]|([^\w\s])\1*", text))
 
     def encode(self, text, dtype=np.int64):
-        """str -> (n,) int64; of the special tokens a text can yield [UNK] alone."""
+        """str -> (n,) int64. [UNK] is the only special token in the result."""
         return torch.from_numpy(np.fromiter((self.ids.get(w, 1) for w in self.split(text)), dtype))
 
     def stream(self, documents):
-        """All documents (bytes, UTF-8) one after another, [SEP] before each: (n,) int32."""
+        """All documents (bytes, UTF-8) as one sequence, with [SEP] before each: (n,) int32."""
         sep = torch.tensor([self.ids["[SEP]"]], dtype=torch.int32)
         return torch.cat([part for raw in documents for part in (
             sep, *(self.encode(text, np.int32) for text in pieces(raw)))])
@@ -1552,7 +1551,7 @@ class Words:
 
     @staticmethod
     def join(words):
-        """Words as a text: spaces between them, but none before a full stop or in brackets."""
+        """Joins words with spaces, except before punctuation and inside brackets."""
         text = printable(" ".join(words))
         text = re.sub(r"(?<=\w) ([-/]) (?=\w)|(?<=\d) (\.) (?=\d)", r"\1\2", text)
         text = re.sub(r"(?<=\w) (['’]) (?=(s|t|d|m|re|ll|ve)\b)", r"\1", text)
@@ -1560,9 +1559,9 @@ class Words:
 
 
 class WordPiece(Words):
-    """BERT's tokenizer: words, cut into the longest pieces that a published vocabulary has; inside
-    a word they begin with ##. The special tokens are the first here; published: the ids there."""
-    # the range that begins with 2b920 begins with 2b820 in Google's code
+    """BERT's tokenizer: splits words into the longest pieces in a published vocabulary; pieces
+    inside a word begin with ##. Special tokens come first here; published: the published ids."""
+    # the range from 2b920 on starts at 2b820 in Google's code
     CJK = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df"
                      "\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]")
 
@@ -1574,7 +1573,7 @@ class WordPiece(Words):
 
     @classmethod
     def load(cls, folder):
-        """That of a folder: vocab.txt, with tokenizer_config.json if it is there, or
+        """Loads the tokenizer of a folder: vocab.txt, with tokenizer_config.json if present, or
         tokenizer.json. Raises UserError."""
         folder = Path(folder).parent if Path(folder).is_file() else folder
         path, config = Path(folder, "vocab.txt"), Path(folder, "tokenizer_config.json")
@@ -1595,18 +1594,18 @@ class WordPiece(Words):
             raise UserError(f"{path} does not hold BERT's vocabulary: fetch it anew") from None
 
     def split(self, text):
-        """The pieces of a text, one by one; [UNK] for a word that has none."""
+        """Yields the pieces of a text, or [UNK] for a word that cannot be split."""
         return itertools.chain.from_iterable(map(self.pieces_of, re.findall(r"[^ \t\n\r]+", text)))
 
     def cut(self, text):
-        """The pieces of a text without spaces: as BERT does, control characters are left out, other
-        spaces are one, accents are dropped, and a mark or a Chinese character is a word."""
+        """The pieces of a text without ASCII spaces. As in BERT, control characters are removed,
+        other spaces unified, accents dropped; a mark or a Chinese character is a word."""
         category, found = unicodedata.category, []
         text = "".join(" " if category(c)[0] == "Z" else c for c in text
                        if c != "\ufffd" and category(c) not in ("Cc", "Cf", "Co"))
         text = self.CJK.sub(r" \g<0> ", text)
         if self.lower:
-            text = unicodedata.normalize("NFD", text)                # a letter, and then its accent
+            text = unicodedata.normalize("NFD", text)                # splits off accents
             text = "".join(c.lower() for c in text if category(c) != "Mn")
         mark = lambda c: c in string.punctuation or category(c)[0] == "P"
         for word in "".join(f" {c} " if mark(c) else c for c in text).split():
@@ -1624,16 +1623,16 @@ class WordPiece(Words):
 
     @staticmethod
     def join(words):
-        """Pieces as a text."""
+        """Joins pieces to a text."""
         return Words.join(" ".join(words).replace(" ##", "").split(" "))
 
 
-MOST_PASSAGES = 500      # of each document
+MOST_PASSAGES = 500      # per document
 
 
 class Passages:
-    """Passages of the longest documents, to be classified by document: train, test (n, --passage),
-    [CLS] before and [SEP] after each, labels, test_labels (n,), and the names of the documents."""
+    """Passages of the longest documents, to classify by document: train, test (n, --passage), with
+    [CLS] before and [SEP] after each; labels, test_labels (n,); names: those of the documents."""
 
     def __init__(self, args, words, text):
         require(args.passage <= args.context, f"--passage {args.passage} is more than --context "
@@ -1664,9 +1663,9 @@ DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torc
 
 
 def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: eight bytes that say how long the header is, the
-    header, which is JSON, and the numbers (https://huggingface.co/docs/safetensors). They stay in
-    the file until they are used. Raises UserError that names the first tensor that does not fit."""
+    """Reads a .safetensors file: {name: tensor}. The format is eight bytes with the size of the
+    header, the header in JSON, and the numbers (https://huggingface.co/docs/safetensors), which are
+    memory-mapped. Raises UserError with the name of the first tensor that is invalid."""
     size = path.stat().st_size
     try:
         with open(path, "rb") as f:
@@ -1686,15 +1685,15 @@ def read_safetensors(path):
             fits = False
         require(fits, f"{path} is truncated or broken at the tensor {name}: fetch it anew")
         part = data[start + a:start + b]
-        part = part.clone() if (start + a) % dtype.itemsize else part              # not aligned
+        part = part.clone() if (start + a) % dtype.itemsize else part              # unaligned
         found[name] = part.view(dtype).view(shape)
     return found
 
 
 def read_weights(path, wanted, flag="--weights"):
-    """Published weights, {name: tensor}, and the settings in the config.json beside them, if there
-    is one. path: a file (.safetensors, or one of torch.save), or a folder as it lies on a model
-    hub. Nothing in them is executed. Raises UserError; wanted: what to fetch, and from where."""
+    """Reads published weights: {name: tensor}, and the numbers in the config.json next to them, if
+    any. path: a file (.safetensors, or from torch.save), or a folder as on a model hub. No code in
+    them is executed. Raises UserError; wanted: what to download, and from where."""
     path = Path(path)
     kinds = "model.safetensors", "*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth"
     shards = [[path]] if path.is_file() else [sorted(path.glob(kind)) for kind in kinds]
@@ -1708,9 +1707,9 @@ def read_weights(path, wanted, flag="--weights"):
             found |= read_safetensors(file)
             continue
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):     # of MAE's authors
+            with torch.serialization.safe_globals([argparse.Namespace]):     # MAE's authors
                 state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:                      # torch raises many kinds for a broken file
+        except Exception as error:                      # torch raises many types for a broken file
             code = "it holds code, which is not executed" if "weights_only" in str(error) else \
                 "it is truncated or was not written by torch.save"
             raise UserError(f"cannot read {file}: {code}") from None
@@ -1728,7 +1727,7 @@ def read_weights(path, wanted, flag="--weights"):
         raise UserError(f"{config} cannot be read: fetch it anew") from None
 
 
-# What to fetch, and from where.
+# Published models: which files to download, and from where.
 HUB = {
     "GPT-2": "config.json, model.safetensors (548 MB), vocab.json and merges.txt of "
              "https://huggingface.co/openai-community/gpt2, or of gpt2-medium, -large, -xl there",
@@ -1740,8 +1739,8 @@ HUB = {
 
 
 def rename(name, names, back=False):
-    """The name of a tensor under other names. names: "theirs=ours theirs=ours ...", parts of a name
-    that are replaced one after the other; back: from ours to theirs."""
+    """Renames a tensor. names: "theirs=ours theirs=ours ...", parts of a name that are replaced one
+    after the other; back: from ours to theirs."""
     for pair in names.split():
         theirs, ours = pair.split("=")
         if not back:
@@ -1752,11 +1751,11 @@ def rename(name, names, back=False):
 
 
 def published(path, kind, names, needs, flag="--weights"):
-    """Published weights by the names of a script, {name: tensor}, and the settings beside them.
+    """Reads published weights under a script's names: {name: tensor}, and the config's numbers.
 
-    kind: of HUB; names: see rename, and a tensor whose name then has a - in it is left out; needs:
-    a name without which it is another model. Two tensors that get the same name must be equal: they
-    are tied. Raises UserError."""
+    kind: a key of HUB; names: see rename; tensors with a - in their new name are dropped; needs: a
+    name that this kind of model must have. Tensors with the same new name must be equal, because
+    they are tied. Raises UserError."""
     weights, config = read_weights(path, HUB[kind], flag)
     state = {}
     for theirs, x in weights.items():
@@ -1769,7 +1768,7 @@ def published(path, kind, names, needs, flag="--weights"):
     return state, config
 
 
-# The names of transformers (versions 4 and 5) for the parts of a ViT, and timm's.
+# The names of a ViT's tensors in transformers (versions 4 and 5) and timm = ours.
 VIT = ("patch_embeddings.projection=patch_embed patch_embed.proj=patch_embed decoder.= vit.= "
        "embeddings.= position_embeddings=pos_embed decoder_layers=decoder_blocks "
        "encoder.layer=blocks "
@@ -1780,7 +1779,7 @@ VIT = ("patch_embeddings.projection=patch_embed patch_embed.proj=patch_embed dec
 
 
 def join_qkv(state):
-    """The tensors of a ViT with query, key and value in one, as timm has them and MAE's authors."""
+    """Joins query, key and value of a ViT in one tensor, as in timm and MAE's published code."""
     for name in [name for name in state if "attn.query" in name]:
         parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
         state[name.replace("query", "qkv")] = torch.cat(parts)
@@ -1788,9 +1787,9 @@ def join_qkv(state):
 
 
 def fill_in(model, state, path, config={}, missing=()):
-    """Puts tensors by name into a model, and into its LayerNorms the eps of config, if it has one.
-    Tensors that begin with one of `missing` need not be there, nor a BatchNorm's count of batches:
-    they keep their values. Raises UserError that names the first that does not fit."""
+    """Loads tensors into a model by name, and the eps of config, if any, into its LayerNorms. Those
+    whose names begin with one of `missing`, and batch counts of BatchNorms, may be missing; they
+    keep their values. Raises UserError with the name of the first tensor that does not fit."""
     here, there = ({name: tuple(x.shape) for name, x in tensors.items()}
                    for tensors in (model.state_dict(), state))
     for name in {**there, **here}:
@@ -1809,7 +1808,7 @@ def fill_in(model, state, path, config={}, missing=()):
 
 
 def schedule(step, steps, warmup):
-    """Fraction of the peak learning rate at a step: linear warm-up, then half a cosine to 0."""
+    """Fraction of the peak learning rate at a step: linear warm-up, then cosine decay to 0."""
     rise = max(1, round(steps * warmup))
     if step < rise:
         return (step + 1) / rise
@@ -1817,7 +1816,7 @@ def schedule(step, steps, warmup):
 
 
 def adamw(parameters, lr, weight_decay, betas=(.9, .95)):
-    """Fused AdamW over the trainable tensors; vectors (biases, norms, gates) do not decay."""
+    """Fused AdamW over the trainable tensors, with weight decay on matrices only."""
     parameters = [p for p in parameters if p.requires_grad]
     groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
               dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.)]
@@ -1825,12 +1824,12 @@ def adamw(parameters, lr, weight_decay, betas=(.9, .95)):
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the matrices of groups with `parts`, AdamW for all else.
+    """Muon for the matrices of groups with `parts`, AdamW for the rest.
 
     Muon (K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) is SGD with momentum,
     but the update of each matrix is orthogonalised. A few directions dominate a gradient; with all
-    singular values at about 1, a step moves the rare ones just as far. A matrix (d1, d2) counts as
-    `parts` matrices (d1 / parts, d2), such as query, key and value. dtype: of orthogonalize.
+    singular values at about 1, a step moves as far in the rare directions. A matrix (d1, d2) counts
+    as `parts` matrices (d1 / parts, d2), such as query, key and value. dtype: as in orthogonalize.
     """
 
     def __init__(self, groups, lr, betas, momentum=.95, dtype=torch.float32):
@@ -1839,17 +1838,17 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self):
-        same = {}                          # matrices of one shape are orthogonalised together
+        same = {}                          # orthogonalise equal shapes together
         for group in self.param_groups:
             for p in group["params"] if group.get("parts") else ():
                 if p.grad is None:
                     continue
                 state = self.state[p]
-                if not state:              # AdamW, too, looks at these: it expects a step
+                if not state:              # AdamW expects a step in it
                     state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
                 state["momentum"].lerp_(p.grad, 1 - self.momentum)
-                update = p.grad.lerp(state["momentum"], self.momentum)           # Nesterov's
-                p.grad = None                                          # so AdamW passes it over
+                update = p.grad.lerp(state["momentum"], self.momentum)           # Nesterov
+                p.grad = None                                          # so that AdamW skips it
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 for w, u in zip(p.chunk(group["parts"]), update.chunk(group["parts"])):
                     rate = group["lr"] * max(1., len(u) / u.shape[1]) ** .5
@@ -1862,9 +1861,9 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(x, dtype=torch.float32):
-    """Matrices x = U S V^T (n, d1, d2), d1 <= d2 -> about U V^T of each: five Newton-Schulz steps,
-    x <- a x + b (x x^T) x + c (x x^T)^2 x, bring nearly all singular values to 0.7 to 1.2."""
-    a, b, c = 3.4445, -4.7750, 2.0315           # a: how much a step enlarges small ones
+    """Matrices x = U S V^T (n, d1, d2), d1 <= d2 -> approximately U V^T. Five Newton-Schulz steps
+    x <- a x + b (x x^T) x + c (x x^T)^2 x bring most singular values into [0.7, 1.2]."""
+    a, b, c = 3.4445, -4.7750, 2.0315           # a: the growth of small ones per step
     x = x.to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
@@ -1874,9 +1873,9 @@ def orthogonalize(x, dtype=torch.float32):
 
 
 def groups(args, named, weight_decay):
-    """Groups for an optimizer, of what requires gradients among pairs of a name and a parameter.
-    Matrices decay. With --optimizer muon those of the blocks, which have a number in their names
-    (blocks.0.mlp.fc1.weight), get `parts` and --muon-lr."""
+    """Parameter groups for an optimizer, from pairs (name, parameter), without frozen parameters.
+    Only matrices have weight decay. With --optimizer muon, the matrices of the blocks, which have a
+    number in their names (blocks.0.mlp.fc1.weight), get `parts` and --muon-lr."""
     found = {}
     for name, p in named:
         parts = 0
@@ -1890,8 +1889,8 @@ def groups(args, named, weight_decay):
 
 
 def optimizer(args, named):
-    """--optimizer for pairs of a name and a parameter: AdamW, or Muon for the matrices of the
-    blocks, and AdamW for the rest."""
+    """Builds --optimizer from pairs (name, parameter): AdamW, or Muon for the blocks' matrices and
+    AdamW for the rest."""
     own = groups(args, named, args.weight_decay)
     if args.optimizer == "muon":
         return Muon(own, args.lr, betas=(.9, .95), dtype=getattr(torch, precision(args)))
@@ -1899,7 +1898,7 @@ def optimizer(args, named):
 
 
 class Run:
-    """What surrounds a training step, so that the step itself stays in view:
+    """The code around a training step, so that the step itself stays visible in the script:
 
         run = Run(args, model, optimizer)
         for step in run:                      # sets seed and learning rate; continues a resumed run
@@ -1912,28 +1911,28 @@ class Run:
             optimizer.zero_grad()
             run.log(loss)                     # for the bar, log.jsonl and the checkpoint
 
-    Each step's randomness depends on (seed, step) alone: a run that was killed and resumed ends
-    with the same weights, bit for bit, as one that was not (on a CPU with as many threads; on a
-    GPU after torch.use_deterministic_algorithms(True)). Ctrl-C and signals that ask to stop save
-    after the step. A loss that is not finite stops the run and leaves the last good checkpoint.
-    uniform: the loss of a uniform guess, to be shown beside the loss. about: what the model has to
-    know about its data, such as Images.about() or a vocabulary; it is kept in the checkpoint. Its
-    `fingerprint`, if it has one (of frozen weights), must be the same when the run is resumed.
+    The random numbers of a step depend only on (seed, step): a run that was killed and resumed ends
+    with the same weights, bit for bit, as an uninterrupted run (on a CPU with the same number of
+    threads; on a GPU with torch.use_deterministic_algorithms(True)). Ctrl-C and other signals to
+    stop save a checkpoint after the step. A loss that is not finite stops the run and keeps the
+    last good checkpoint. uniform: the loss of a uniform guess, printed next to the loss. about:
+    what the model needs to know about its data, such as Images.about() or a vocabulary; it is saved
+    in the checkpoint. Its `fingerprint` of frozen weights, if any, must be equal on resuming.
     """
 
     def __init__(self, args, model, optimizer, uniform=None, about=None):
         self.args, self.model, self.optimizer = args, model, optimizer
         self.uniform, self.about, self.out = uniform, about or {}, Path(args.out)
-        self.step, self.seconds = 0, 0.          # done so far
+        self.step, self.seconds = 0, 0.          # so far
         self.saved = None                        # the step of the checkpoint
-        self.pending, self.loss = None, None     # the newest loss on the device, and as a number
-        self.epoch, self.order = None, None      # what batch() takes its rows from
-        self.stop = None                         # the signal that asked the run to stop
-        self.parts = processes() * args.accumulate       # of a batch
+        self.pending, self.loss = None, None     # the last loss, on the device and as a number
+        self.epoch, self.order = None, None      # see batch()
+        self.stop = None                         # the signal that stops the run
+        self.parts = processes() * args.accumulate       # per batch
         require(args.batch % self.parts == 0, f"--batch {args.batch} cannot be divided into "
                 f"{self.parts} parts, for --accumulate and the processes: take a multiple")
         self.micro, self.weight, self.mean = 0, 1., 0.   # of these parts: see part()
-        self.stops = torch.zeros(())             # how many processes were asked to stop
+        self.stops = torch.zeros(())             # number of processes asked to stop
         self.out.mkdir(parents=True, exist_ok=True)
         if args.resume and (self.out / "checkpoint.pt").exists():
             self.load()
@@ -1951,7 +1950,7 @@ class Run:
             while self.step < args.steps:
                 self.lr = args.lr * schedule(self.step, args.steps, args.warmup)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = self.lr * group.get("times", 1.)   # a group's own learning rate
+                    group["lr"] = self.lr * group.get("times", 1.)   # times: a group's factor
                 for self.micro in range(args.accumulate):
                     torch.manual_seed(args.seed * 1_000_003 + self.step)
                     yield self.step
@@ -1960,7 +1959,7 @@ class Run:
                 bar.update()
                 if last or self.step % every == 0:
                     self.show(log, bar)
-                stop = self.stops.item() if processes() > 1 else self.stop       # all, or none
+                stop = self.stops.item() if processes() > 1 else self.stop       # all or none
                 if last or stop or time.monotonic() - last_save > args.save_every:
                     self.save()
                     last_save = time.monotonic()
@@ -1972,22 +1971,22 @@ class Run:
             log.close()
             for number, handler in usual.items():
                 signal.signal(number, handler)
-            torch.manual_seed(args.seed)               # what follows does not depend on the steps
+            torch.manual_seed(args.seed)               # what follows is independent of steps
         if self.stop:
             signal.raise_signal(self.stop)
-        if self.saved is None:                         # no step: the model as it was made or loaded
+        if self.saved is None:                         # no steps: the initial or loaded model
             self.save()
         if processes() > 1:
-            dist.barrier()                             # what is read next is there for all
+            dist.barrier()                             # all files are written
         if self.loss is not None:
-            say(f"{self.step} steps in {self.seconds:.0f} s, {self.status()} in the last.")
+            say(f"{self.step} steps in {self.seconds:.0f} s, {self.status()} in the last step.")
             self.curve()
 
     def batch(self, data):
-        """The next args.batch rows of data, (B, ...): each row once per epoch, in a new order."""
+        """The next args.batch rows of data, (B, ...). Each epoch has a new order of the rows."""
         n, size = len(data), self.args.batch
         require(size <= n, f"--batch {size} is more than the {n} training examples")
-        if n > 2 ** 23:                        # more than a run sees: any rows, without an order
+        if n > 2 ** 23:                        # too many for an order: random rows
             return data[torch.randint(n, (size,)).to(data.device)]
         epoch, i = divmod(self.step, n // size)
         if self.epoch != (epoch, n):
@@ -1996,9 +1995,9 @@ class Run:
         return data[self.order[i * size:(i + 1) * size]]
 
     def part(self, batch):
-        """Of a batch, tensors (B, ...) in a tuple or alone, the rows of this process and of this
-        part of --accumulate. From here on each part has its own random numbers. Where tokens of the
-        last tensor do not count (-100), a part weighs as much as it has others."""
+        """The rows of this process and part of --accumulate, from a batch: a tensor (B, ...) or a
+        tuple of them. Each part has its own random numbers from here on. If targets in the last
+        tensor are ignored (-100), parts are weighted by the number of other targets."""
         if self.parts == 1:
             return batch
         i = rank() * self.args.accumulate + self.micro
@@ -2010,13 +2009,13 @@ class Run:
             self.weight = (counted[i] / counted.float().mean()).item()
         for p in self.model.parameters() if self.micro else ():
             if p.grad is not None:
-                p.grad *= before / self.weight                   # so that reduce() weighs them all
+                p.grad *= before / self.weight                   # so that reduce() weights all
         torch.manual_seed((self.args.seed * 1_000_003 + self.step) * 1_009 + i)
         return cut(batch)
 
     def reduce(self, loss):
-        """After backward(): whether the gradient is that of the whole batch: of the last part of
-        --accumulate, averaged over all processes, as DistributedDataParallel does it."""
+        """Call after backward(). Returns False until the last part of --accumulate; then averages
+        the gradient over all parts and processes, as DistributedDataParallel does."""
         if self.parts == 1:
             return True
         self.mean = self.mean * (self.micro > 0) + self.weight * loss.detach() / self.parts
@@ -2035,36 +2034,36 @@ class Run:
 
     @staticmethod
     def gather(z):
-        """The rows (n, ...) of all processes, with gradients: (processes * n, ...)."""
+        """Gathers rows (n, ...) from all processes, with gradients: (processes * n, ...)."""
         if processes() == 1:
             return z
-        from torch.distributed.nn.functional import all_gather      # not in every build of PyTorch
+        from torch.distributed.nn.functional import all_gather      # not in all builds of PyTorch
         return torch.cat(all_gather(z))
 
     def autocast(self):
-        """The precision of --dtype, for what is computed inside a `with`."""
+        """Context manager: autocast to the precision of --dtype."""
         return autocast(self.args)
 
     def log(self, loss):
-        """Takes the loss of this step. It is read in the next one: no waiting for a GPU."""
+        """Records the loss of this step. The next step reads it, so that a GPU does not wait."""
         self.check()
         self.pending = loss.detach() if self.parts == 1 else self.mean
 
     def check(self):
-        """Reads the loss of the last step. Raises UserError if it was not finite."""
+        """Reads the loss of the last step. Raises UserError if it is not finite."""
         if self.pending is not None:
             self.loss, self.pending = self.pending.item(), None
             self.finite(math.isfinite(self.loss), f"the loss was {self.loss}")
 
     def finite(self, condition, what):
-        """Raises UserError unless it is so."""
+        """Raises UserError if the condition is false."""
         kept = "no checkpoint was written yet" if self.saved is None else \
             f"the checkpoint of step {self.saved} is kept"
         muon = " or --muon-lr" * isinstance(self.optimizer, Muon)
         require(condition, f"at step {self.step - 1} {what}; {kept}. Try a smaller --lr{muon}")
 
     def save(self):
-        """Writes checkpoint.pt, unless the weights are not finite."""
+        """Writes checkpoint.pt. Raises UserError if the weights are not finite."""
         self.check()
         weights = self.model.state_dict()
         self.finite(all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad),
@@ -2078,7 +2077,7 @@ class Run:
         self.saved = self.step
 
     def load(self):
-        """Continues from the checkpoint; raises UserError where it is of another model."""
+        """Continues from the checkpoint. Raises UserError if it is of another model."""
         path, state = self.out / "checkpoint.pt", read_checkpoint(self.out, script(self.args))
         here, there = ({k: tuple(v.shape) for k, v in weights.items()}
                        for weights in (self.model.state_dict(), state["model"]))
@@ -2098,18 +2097,18 @@ class Run:
         require(fits, f"{path} is of another optimizer: give its --optimizer, or start a new run")
         self.model.load_state_dict(state["model"])
         for group, options in zip(self.optimizer.param_groups, groups):
-            group.update(options)                               # of the flags that are given now
+            group.update(options)                               # of the present flags
         self.step, self.seconds, self.saved = state["step"], state["seconds"], state["step"]
         self.args.steps = max(self.args.steps, self.step)       # --steps 0: evaluate, do not train
         say(f"Continuing from step {self.step} of {path}.")
 
     def interrupt(self, number, _):
-        """A signal's handler: the run stops after this step."""
+        """Signal handler: stops the run after this step."""
         self.stop = number
         signal.signal(number, interrupt)                       # a second one stops at once
 
     def open_log(self):
-        """log.jsonl, a line every half per cent; what is later than the checkpoint is dropped."""
+        """Opens log.jsonl (200 lines per run) and drops lines later than the checkpoint."""
         if rank():
             return open(os.devnull, "a")
         path, kept = self.out / "log.jsonl", ""
@@ -2121,41 +2120,41 @@ class Run:
         return open(path, "a", buffering=1)
 
     def show(self, log, bar):
-        """The newest loss and the speed: into the log, and beside the bar or as a line of text."""
+        """Writes the last loss to the log, and shows it with the speed in the bar or as a line."""
         self.check()
         steps = self.args.steps
         rate = self.step * self.args.batch / max(self.seconds, 1e-9)
         log.write(json.dumps(dict(step=self.step, loss=self.loss, lr=self.lr,
                                   seconds=round(self.seconds, 2))) + "\n")
-        bar.set_postfix_str(f"{self.status()}, {rate:,.0f}/s", refresh=False)
+        bar.set_postfix_str(f"{self.status()}, {rate:,.0f} ex/s", refresh=False)     # examples
         if bar.disable and self.step % math.ceil(steps / 10) < math.ceil(steps / 200):
-            say(f"step {self.step}/{steps}  {self.status()}  {rate:,.0f}/s")
+            say(f"step {self.step}/{steps}  {self.status()}  {rate:,.0f} examples/s")
 
     def curve(self):
-        """Writes loss.svg, the losses of log.jsonl."""
-        with contextlib.suppress(OSError, ValueError, KeyError):       # the log is not needed else
+        """Writes loss.svg, a plot of the losses in log.jsonl."""
+        with contextlib.suppress(OSError, ValueError, KeyError):       # only the plot needs the log
             rows = [json.loads(row) for row in (self.out / "log.jsonl").read_text().splitlines()]
             x, y = [row["step"] for row in rows], [row["loss"] for row in rows]
             save_curve(self.out / "loss.svg", x, y, "loss over training steps")
 
     def status(self):
-        """The newest loss and, where it is known, that of a uniform guess."""
+        """The last loss and, if known, the loss of a uniform guess."""
         uniform = "" if self.uniform is None else f" (uniform guess {self.uniform:.3f})"
         return f"loss {self.loss:.4f}{uniform}"
 
 
-FORMAT = 2      # of checkpoints; another is refused
+FORMAT = 2      # of checkpoints; others are refused
 
 
 def read_checkpoint(folder, *scripts, flag="--out"):
-    """The checkpoint in a folder, on the CPU: its script, args, step, seconds, about, model and
-    optimizer. Raises UserError if there is none, or none that a script of these (or any) wrote."""
+    """Reads the checkpoint in a folder, to the CPU: its script, args, step, seconds, about, model
+    and optimizer. Raises UserError if there is none, or if another script than these wrote it."""
     path = Path(folder) / "checkpoint.pt"
     require(path.is_file(), f"there is no {path}: choose another {flag}, or start a new run")
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
         by, version = state["script"], state.get("format")
-    except Exception as error:                          # torch raises many kinds for a broken file
+    except Exception as error:                          # torch raises many types for a broken file
         raise UserError(f"{path} is not a checkpoint that can be read ({type(error).__name__}): "
                         f"delete it, or choose another {flag}") from None
     require(by in scripts or not scripts, f"{path} was written by {by}, not by "
@@ -2181,13 +2180,13 @@ def runs_of(args):
 
 
 def has_run(out):
-    """Whether a run saved anything in a folder, or a training that comes before it."""
+    """Whether a folder contains anything saved by a run or by an earlier stage of it."""
     names = "checkpoint.pt", "result.json", "*/checkpoint.pt"
     return any(any(Path(out).glob(name)) for name in names)
 
 
 def claim(args):
-    """claim_once, by one of several processes; the others get the folder, and None."""
+    """Calls claim_once in process 0; the other processes get the folder, and None."""
     new = None if rank() else claim_once(args)
     if processes() > 1:
         out = [args.out]
@@ -2197,9 +2196,9 @@ def claim(args):
 
 
 def claim_once(args):
-    """Makes the folder of a new run, --out or the next of runs/mae, runs/mae-2, ..., writes its
-    settings.json and sets args.out. Returns whether the folder is new. Two runs at once never share
-    one: to make a folder, or a file with mode "x", succeeds only once. Raises UserError."""
+    """Creates the folder of a new run, --out or the next of runs/mae, runs/mae-2, ..., writes its
+    settings.json and sets args.out. Returns whether the folder is new. Two runs never share one:
+    creating a folder, or a file with mode "x", succeeds only once. Raises UserError."""
     stem, first, new = Path(script(args)).stem, max(runs_of(args), default=0) + 1, False
     names = [args.out] if args.out else (
         f"runs/{stem}-{n}" if n > 1 else f"runs/{stem}" for n in itertools.count(first))
@@ -2225,12 +2224,12 @@ def claim_once(args):
 
 
 def saved_run(args):
-    """(folder, settings) of the run that --resume continues: --out, or the newest in runs/."""
+    """The run that --resume continues, in --out or the newest in runs/: (folder, settings)."""
     runs = runs_of(args)
     out = Path(args.out or (runs[max(runs)] if runs else "runs"))
     if (out / "checkpoint.pt").exists():
         return str(out), read_checkpoint(out, script(args))["args"]
-    path = out / "settings.json"                         # it was killed before its first checkpoint
+    path = out / "settings.json"                         # killed before the first checkpoint
     require(path.exists(), f"there is no run of {script(args)} to resume in {out}: leave out "
             "--resume to start one")
     try:
@@ -2243,10 +2242,10 @@ def saved_run(args):
 
 
 def stage(args, name, same, **settings):
-    """A training that comes before the main one and is kept in <out>/<name>: its Args, and whether
-    it is done already, there or in a folder beside args.out. Its settings are those whose names
-    begin with its own (lm_steps: its steps), and `settings`; `same`: names of those that make it
-    another one, beside those of the training. Raises UserError."""
+    """An earlier stage of the training, kept in <out>/<name>: returns its Args, and whether it has
+    been completed, there or in a folder next to args.out. It takes the settings that begin with its
+    name (lm_steps: its steps), and `settings`. same: the settings, besides those of the training,
+    that must be equal to reuse it. Raises UserError."""
     same = (*same, "steps", "batch", "lr", "optimizer", "muon_lr", "warmup", "weight_decay", "clip",
             "seed", "dtype")
     own, prefix = Path(args.out, name), f"{name}_"
@@ -2272,10 +2271,10 @@ def stage(args, name, same, **settings):
 
 @contextlib.contextmanager
 def replacing(path, when=""):
-    """An open file that takes the place of `path` in one motion, at the end: whoever looks sees the
-    old file or the new one, whole. Raises UserError where it cannot be written."""
+    """Context manager: a file that replaces `path` atomically at the end, so that readers see the
+    complete old file or the complete new one. Raises UserError if it cannot be written."""
     part = Path(path).with_name(f"{Path(path).name}.part")
-    if rank():                                         # process 0 writes it
+    if rank():                                         # only process 0 writes
         with open(os.devnull, "wb") as f:
             yield f
         return
@@ -2296,7 +2295,7 @@ def replacing(path, when=""):
 
 
 def fingerprint(weights):
-    """Eight hexadecimal digits that tell {name: tensor on the CPU} from others of its names."""
+    """A hash of weights {name: tensor on the CPU}: eight hexadecimal digits."""
     digest = hashlib.sha256()
     for w in weights.values():
         digest.update(w.contiguous().numpy())
@@ -2307,13 +2306,13 @@ def fingerprint(weights):
 
 
 def evenly(x, n):
-    """n rows of x at equal distances (all if there are fewer)."""
+    """n evenly spaced rows of x, or all if there are fewer."""
     return x[torch.linspace(0, len(x) - 1, min(n, len(x))).long()]
 
 
 def k_shot(labels, k, seed=0):
-    """Indices of k random examples of each class (all if k is 0): (k * classes,) on labels' device.
-    Raises UserError where a class has fewer."""
+    """Indices of k random examples per class (0: all): (k * classes,), on the device of labels.
+    Raises UserError if a class has fewer."""
     least = labels.unique(return_counts=True)[1].min()
     require(k <= least, f"--labels {k} is too many: a class has only {least} labelled examples")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -2323,8 +2322,8 @@ def k_shot(labels, k, seed=0):
 
 @torch.no_grad()
 def encode(args, f, images, x, batch=500):
-    """f of all of x, images (n, 3, S, S) uint8 that are normalised (or, with images=None, anything
-    else), without gradients: (n, C) float."""
+    """Applies f to all of x in batches, without gradients: (n, C) float. x: uint8 images
+    (n, 3, S, S), which are normalised first; with images=None, anything else."""
     with autocast(args):
         h = torch.cat([f(images.normalize(part) if images else part).float()
                        for part in x.split(batch)])
@@ -2333,16 +2332,16 @@ def encode(args, f, images, x, batch=500):
 
 
 def bounded(condition, what="loss"):
-    """Raises UserError unless it is so, at the end of a training that went too far."""
+    """Raises UserError if the condition is false: the training has diverged."""
     require(condition, f"the {what} of the model cannot be computed any more: try a smaller --lr")
 
 
 def probe(train, labels, test, test_labels, k=0, seed=0, decay=1e-2):
-    """Accuracy in % of a linear classifier on frozen features: logistic regression on k examples of
-    each class (0: all), fitted to its optimum with L-BFGS.
+    """Accuracy in % of a linear classifier on frozen features: logistic regression on k examples
+    per class (0: all), optimised to convergence with L-BFGS.
 
     train (n, C), labels (n,), test (m, C), test_labels (m,). Features are standardised over all of
-    train, labelled or not; decay / 2 is the weight of the squared weights.
+    train, labelled or not; the loss includes decay / 2 times the sum of the squared weights.
     """
     mean, std = train.mean(0), train.std(0) + 1e-6
     i = k_shot(labels, k, seed)
@@ -2362,8 +2361,8 @@ def probe(train, labels, test, test_labels, k=0, seed=0, decay=1e-2):
 
 
 def linear_probe(args, f, images):
-    """Accuracies in % of linear probes on the features of a frozen encoder: for the class at each
-    of args.labels, and then for the colour from all labels, if the images have one.
+    """Accuracies in % of linear probes on the features of a frozen encoder: for the class with each
+    number in args.labels, and for the colour with all labels, if the images have one.
 
     f maps normalised images (B, 3, S, S) to features (B, C).
     """
@@ -2374,12 +2373,12 @@ def linear_probe(args, f, images):
 
 
 def linear_probes(args, images, encoders):
-    """{encoder: accuracies in %}, see linear_probe, of {encoder: f}; empty without labels."""
+    """linear_probe for {encoder: f}: {encoder: accuracies in %}; empty without labels."""
     return {name: linear_probe(args, f, images) for name, f in encoders.items() if images.names}
 
 
 def best_probe(args, images, rows, name):
-    """'shape 64.8 % from 20 labels per class': a row of linear_probes at the most of --labels."""
+    """'shape 64.8 % from 20 labels per class': a result of linear_probes, for the most --labels."""
     if not rows:
         return "no labels"
     most, what = max(args.labels), next(iter(images.names))
@@ -2388,9 +2387,9 @@ def best_probe(args, images, rows, name):
 
 
 def label_table(args, images, rows):
-    """The table of {encoder: accuracies in %}, and of chance, at each of args.labels and, if all
-    rows have one more, of the colour from all labels. Where one class is much more frequent than
-    others, a row shows what it gives to say that it is always this one."""
+    """A table of chance and {encoder: accuracies in %} for each number in args.labels, and of the
+    colour with all labels, if all rows have one. If one class is much more frequent than others, a
+    row gives the accuracy of always predicting it."""
     if not images.names:
         return "Without labels there is nothing to probe or to fine-tune."
     what, wide = next(iter(images.names)), min(map(len, rows.values()))
@@ -2405,16 +2404,16 @@ def label_table(args, images, rows):
 
 
 def finetune(args, f, images, x, labels, test_labels, steps, lr, batch=64, seed=0):
-    """Accuracy in % on images.test after training a new linear head and what of f takes gradients.
+    """Accuracy in % on images.test after training a new linear head and the unfrozen part of f.
 
-    f maps normalised images (B, 3, S, S) to features (B, C) and is changed in place; x (n, 3, S, S)
-    uint8 with labels (n,) are the few labelled images; test_labels (m,).
+    f maps normalised images (B, 3, S, S) to features (B, C) and is changed in place. x
+    (n, 3, S, S), uint8, with labels (n,) are the labelled images; test_labels (m,).
     """
     torch.manual_seed(seed)
     dim = encode(args, f.eval(), images, x[:1]).shape[1]
     head = nn.Linear(dim, int(labels.max()) + 1)
-    nn.init.zeros_(head.weight)                  # at first all images get the same scores
-    norm = nn.BatchNorm1d(dim, affine=False)     # as in MAE, A.1, for probes: scales differ widely
+    nn.init.zeros_(head.weight)                  # at first all scores are equal
+    norm = nn.BatchNorm1d(dim, affine=False)     # as in MAE, A.1: scales differ widely
     model = nn.Sequential(f, norm, head).to(x.device).train()
     optimizer = adamw(model.parameters(), lr, weight_decay=.05)
     for step in progress(range(steps), "fine-tuning"):
@@ -2434,8 +2433,8 @@ def finetune(args, f, images, x, labels, test_labels, steps, lr, batch=64, seed=
 
 
 def save_png(path, pictures, columns, group=0, zoom=3):
-    """Writes pictures (n, 3, S, S) in [0, 1] as one PNG, row by row, each pixel zoom times as
-    large. A wider gap separates every `group` pictures."""
+    """Writes pictures (n, 3, S, S) in [0, 1] to one PNG, row by row, enlarged `zoom` times. Groups
+    of `group` pictures are separated by a wider gap."""
     n, _, S, _ = pictures.shape
     rows, side = -(-n // columns), S * zoom
     left = [c * (side + 4) + (c // group * 12 if group else 0) for c in range(columns)]
@@ -2444,7 +2443,7 @@ def save_png(path, pictures, columns, group=0, zoom=3):
     for i, picture in enumerate(large.permute(0, 2, 3, 1).cpu().numpy()):
         y, x = i // columns * (side + 4), left[i % columns]
         sheet[y:y + side, x:x + side] = picture
-    lines = b"".join(b"\0" + line.tobytes() for line in sheet)       # 0: this line is not filtered
+    lines = b"".join(b"\0" + line.tobytes() for line in sheet)       # 0: no filter
     chunk = lambda kind, data: (struct.pack(">I", len(data)) + kind + data
                                 + struct.pack(">I", zlib.crc32(kind + data)))
     head = struct.pack(">IIBBBBB", sheet.shape[1], sheet.shape[0], 8, 2, 0, 0, 0)     # 8-bit RGB
@@ -2454,8 +2453,7 @@ def save_png(path, pictures, columns, group=0, zoom=3):
 
 
 def save_curve(path, x, y, title):
-    """Writes y over x, two lists of numbers, as an SVG that is readable on a light and on a dark
-    page."""
+    """Plots y over x, two lists of numbers, as an SVG for light and dark pages."""
     low, high = min(y), max(*y, min(y) + .001)
     span, most = high - low, max(x)
     at = lambda a, b: (f"{70 + 550 * a / most:.1f}", f"{270 - 240 * (b - low) / span:.1f}")
@@ -2478,7 +2476,7 @@ def save_curve(path, x, y, title):
 
 
 def table(rows):
-    """Rows of texts -> aligned lines: the first column to the left, the others to the right."""
+    """Aligns rows of texts: the first column to the left, the others to the right."""
     wide = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join([row[0].ljust(wide[0]), *map(str.rjust, row[1:], wide[1:])]).rstrip()
                      for row in rows)
@@ -2491,13 +2489,13 @@ def mean_std(values, digits=1):
 
 
 def progress(things, what):
-    """The things, one by one, under a bar that vanishes at the end (none without a terminal)."""
+    """Iterates over things with a progress bar on a terminal, which is removed at the end."""
     hidden = not (sys.stderr and sys.stderr.isatty()) or rank() > 0
     return tqdm(things, what, ncols=80, leave=False, disable=hidden)
 
 
 def machine(device="cpu"):
-    """What the figures were measured on, in words."""
+    """The name of the GPU, or of the CPU and its number of cores."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     cpu = platform.processor() or platform.machine()
@@ -2507,7 +2505,7 @@ def machine(device="cpu"):
 
 
 def command(args):
-    """The command line that gives these settings on the same kind of device."""
+    """The command line that gives these settings on the same type of device."""
     usual = {f.name: f.default for f in dataclasses.fields(args)}
     usual |= type(args).published if args.uses_published else \
         type(args).cpu if args.device.startswith("cpu") else {}
@@ -2527,11 +2525,11 @@ def command(args):
 
 
 def report(run, summary, figures):
-    """Writes result.json: what was run, on what, and what came out. `summary` is its line in the
-    table of all runs."""
+    """Writes result.json: the command, settings, machine and results (figures). summary: the line
+    of this run in the table of all runs."""
     args = run.args
     settings = dataclasses.asdict(args) | dict(dtype=precision(args))                # not "auto"
-    for name in "out", "data_dir", "resume":            # where it was done, not what
+    for name in "out", "data_dir", "resume":            # not part of the experiment
         del settings[name]
     result = dict(command=command(args), summary=summary, figures=figures,
                   machine=machine(args.device), threads=torch.get_num_threads(),
@@ -2542,7 +2540,7 @@ def report(run, summary, figures):
 
 
 def main():
-    """All runs under a folder (runs/ if none is given) as one table."""
+    """Prints a table of all runs under a folder (default: runs/)."""
     parser = Parser(description="All finished runs as one table.")
     parser.add_argument("folder", nargs="?", default="runs", help="where the runs are [runs]")
     root = Path(parser.parse_args().folder)
