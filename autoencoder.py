@@ -16,7 +16,7 @@ Loss     L = 1 / P ( || x - decode(z) ||^2 + beta KL(q(z | x~) || N(0, I)) )
 
 Flow     images (B, 3, S, S)
          A. mask      set some pixels (or none) to 0     -> inputs x~ (B, 3, S, S), target x
-         B. predict   encoder      three convolutions    -> h (B, 4 width, S / 8, S / 8)
+         B. predict   encoder      three convolutions    -> h (B, 4 width (S / 8)^2)
                       to_latent    linear                -> z (B, latent)    none, sparse: h itself
                       bottleneck   noise, or top-k       -> z (B, latent)
                       from_latent  linear                -> (B, 4 width, S / 8, S / 8)
@@ -91,13 +91,14 @@ class Autoencoder(nn.Module):
         if bottleneck not in ("none", "narrow", "variational", "sparse", "weak"):
             raise ValueError(f"there is no bottleneck {bottleneck!r}")
         self.bottleneck, self.k, self.noise = bottleneck, k, noise
-        if bottleneck in ("none", "sparse"):     # z is the features. With width 48 it is as large
-            latent = 0                           # as the image (if 8 divides S): a copy would fit
+        if bottleneck in ("none", "sparse"):
+            # z is the features. With width 48 it is as large as the image: a copy would fit.
+            latent = 0
         self.encoder = Encoder(image_size, width, latent)
         if bottleneck == "sparse" and k > self.encoder.features_dim:
             raise ValueError(f"top-k with k = {k} is more than the {self.encoder.features_dim} "
                              "dimensions of the latent")
-        if bottleneck == "weak":        # linear decoder: the optimal z is then PCA's
+        if bottleneck == "weak":        # linear decoder: its best reconstruction is that of PCA
             self.decoder = nn.Sequential(nn.Linear(latent, 3 * image_size ** 2),
                                          nn.Unflatten(1, (3, image_size, image_size)))
         else:

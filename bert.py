@@ -30,10 +30,10 @@ Differs  80 % of the masked words are replaced by [MASK] and 20 % by random word
          a punctuation mark; rare ones are [UNK] and never masked. There is no next-sentence
          prediction, so no loss trains the output at [CLS] before fine-tuning. Muon (common.py)
          trains the matrices of the blocks and AdamW the rest; the paper uses Adam for all. Narrow
-         models start with larger weights. span: without SpanBERT's span boundary objective. pmi:
-         masks all n-grams above a threshold.
+         models start with larger weights. Fine-tuning has a BatchNorm before the new layer. span:
+         without SpanBERT's span boundary objective. pmi: masks all n-grams above a threshold.
 
-Try      --strategy span, pmi: is a phrase harder to predict than as many single words? (log.jsonl)
+Try      --strategy span, pmi: is a phrase harder to predict than as many single words? (loss.svg)
          --mask-ratio 0.05, 0.4, 0.8: which gives the lowest perplexity, which the best fine-tuning?
          --optimizer adamw: how many more steps does it take to reach the same perplexity?
 """
@@ -111,8 +111,9 @@ class BERT(nn.Module):
         self.mlm_transform = nn.Linear(dim, dim)
         self.mlm_norm = nn.LayerNorm(dim, eps=1e-12)
         self.mlm_bias = nn.Parameter(torch.zeros(vocab))
-        std = .02 * math.sqrt(768 / dim)       # BERT's .02 is for 768 channels; narrow models learn
-        for layer in self.modules():           # sooner with larger weights
+        # BERT's std of 0.02 is for 768 channels; narrow models learn sooner with larger weights.
+        std = .02 * math.sqrt(768 / dim)
+        for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
             if isinstance(layer, nn.Linear):
@@ -196,9 +197,10 @@ class Attention(nn.Module):
         q, k, v = split(self.query(y)), split(self.key(x)), split(self.value(x))    # (B, H, ., D)
         if attention_mask is not None:
             attention_mask = attention_mask[:, None, None].bool()                   # (B, 1, 1, T)
-        dropout = self.dropout if self.training else 0.
-        z = F.scaled_dot_product_attention(q, k, v, attention_mask, dropout)        # (B, H, n, D)
-        return F.dropout(self.proj(z.transpose(1, 2).reshape(B, -1, C)), dropout)
+        z = F.scaled_dot_product_attention(                                         # (B, H, n, D)
+            q, k, v, attention_mask, self.dropout if self.training else 0.)
+        z = self.proj(z.transpose(1, 2).reshape(B, -1, C))
+        return F.dropout(z, self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -266,8 +268,8 @@ def choose_positions(x, span_ids, ratio=.15):
     is_word = x >= FIRST_WORD
     count = (is_word.sum(1, keepdim=True) * ratio).round().clamp(min=1)             # (B, 1)
     n = max(1, round(ratio * x.shape[1]))
-    order = rand_per_span(span_ids).masked_fill(~is_word, 2.)           # special tokens go last
-    positions = order.argsort(stable=True, dim=1)[:, :n]                # stable: spans stay whole
+    key = rand_per_span(span_ids).masked_fill(~is_word, 2.)             # special tokens go last
+    positions = key.argsort(stable=True, dim=1)[:, :n]                  # stable: spans stay whole
     chosen = (torch.arange(n, device=x.device) < count) & is_word.gather(1, positions)
     return positions, x.gather(1, positions).masked_fill(~chosen, -100)
 
@@ -304,7 +306,7 @@ def pmi(tokens, longest=5):
     ids = torch.zeros_like(tokens)            # id of the (n - 1)-gram that starts at each token
     for n in range(1, min(longest, len(tokens)) + 1):
         size = len(tokens) - n + 1
-        pairs = ids[:size] * (tokens.max() + 1) + tokens[n - 1:]     # + the next word: n-grams
+        pairs = ids[:size] * (tokens.max() + 1) + tokens[n - 1:]     # a number for each n-gram
         _, ids, count = pairs.unique(return_inverse=True, return_counts=True)
         log_p[n] = best[n] = (count[ids] / size).log()
         if n > 1:

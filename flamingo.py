@@ -29,13 +29,15 @@ Expect   of held-out scenes 99.8 ± 0.3, 97.8 ± 0.1 and 90.0 ± 0.6 % of the ca
          training, but its syllables in other words, in 96.4 ± 2.6 % (3 seeds; 268 s of training for
          the LM and the ViT, then 263 s, on 1 thread, beside other jobs; Intel(R) Xeon(R) Processor,
          2 cores, Python 3.11.7, torch 2.13.0+cpu)
-Differs  A toy world of eight shapes in eight colours, with 54 tokens. The paper's LM is Chinchilla
-         and its vision encoder an NFNet. Here both are trained first: the LM on text of this world,
-         with words, and sometimes an <image> token with embedding 0, in the place of images; the
-         ViT with CLIP's loss, in batches of similar colours. Muon (common.py) trains the matrices
-         of the blocks and AdamW the rest (the paper: AdamW all); the gates have ten times the
-         learning rate. Text always attends to the image before it (in the paper, on web pages, half
-         of the time to the image after it). No video.
+Differs  A toy world of eight shapes in eight colours, with 54 tokens. Few-shot learning is trained:
+         of the documents with images 40 % teach new words by examples (--new-words) and 10 % are
+         unasked questions, of the LM's 80 %. The paper trains on web pages instead. Its LM is
+         Chinchilla and its vision encoder an NFNet. Here both are trained first: the LM on texts of
+         this world in which words stand for the images (sometimes a bare <image> token, whose
+         embedding is 0); the ViT with CLIP's loss, in batches of similar colours. Muon (common.py)
+         trains the matrices of the blocks and AdamW the rest (the paper: AdamW all); the gates have
+         ten times the learning rate. Text always attends to the image before it (in the paper, on
+         web pages, half of the time to the image after it). No video.
 
 Try      --gate-start 0.5, or inf (no gates): what does the loss in log.jsonl do in the first steps?
          --attend all; --every 4 (one gated layer); --latents 0; --no-freeze: what gets worse?
@@ -136,7 +138,8 @@ class Flamingo(nn.Module):
         Without a resampler, R is N."""
         B, M, N, E = features.shape
         latents = self.resampler(features.flatten(0, 1)).view(B, -1, E)     # (B, M R, E)
-        return [layer.attn.keys_values(latents).unflatten(3, (M, -1)) for layer in self.gated]
+        return [layer.attn.keys_values(latents).unflatten(3, (M, -1))       # forward() needs M, R
+                for layer in self.gated]
 
     def forward(self, tokens, media=None, cache=None, images_before=0):
         """B. media: the result of project(); None: the LM alone. With a cache of the LM, the tokens
@@ -269,28 +272,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         return self.fc2(F.relu(self.fc1(self.norm(x))).square())
-
-
-class CLIP(nn.Module):
-    """The ViT and a text encoder, for the training of the ViT. The text encoder is simpler than
-    CLIP's: it sums a vector for each word at each of 16 positions, enough for these captions."""
-
-    def __init__(self, vit, vocab, dim, patch):
-        super().__init__()
-        self.vit, self.patch, self.vocab = vit, patch, vocab
-        self.image_proj, self.text_proj = nn.Linear(dim, 64), nn.Linear(16 * vocab, 64)
-        self.scale = nn.Parameter(torch.tensor(math.log(10.)))
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-
-    def forward(self, images, captions):
-        """Images (B, 3, S, S), captions (B, 16) -> an embedding of each, (B, 64), and a scale."""
-        tokens = self.vit(patchify(images, self.patch))[:, 1:]              # drop cls
-        words = F.one_hot(captions, self.vocab).flatten(1).float()
-        scale = self.scale.exp().clamp(max=100)
-        return self.image_proj(tokens.mean(1)), self.text_proj(words), scale
 
 
 # The vision encoder: a copy of mae.py's ViT (its Block is called ViTBlock here, and so on).
@@ -428,10 +409,12 @@ class GPT(nn.Module):
         self.pos_embed = nn.Embedding(context, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-5)
-        for name, p in self.named_parameters():                  # GPT-2's 0.02; 0.01 for positions
+        # As in GPT-2: std 0.02, positions 0.01. The last layers of the 2 depth residual branches
+        # start smaller, since the outputs of all branches add up.
+        for name, p in self.named_parameters():
             if p.ndim > 1:
-                last = name.endswith(("proj.weight", "fc2.weight"))    # last layer of a branch:
-                std = .02 / math.sqrt(2 * depth) if last else .02      # 2 depth branches add up
+                last = name.endswith(("proj.weight", "fc2.weight"))
+                std = .02 / math.sqrt(2 * depth) if last else .02
                 nn.init.normal_(p, std=.01 if name == "pos_embed.weight" else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -488,12 +471,14 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)    # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)                                       # each (B, H, L, D)
-        L, visible = k.shape[2], None    # a single new token attends to all L keys without a mask;
-        if 1 < T < L:                    # several: the last to L keys, the one before to L - 1, ...
+        L, visible = k.shape[2], None
+        # A single new token attends to all L keys and needs no mask. Of several new tokens, the
+        # last one attends to L keys, the one before it to L - 1, and so on.
+        if 1 < T < L:
             visible = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
         x = F.scaled_dot_product_attention(              # softmax(q k^T / sqrt(D) + mask) v
             q, k, v, visible, self.dropout if self.training else 0.,
-            is_causal=T > 1 and (cache is None or T == L))
+            is_causal=1 < T == L)
         x = self.proj(x.transpose(1, 2).reshape(B, T, C))
         return F.dropout(x, self.dropout, self.training)
 
@@ -514,7 +499,7 @@ class MLP(nn.Module):
 
 class Cache:
     """KV cache of one block: the keys and the values of the L tokens so far, (B, H, L, D) each.
-    Memory for the whole context is allocated once."""
+    Memory for the whole context is allocated once; like: a tensor of its dtype and device."""
 
     def __init__(self, batch, heads, context, head_dim, like):
         self.k = like.new_empty(batch, heads, context, head_dim)
@@ -529,20 +514,43 @@ class Cache:
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
 
+class CLIP(nn.Module):
+    """The ViT and a text encoder, for the training of the ViT. The text encoder is simpler than
+    CLIP's: it sums a vector for each word at each of 16 positions, enough for these captions."""
+
+    def __init__(self, vit, vocab, dim, patch):
+        super().__init__()
+        self.vit, self.patch, self.vocab = vit, patch, vocab
+        self.image_proj, self.text_proj = nn.Linear(dim, 64), nn.Linear(16 * vocab, 64)
+        self.scale = nn.Parameter(torch.tensor(math.log(10.)))
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, images, captions):
+        """Images (B, 3, S, S), captions (B, 16) -> an embedding of each, (B, 64), and a scale."""
+        tokens = self.vit(patchify(images, self.patch))[:, 1:]              # drop cls
+        words = F.one_hot(captions, self.vocab).flatten(1).float()
+        scale = self.scale.exp().clamp(max=100)
+        return self.image_proj(tokens.mean(1)), self.text_proj(words), scale
+
+
 # ------------------------------------------------------------------------------------ the method
 
 
 def distance(prediction, target):
     """C. Mean cross-entropy of logits (B, T, V) and tokens (B, T), in nats per token. Targets of
     -100 are ignored."""
-    return F.cross_entropy(prediction.flatten(0, 1).float(), target.flatten(), ignore_index=-100)
+    return F.cross_entropy(prediction.flatten(0, 1).float(), target.flatten())
 
 
 def mask(x, image):
     """A. Tokens x (B, 1 + T), -100 after the end of a text -> inputs (B, T), and the target (B, T):
-    the next token, or -100 if that is <image> or after the end."""
+    the next token, or -100 if that is <image> or after the end. (gpt.py prepends BOS; here each
+    text begins with <end> already.)"""
     inputs, target = x[:, :-1], x[:, 1:]
-    end = x[:, :1]                                       # every text begins with <end>
+    end = x[:, :1]
     return torch.where(inputs < 0, end, inputs), target.masked_fill(target == image, -100)
 
 
@@ -583,7 +591,7 @@ def sample(model, prompts, media, n, end, temperature=0.):
         logits[:, model.image] = -math.inf                         # it generates text only
         token = logits.argmax(1)
         if temperature > 0:
-            p = ((logits - logits.amax(1, keepdim=True)) / temperature).softmax(1)
+            p = ((logits - logits.amax(1, keepdim=True)) / temperature).softmax(1)   # as in gpt.py
             token = torch.multinomial(p, 1)[:, 0]
         text[:, t] = torch.where(given[:, t], text[:, t], token)
         start = t                                  # the cache now holds t tokens of each text
@@ -602,7 +610,8 @@ def normalize(images, mean=(.2, .2, .2), std=(.2, .2, .2)):
 
 # -------------------------------------------------------------------- the LM and the vision encoder
 # Documents come from common.py. A new word means a kind of figure, a different one per document:
-#     the LM       a large ring on the left . what colour is it ? red <end> blue moon dax <end> ...
+#     the LM       a large ring on the left . what colour is it ? red <end> ...
+#     new words    blue moon dax <end> red ring wug <end> red ring wug <end> ...
 #     Flamingo     <image> what colour is it ? red <end> <image> there is a large ring ... <end> ...
 #     new words    <image> dag <end> <image> kox <end> <image> kox <end> <image> dag <end> ...
 #     an unasked question        <image> red <end> <image> blue <end> <image> green <end> ...
@@ -611,29 +620,11 @@ LM = "lm_new_words", "context", "dim", "depth", "heads"                     # th
 VIT = "images", "image_size", "patch", "vit_dim", "vit_depth", "vit_heads"  # and these the ViT
 
 
-def train(how, model, loss_at, choices, **about):
-    """Trains a model on the loss that loss_at(run, step) returns; ln(choices) is the loss of a
-    uniform guess. Used for the LM and the ViT. Returns the folder of the run."""
-    optimizer = common.optimizer(how, model.named_parameters())
-    run = common.Run(how, model, optimizer, math.log(choices), about)
-    for step in run:
-        with run.autocast():
-            loss = loss_at(run, step)
-        loss.backward()
-        if not run.reduce(loss):           # of --accumulate parts, and of processes, the mean
-            continue
-        nn.utils.clip_grad_norm_(model.parameters(), how.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.log(loss)
-    return how.out
-
-
 def train_lm(args, tokens):
     """Trains a GPT on the language of the toy world, text only. Returns the folder of the run."""
-    how, done = common.stage(args, "lm", LM)
+    lm_args, done = common.stage(args, "lm", LM)
     if done:
-        return how.out
+        return lm_args.out
     torch.manual_seed(args.seed)
     model = GPT(tokens.vocab, args.context, args.dim, args.depth, args.heads)
     with torch.no_grad():
@@ -644,15 +635,25 @@ def train_lm(args, tokens):
     image = torch.tensor(tokens.image, device=args.device)
     model.token_embed.weight.register_hook(lambda gradient: gradient.index_fill(0, image, 0.))
     model.to(args.device)
-    common.say(f"First the LM: training on text only. It is kept in {how.out}.")
-    n = min(how.steps * how.batch, 60_000)
+    common.say(f"First the LM: training on text only. It is kept in {lm_args.out}.")
+    n = min(lm_args.steps * lm_args.batch, 60_000)
     x = common.text_documents(args.seed, tokens, n, args.context, args.lm_new_words)
     x = x.to(args.device)                                                   # (n, 1 + T)
-
-    def loss_at(run, step):
-        inputs, target = run.part(mask(run.batch(x), tokens.image))
-        return distance(model(inputs), target)
-    return train(how, model, loss_at, tokens.vocab)
+    optimizer = common.optimizer(lm_args, model.named_parameters())
+    run = common.Run(lm_args, model, optimizer, uniform=math.log(tokens.vocab))
+    for step in run:
+        with run.autocast():
+            inputs, target = run.part(mask(run.batch(x), tokens.image))             # A. mask
+            prediction = model(inputs)                                              # B. predict
+            loss = distance(prediction, target)                                     # C. compare
+        loss.backward()
+        if not run.reduce(loss):           # of --accumulate parts, and of processes, the mean
+            continue
+        nn.utils.clip_grad_norm_(model.parameters(), lm_args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log(loss)
+    return lm_args.out
 
 
 def build_vit(args):
@@ -662,41 +663,54 @@ def build_vit(args):
 
 def train_vit(args, tokens, scenes, images):
     """Trains a ViT to match images (n, 3, S, S) and captions. Returns the folder of the run."""
-    how, done = common.stage(args, "vit", VIT)
+    vit_args, done = common.stage(args, "vit", VIT)
     if done:
-        return how.out
+        return vit_args.out
     torch.manual_seed(args.seed)
     model = CLIP(build_vit(args), tokens.vocab, args.vit_dim, args.patch).to(args.device)
-    common.say(f"Then the ViT: training to match images and captions. It is kept in {how.out}.")
+    common.say("Then the ViT: training to match images and captions. "
+               f"It is kept in {vit_args.out}.")
     words, alike = scenes.captions(tokens).to(args.device), scenes.alike()
-
-    def loss_at(run, step):
+    optimizer = common.optimizer(vit_args, model.named_parameters())
+    run = common.Run(vit_args, model, optimizer, uniform=math.log(vit_args.batch),
+                     about=dict(mean=(.2, .2, .2), std=(.2, .2, .2)))
+    for step in run:
         i = run.batch(torch.arange(len(images), device=args.device))
-        if step % 4:             # hard negatives: scenes of the same colours, which differ only
-            own = alike[step % 4 - 1]                            # in their shapes, sizes and places
-            start = torch.randint(max(1, len(own) - how.batch + 1), (1,)).item()
-            i = own[start:start + how.batch].to(args.device)
-        return clip_loss(*model(normalize(images[i]), words[i]))
-    return train(how, model, loss_at, how.batch, mean=(.2, .2, .2), std=(.2, .2, .2))
+        # Hard negatives in three steps of four: scenes of 1, 2 or 3 figures, sorted by colour, so
+        # that neighbours differ only in shapes, sizes and places.
+        if step % 4:
+            own = alike[step % 4 - 1]
+            start = torch.randint(max(1, len(own) - vit_args.batch + 1), (1,)).item()
+            i = own[start:start + vit_args.batch].to(args.device)
+        with run.autocast():
+            loss = clip_loss(*model(normalize(images[i]), words[i]))
+        loss.backward()
+        if not run.reduce(loss):           # of --accumulate parts, and of processes, the mean
+            continue
+        nn.utils.clip_grad_norm_(model.parameters(), vit_args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log(loss)
+    return vit_args.out
 
 
 def load_lm(args, folder):
     """Loads the LM and its tokenizer from the folder of a run of gpt.py or of this script's LM."""
     state = common.read_checkpoint(folder, "gpt.py", common.script(args), flag="--lm")
-    how, weights = state["args"], state["model"]
+    saved, weights = state["args"], state["model"]
     common.require("token_embed.weight" in weights, f"{folder} holds no LM: try --lm {folder}/lm")
     text = None if state["script"] != "gpt.py" else common.Bytes()
-    if how.get("weights"):                  # GPT-2: shorten the context, add the token <image>
-        text, embed = common.BPE.load(how["weights"]), weights["token_embed.weight"]
+    if saved.get("weights"):                  # GPT-2: shorten the context, add the token <image>
+        text, embed = common.BPE.load(saved["weights"]), weights["token_embed.weight"]
         weights["token_embed.weight"] = torch.cat([embed, embed.mean(0, keepdim=True)])
         weights["pos_embed.weight"] = weights["pos_embed.weight"][:args.context]
     tokens = common.SceneTokens(text)
     vocab, context = (len(weights[f"{name}_embed.weight"]) for name in ("token", "pos"))
-    common.require(not tokens.text or not common.is_images(how["data"]), f"the LM in {folder} was "
-                   f"trained on images ({how['data']}), not on text: take another --lm")
+    common.require(not tokens.text or not common.is_images(saved["data"]), f"the LM in {folder} "
+                   f"was trained on images ({saved['data']}), not on text: take another --lm")
     common.require(vocab == tokens.vocab and context > 40, f"the LM in {folder} has {vocab} tokens "
                    f"and a context of {context}, and {tokens.vocab} and at least 41 are needed")
-    lm = GPT(vocab, context, how["dim"], how["depth"], how["heads"])            # without dropout
+    lm = GPT(vocab, context, saved["dim"], saved["depth"], saved["heads"])    # without dropout
     lm.load_state_dict(weights)
     return lm.requires_grad_(not args.freeze), tokens
 
@@ -704,15 +718,15 @@ def load_lm(args, folder):
 def load_vit(args, folder):
     """Loads the ViT of a run of mae.py or this script: the ViT, its patch size, {mean, std}."""
     state = common.read_checkpoint(folder, "mae.py", common.script(args), flag="--vit")
-    how, own = state["args"], state["script"] == common.script(args)
+    saved, own = state["args"], state["script"] == common.script(args)
     prefix = "vit." if own else "encoder."
     weights = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
     alone = not own or "text_proj.weight" in state["model"]    # a Flamingo has a vit., too
     alone = alone and {"mean", "std"} <= state["about"].keys()
     common.require(weights and alone, f"{folder} holds no ViT: try --vit {folder}/vit")
-    vit = ViT(args.image_size, how["patch"], how["dim"], how["depth"], how["heads"])
+    vit = ViT(args.image_size, saved["patch"], saved["dim"], saved["depth"], saved["heads"])
     vit.load_state_dict(weights)
-    return vit, how["patch"], {name: state["about"][name] for name in ("mean", "std")}
+    return vit, saved["patch"], {name: state["about"][name] for name in ("mean", "std")}
 
 
 # ------------------------------------------------------------------------------------ evaluation

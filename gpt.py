@@ -99,10 +99,12 @@ class GPT(nn.Module):
         self.pos_embed = nn.Embedding(context, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-5)
-        for name, p in self.named_parameters():                  # GPT-2's 0.02; 0.01 for positions
+        # As in GPT-2: std 0.02, positions 0.01. The last layers of the 2 depth residual branches
+        # start smaller, since the outputs of all branches add up.
+        for name, p in self.named_parameters():
             if p.ndim > 1:
-                last = name.endswith(("proj.weight", "fc2.weight"))    # last layer of a branch:
-                std = .02 / math.sqrt(2 * depth) if last else .02      # 2 depth branches add up
+                last = name.endswith(("proj.weight", "fc2.weight"))
+                std = .02 / math.sqrt(2 * depth) if last else .02
                 nn.init.normal_(p, std=.01 if name == "pos_embed.weight" else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -159,12 +161,14 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)    # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)                                       # each (B, H, L, D)
-        L, visible = k.shape[2], None    # a single new token attends to all L keys without a mask;
-        if 1 < T < L:                    # several: the last to L keys, the one before to L - 1, ...
+        L, visible = k.shape[2], None
+        # A single new token attends to all L keys and needs no mask. Of several new tokens, the
+        # last one attends to L keys, the one before it to L - 1, and so on.
+        if 1 < T < L:
             visible = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
         x = F.scaled_dot_product_attention(              # softmax(q k^T / sqrt(D) + mask) v
             q, k, v, visible, self.dropout if self.training else 0.,
-            is_causal=T > 1 and (cache is None or T == L))
+            is_causal=1 < T == L)
         x = self.proj(x.transpose(1, 2).reshape(B, T, C))
         return F.dropout(x, self.dropout, self.training)
 
@@ -185,7 +189,7 @@ class MLP(nn.Module):
 
 class Cache:
     """KV cache of one block: the keys and the values of the L tokens so far, (B, H, L, D) each.
-    Memory for the whole context is allocated once."""
+    Memory for the whole context is allocated once; like: a tensor of its dtype and device."""
 
     def __init__(self, batch, heads, context, head_dim, like):
         self.k = like.new_empty(batch, heads, context, head_dim)
@@ -238,6 +242,7 @@ def distribution(logits, temperature=1., top_k=0, top_p=1.):
     """
     if temperature == 0:
         return F.one_hot(logits.argmax(1), logits.shape[1]).float()
+    # Subtracting the maximum first keeps a tiny temperature from overflowing.
     p = ((logits.float() - logits.amax(1, keepdim=True)) / temperature).softmax(1)
     if 0 < top_k < p.shape[1]:
         values, ids = p.topk(top_k, 1)
@@ -332,7 +337,7 @@ def evaluate(args, model, val, tokens=BYTES):
     return nats / val.numel(), nats / math.log(2) / count
 
 
-def how(args):
+def sampling(args):
     """The arguments of sample that the settings determine."""
     return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
 
@@ -348,7 +353,7 @@ def prompt_tokens(args, tokens=BYTES):
 def write(args, model, prompt, tokens=BYTES):
     """The prompt and what the model generates after it, up to --length or the next BOS."""
     torch.manual_seed(args.seed)
-    new = sample_text(model, prompt, args.length, tokens.BOS, stop=tokens.BOS, **how(args))
+    new = sample_text(model, prompt, args.length, tokens.BOS, stop=tokens.BOS, **sampling(args))
     return tokens.decode(torch.cat([prompt, new]))
 
 
@@ -359,7 +364,7 @@ def complete(args, model, val):
     twice = given.repeat_interleave(2, 0)
     prompt = F.pad(twice, (1, 0), value=BOS)
     torch.manual_seed(args.seed)
-    new = sample(model, prompt, size ** 2 - half, **how(args))
+    new = sample(model, prompt, size ** 2 - half, **sampling(args))
     both = torch.cat([twice, new.clamp(max=255)], 1).view(-1, 2, size ** 2)
     upper = F.pad(given, (0, size ** 2 - half), value=128)
     sheet = torch.cat([upper[:, None], both, val[:12, None].long()], 1).view(-1, 1, size, size)

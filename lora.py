@@ -2,7 +2,7 @@
 
 Paper    Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
          (IA)^3: Liu et al. 2022 (T-Few), arXiv 2205.05638. BitFit: Ben Zaken et al. 2021, arXiv
-         2106.10199
+         2106.10199. Surgical fine-tuning: Lee et al. 2022, arXiv 2210.11466
 
 Idea     A GPT was trained on one text and is to learn another from k short examples. Each of its
          matrices is an associative memory: W x = sum_i v_i (k_i . x) compares x with keys k_i and
@@ -110,11 +110,7 @@ class LoRA(nn.Module):
 
     def __init__(self, linear, rank, alpha, dropout=0.):
         super().__init__()
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"LoRA is for nn.Linear, not for {type(linear).__name__}")
-        d1, d2 = linear.weight.shape
-        if not 1 <= rank <= min(d1, d2):
-            raise ValueError(f"rank {rank} of a {d1} x {d2} matrix: it can be 1 to {min(d1, d2)}")
+        d1, d2 = self.check(linear, rank)
         self.linear = linear.requires_grad_(False)
         self.scale, self.dropout, self.merged = alpha / rank, dropout, False
         # One factor is zero, so that training starts from W0 itself.
@@ -130,6 +126,16 @@ class LoRA(nn.Module):
             return y
         match = F.linear(F.dropout(x, self.dropout, self.training), self.B.T)       # (..., rank)
         return y + F.linear(match, self.scale * self.A)
+
+    @staticmethod
+    def check(linear, rank):
+        """The shape of the weight. Raises ValueError as the constructor does."""
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"LoRA is for nn.Linear, not for {type(linear).__name__}")
+        d1, d2 = linear.weight.shape
+        if not 1 <= rank <= min(d1, d2):
+            raise ValueError(f"rank {rank} of a {d1} x {d2} matrix: it can be 1 to {min(d1, d2)}")
+        return d1, d2
 
     def delta(self):
         """The matrix that is added to the weight: (d1, d2)."""
@@ -218,15 +224,19 @@ def adapt(model, method, targets=("qkv", "proj", "fc1", "fc2"), rank=3, alpha=No
     """Freezes a model in place, except for what the method trains: these are the only tensors that
     require gradients afterwards. Returns the model; its outputs do not change. alpha None: alpha =
     rank. ia3, first, middle and last need a GPT of this file; the others take any model. Raises
-    ValueError, and changes nothing, if targets or rank do not fit."""
+    ValueError, and changes nothing, if method, targets or rank do not fit."""
+    if method not in ("lora", "ia3", "bitfit", "first", "middle", "last", "full"):
+        raise ValueError(f"there is no method {method!r}")
     if method in ("ia3", "first", "middle", "last") and not hasattr(model, "blocks"):
         raise ValueError(f"{method} is for a GPT of this file, not for {type(model).__name__}")
-    added = {path: LoRA(linear, rank, rank if alpha is None else alpha, dropout) for path, linear
-             in (target_layers(model, targets).items() if method == "lora" else ())}
+    layers = target_layers(model, targets) if method == "lora" else {}
+    for linear in layers.values():
+        LoRA.check(linear, rank)
     model.requires_grad_(False)
     if method == "lora":
-        for path, layer in added.items():
-            model.set_submodule(path, layer)
+        for path, linear in layers.items():
+            alpha = rank if alpha is None else alpha
+            model.set_submodule(path, LoRA(linear, rank, alpha, dropout))
     elif method == "ia3":
         for block in model.blocks:
             keys_values = block.attn.qkv.out_features * 2 // 3      # keys and values of q, k, v
@@ -239,10 +249,8 @@ def adapt(model, method, targets=("qkv", "proj", "fc1", "fc2"), rank=3, alpha=No
         last = max(0, len(model.blocks) - 2)
         i = {"first": 0, "middle": last // 2, "last": last}[method]
         model.blocks[i:i + 2].requires_grad_(True)
-    elif method == "full":
-        model.requires_grad_(True)
     else:
-        raise ValueError(f"there is no method {method!r}")
+        model.requires_grad_(True)
     return model
 
 
@@ -306,10 +314,12 @@ class GPT(nn.Module):
         self.pos_embed = nn.Embedding(context, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-5)
-        for name, p in self.named_parameters():                  # GPT-2's 0.02; 0.01 for positions
+        # As in GPT-2: std 0.02, positions 0.01. The last layers of the 2 depth residual branches
+        # start smaller, since the outputs of all branches add up.
+        for name, p in self.named_parameters():
             if p.ndim > 1:
-                last = name.endswith(("proj.weight", "fc2.weight"))    # last layer of a branch:
-                std = .02 / math.sqrt(2 * depth) if last else .02      # 2 depth branches add up
+                last = name.endswith(("proj.weight", "fc2.weight"))
+                std = .02 / math.sqrt(2 * depth) if last else .02
                 nn.init.normal_(p, std=.01 if name == "pos_embed.weight" else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -366,12 +376,14 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)    # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)                                       # each (B, H, L, D)
-        L, visible = k.shape[2], None    # a single new token attends to all L keys without a mask;
-        if 1 < T < L:                    # several: the last to L keys, the one before to L - 1, ...
+        L, visible = k.shape[2], None
+        # A single new token attends to all L keys and needs no mask. Of several new tokens, the
+        # last one attends to L keys, the one before it to L - 1, and so on.
+        if 1 < T < L:
             visible = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
         x = F.scaled_dot_product_attention(              # softmax(q k^T / sqrt(D) + mask) v
             q, k, v, visible, self.dropout if self.training else 0.,
-            is_causal=T > 1 and (cache is None or T == L))
+            is_causal=1 < T == L)
         x = self.proj(x.transpose(1, 2).reshape(B, T, C))
         return F.dropout(x, self.dropout, self.training)
 
@@ -392,7 +404,7 @@ class MLP(nn.Module):
 
 class Cache:
     """KV cache of one block: the keys and the values of the L tokens so far, (B, H, L, D) each.
-    Memory for the whole context is allocated once."""
+    Memory for the whole context is allocated once; like: a tensor of its dtype and device."""
 
     def __init__(self, batch, heads, context, head_dim, like):
         self.k = like.new_empty(batch, heads, context, head_dim)
@@ -533,19 +545,20 @@ def to_test(args, val, old, context, tokens=BYTES):
 
 def pretrain(args):
     """Trains the base as gpt.py does, unless this was done before. Returns its folder."""
-    how, done = common.stage(
+    base_args, done = common.stage(
         args, "base", ("data", "context", "dim", "depth", "heads", "dropout"),
         weight_decay=.1, warmup=.05, data=args.old or "pydocs")
     if done:
-        return how.out
-    train, _ = windows(how, how.data, args.context)
+        return base_args.out
+    train, _ = windows(base_args, base_args.data, args.context)
     model = GPT(BYTES.vocab, args.context, args.dim, args.depth, args.heads, args.base_dropout)
-    build(args, copy.deepcopy(model))                     # fail early if something does not fit
+    adapt_base(args, copy.deepcopy(model))                # fail early if something does not fit
     common.require(args.example < args.context, f"--example {args.example} does not fit in "
                    f"--context {args.context}, with the newline before it")
-    common.say(f"First the base: training a GPT on {how.data}. It is kept in {how.out}.")
-    optimizer = common.optimizer(how, model.to(args.device).named_parameters())
-    run = common.Run(how, model, optimizer, uniform=math.log(BYTES.vocab))
+    common.say(f"First the base: training a GPT on {base_args.data}. "
+               f"It is kept in {base_args.out}.")
+    optimizer = common.optimizer(base_args, model.to(args.device).named_parameters())
+    run = common.Run(base_args, model, optimizer, uniform=math.log(BYTES.vocab))
     for step in run:
         with run.autocast():
             inputs, target = run.part(mask(run.batch(train).long(), BYTES.BOS))     # A. mask
@@ -554,11 +567,11 @@ def pretrain(args):
         loss.backward()
         if not run.reduce(loss):           # of --accumulate parts, and of processes, the mean
             continue
-        nn.utils.clip_grad_norm_(model.parameters(), how.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), base_args.clip)
         optimizer.step()
         optimizer.zero_grad()
         run.log(loss)
-    return how.out
+    return base_args.out
 
 
 def load_base(args, folder):
@@ -573,15 +586,15 @@ def load_base(args, folder):
     read = lambda folder: common.read_checkpoint(folder, "gpt.py", "lora.py", flag="--base")
     folder = read(folder)["about"].get("base", folder)    # lora.py: the base of that run
     state = read(folder)
-    how, weights = state["args"], state["model"]
-    common.require(not common.is_images(how["data"]), f"the base in {folder} was trained on images "
-                   f"({how['data']}), and this is about text: take another --base")
+    saved, weights = state["args"], state["model"]
+    common.require(not common.is_images(saved["data"]), f"the base in {folder} was trained on "
+                   f"images ({saved['data']}), and this is about text: take another --base")
     vocab, context = (len(weights[f"{name}_embed.weight"]) for name in ("token", "pos"))
-    model = GPT(vocab, context, how["dim"], how["depth"], how["heads"])     # without dropout
+    model = GPT(vocab, context, saved["dim"], saved["depth"], saved["heads"])     # without dropout
     model.load_state_dict(weights)
     return model.to(args.device).eval(), dict(
-        base=str(folder), fingerprint=common.fingerprint(weights), old=args.old or how["data"],
-        weights=how.get("weights", ""))
+        base=str(folder), fingerprint=common.fingerprint(weights), old=args.old or saved["data"],
+        weights=saved.get("weights", ""))
 
 
 # GPT-2's names of the tensors = the names in this file (-: the causal mask, not loaded).
@@ -610,7 +623,7 @@ def publish(model):
             for name, x in found.items()}
 
 
-def build(args, model):
+def adapt_base(args, model):
     """Adapts the base in place, as the settings say."""
     return adapt(model, args.method, args.targets, args.rank, args.alpha or args.rank, args.dropout)
 
@@ -660,9 +673,9 @@ def write(args, model, tokens=BYTES):
 def save_adapter(args, model, about):
     """Writes adapter.pt: the trained tensors, the method and the base. Returns its path."""
     path = Path(args.out, "adapter.pt")
-    how = {name: getattr(args, name) for name in ("method", "targets", "rank")}
+    settings = {name: getattr(args, name) for name in ("method", "targets", "rank")}
     state = dict(fingerprint=about["fingerprint"],
-                 adapter=how | dict(alpha=args.alpha or args.rank),
+                 adapter=settings | dict(alpha=args.alpha or args.rank),
                  tensors={name: x.cpu() for name, x in adapter_state(model).items()})
     with common.replacing(path) as f:
         torch.save(state, f)
@@ -705,7 +718,7 @@ def main(args):
             new=evaluate(args, model, *val.unbind(1), given, tokens.BOS), bytes=given.numel())
 
     torch.manual_seed(args.seed)
-    build(args, model)                                  # in place: freezes the base, adds A and B
+    adapt_base(args, model)                             # in place: freezes the base, adds A and B
     optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)    # trainable only
     run = common.Run(args, model.train(), optimizer, about=about)
     if run.step < args.steps:

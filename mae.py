@@ -119,15 +119,15 @@ class MAE(nn.Module):
 
     def forward(self, visible, ids_shuffle):
         """B. Visible patches (B, n, P), ids_shuffle (B, N) -> masked patches (B, N - n, P)."""
-        n, N, most = visible.shape[1], ids_shuffle.shape[1], self.decoder_pos_embed.shape[1] - 1
-        if N != most:
-            raise ValueError(f"{N} patches per image, and this model is for {most}")
+        n, N, expected = visible.shape[1], ids_shuffle.shape[1], math.prod(self.encoder.grid)
+        if N != expected:
+            raise ValueError(f"{N} patches per image, and this model is for {expected}")
         latent = self.encoder(visible, ids_shuffle[:, :n])                  # (B, 1 + n, C)
         x = self.append_mask_tokens(self.decoder_embed(latent), ids_shuffle)
         x = x + self.decoder_pos_embed                                      # (B, 1 + N, C')
         for block in self.decoder_blocks:
             x = block(x)
-        x = gather(x, 1 + ids_shuffle[:, n:])        # the masked patches, after cls
+        x = gather(x, 1 + ids_shuffle[:, n:])        # the masked patches; token 0 is cls
         return self.decoder_pred(self.decoder_norm(x))                      # (B, N - n, P)
 
     def append_mask_tokens(self, latent, ids_shuffle):

@@ -75,8 +75,6 @@ class Args(common.Args):
     skip_broken: bool = False       # skip the pictures of a folder that cannot be read
     image_size: int = 32            # side in pixels; pictures of a folder are cropped to squares
     depth: Literal[10, 18] = 18     # layers of the ResNet
-    # Below 8, PyTorch 2.13 computes wrong gradients on some CPUs (AVX2), for 1 x 1 convolutions of
-    # stride 2 in channels_last.
     width: int = 64                 # channels of the first stage, 8 or more; doubled in each next
     dim: int = 128                  # dimensions of z, where views are compared (SimCLR, sec. 2.3)
     labels: tuple[int, ...] = (1, 5, 20, 0)   # labelled images per class, 0 or more (0: all)
@@ -100,8 +98,10 @@ class SimCLR(nn.Module):
                                      nn.Linear(C, dim))
 
     def forward(self, x):
-        h = self.encoder(x)      # (B, C), the features. The loss makes z ignore what varies among
-        return self.project(h)   # views; h, two layers earlier, retains more (SimCLR, sec. 4.2)
+        # The loss makes z ignore what varies among views; h, two layers earlier, retains more
+        # (SimCLR, sec. 4.2).
+        h = self.encoder(x)                                     # (B, C), the features
+        return self.project(h)
 
 
 class ResNet(nn.Module):
@@ -109,7 +109,8 @@ class ResNet(nn.Module):
     of two: (B, 3, S, S) -> (B, 8 width).
 
     For small images the first convolution is 3 x 3 and there is no max-pooling (SimCLR, B.9).
-    stem=7 and classes=1000 give torchvision's resnet18 with the same names of the parameters.
+    stem=7 and classes=1000 give torchvision's resnet18 with the same names of the parameters. With
+    a width below 8, PyTorch 2.13 computes wrong gradients on some CPUs.
     """
 
     def __init__(self, depth=18, width=64, stem=3, classes=0):
@@ -371,7 +372,7 @@ def main(args):
             else:
                 loss = triplet(z1, z2, args.margin)
         loss.backward()
-        if not run.reduce(loss):           # of --accumulate parts, and of processes, the mean
+        if not run.reduce(loss):           # the mean over the processes of torchrun
             continue
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()

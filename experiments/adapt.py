@@ -126,7 +126,7 @@ def fit(args, base, examples, val, old, bos):
     """Adapts a copy of the base as lora.py does. Returns the model and its figures: losses in nats
     per token, trained parameters, bytes of the adapter, seconds per step."""
     torch.manual_seed(args.seed)
-    model = lora.build(args, copy.deepcopy(base))
+    model = lora.adapt_base(args, copy.deepcopy(base))
     optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)
     with tempfile.TemporaryDirectory() as args.out, contextlib.redirect_stdout(io.StringIO()):
         run = common.Run(args, model.train(), optimizer)

@@ -151,7 +151,7 @@ def follow(args, base, examples, at, measure):
     token, and change(); trained: parameters; seconds: with the evaluations}. measure(model) ->
     dict(new, old)."""
     torch.manual_seed(args.seed)
-    model, found = lora.build(args, copy.deepcopy(base)), dict(new=[], old=[], change=[])
+    model, found = lora.adapt_base(args, copy.deepcopy(base)), dict(new=[], old=[], change=[])
 
     def after(n):
         if n in at:

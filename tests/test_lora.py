@@ -402,7 +402,7 @@ def test_recipe():
     how = lora.Args(method="full", lr=.5)
     lora.recipe(how)
     assert how.lr == .5
-    layers = [lora.build(lora.Args(rank=3, alpha=alpha), new_base()).blocks[0].attn.qkv for alpha in (0., 6.)]
+    layers = [lora.adapt_base(lora.Args(rank=3, alpha=alpha), new_base()).blocks[0].attn.qkv for alpha in (0., 6.)]
     assert [layer.scale for layer in layers] == [1., 2.]
 
 
@@ -425,7 +425,7 @@ def test_an_adapter_comes_back(base, tmp_path):
     x, about = tokens(), dict(fingerprint="a base", base="a folder")
     for method in METHODS:
         args = lora.Args(method=method, targets=("proj", "fc1"), rank=3, alpha=5., out=str(tmp_path))
-        model = moved(lora.build(args, copy.deepcopy(base))).eval()
+        model = moved(lora.adapt_base(args, copy.deepcopy(base))).eval()
         path, count = lora.save_adapter(args, model, about), sum(p.numel() for p in trained(model).values())
         assert 4 * count < path.stat().st_size < 4 * count + 600 * len(trained(model)) + 3000       # and nothing else
         file = torch.load(path, weights_only=True)
