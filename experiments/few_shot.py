@@ -10,9 +10,9 @@ context; and the most frequent answer of the group.
 Run      python experiments/few_shot.py runs/flamingo          evaluates a finished run, or several
          python experiments/few_shot.py --seeds 0 1 2 --ablate -- --lm-steps 900
                                        trains and evaluates; after -- any settings of flamingo.py
-Writes   results/<run>.json; with --seeds flamingo-plain-<seed>.json and, for each ablation,
-         flamingo-ablated-<name>-<seed>.json. What is there is not done again. The runs of a seed
-         use the same LM and the same ViT.
+Writes   results/<run>.json; with --seeds flamingo-plain.json and, for each ablation,
+         flamingo-ablated-<name>.json, with all seeds. Those of one are kept in the folder of its
+         run, and are not done again. The runs of a seed use the same LM and the same ViT.
 """
 import json
 import math
@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import common, flamingo                                                            # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+import common, flamingo, repeat                                                    # noqa: E402
 
 PLAIN = dict(tests=300)                              # beside the usual settings
 QUICK = dict(steps=20, tests=24, lm_steps=20, vit_steps=20, images=2000)
@@ -126,7 +126,8 @@ def measure(folder, path, device):
     captions = right.get("caption, all", {}).get("flamingo", math.nan)
     result["summary"] = f"captions {captions:.1f} %"
     result["figures"] = dict(
-        right=right, shots=args.shots, lines=result["figures"]["lines"], stages=seconds,
+        right=right, shots=args.shots, lines=result["figures"]["lines"],
+        base_seconds=sum(seconds),
         gates=[[layer.attn_gate.tanh().item(), layer.mlp_gate.tanh().item()]
                for layer in model.gated],
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad))
@@ -208,7 +209,8 @@ def jobs(args):
                               if args.ablate}
     for seed in () if args.folders else args.seeds or [0]:
         for name, how in names.items():
-            yield (name, runs / f"{name}-{seed}", out / f"flamingo-{name}-{seed}.json",
+            folder = runs / f"{name}-{seed}"
+            yield (name, folder, folder / "few-shot.json",
                    usual | args.given | how | dict(seed=seed))
 
 
@@ -224,6 +226,9 @@ def main(args):
                 train(folder, settings)
             result = measure(folder, path, args.given.get("device", "auto"))
         results.setdefault(name, []).append(result)
+    if not args.folders:
+        for name, found in results.items():
+            repeat.save(Path(args.out or "results") / f"flamingo-{name}.json", found)
     both = [*tables(results["plain"])] + [ablations(results)] * args.ablate
     common.say("".join(f"\n{common.table(rows)}\n" for rows in both))
     common.say("LM, captions: the LM alone, with captions in place of the images. When all have been "

@@ -5,14 +5,14 @@ continued, so the same command with more seeds adds to the others.
 
 Run      python experiments/repeat.py mae.py --seeds 0 1 2 -- --mask-ratio 0.5
          python experiments/repeat.py gpt.py --quick
-Writes   a run per seed in --out; with --name NAME their figures, too, as results/NAME-<seed>.json
+Writes   a run per seed in --out; with --name NAME the figures of all, too, as results/NAME.json
 """
 import contextlib
 import dataclasses
 import importlib
 import io
 import json
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def options(argv=None):
     parser.add_argument("script", metavar="SCRIPT", help="such as mae.py")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="[0 1 2]")
     parser.add_argument("--name", default="", metavar="NAME",
-                        help="copy each result.json to results/NAME-<seed>.json")
+                        help="write the figures of all seeds to results/NAME.json")
     parser.add_argument("--out", default="", metavar="FOLDER",
                         help="where the runs are [runs/repeat-NAME, or runs/repeat-<script>]")
     parser.add_argument("--quick", action="store_true",
@@ -107,6 +107,39 @@ def run(script, out, flags):
                    "continues from there")
 
 
+def together(results):
+    """The results (dicts as in result.json) of several seeds as one: what all of them share, and in
+    a list `runs` what differs. Of a single seed it is the result itself."""
+    if len(results) == 1:
+        return results[0]
+    parts = [result | dict(
+        seed=result["settings"]["seed"], command=re.sub(r" --seed \d+", "", result["command"]),
+        settings={k: v for k, v in result["settings"].items() if k != "seed"})
+        for result in results]
+    shared = {k: v for k, v in parts[0].items() if all(part.get(k) == v for part in parts)}
+    runs = [{k: v for k, v in part.items() if k not in shared} for part in parts]
+    return shared | dict(runs=sorted(runs, key=lambda run: run["seed"]))
+
+
+def apart(found):
+    """The results in what together() made of them, one per seed."""
+    shared = {k: v for k, v in found.items() if k != "runs"}
+    results = [shared | run for run in found.get("runs", [{}])]
+    for result in results:
+        if "seed" in result:
+            result["settings"] = result["settings"] | dict(seed=result.pop("seed"))
+    return results
+
+
+def save(path, results):
+    """Writes results of several seeds to a file, in one motion, unless they are there."""
+    path, text = Path(path), json.dumps(together(results), indent=1) + "\n"
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with common.replacing(path) as f:
+            f.write(text.encode())
+
+
 def numbers(value, name=""):
     """All numbers in the figures: pairs of a name, such as 'accuracy, MAE, 0', and a number."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -130,9 +163,10 @@ def main(args):
         if not has_result(out, wanted):
             common.say(f"\n{args.script}, seed {seed} ({i} of {len(args.seeds)})")
             run(args.script, out, [*args.flags, "--seed", seed])
-        if args.name:
-            RESULTS.mkdir(exist_ok=True)
-            shutil.copyfile(out / "result.json", RESULTS / f"{args.name}-{seed}.json")
+    if args.name:
+        save(RESULTS / f"{args.name}.json", [
+            json.loads((Path(args.out) / str(seed) / "result.json").read_text())
+            for seed in args.seeds])
     found = [figures(Path(args.out) / str(seed)) for seed in args.seeds]
     rows = [[name, common.mean_std([f[name] for f in found], 3)] for name in found[0]
             if all(name in f for f in found)]

@@ -198,9 +198,14 @@ def repeated(tiny, tmp_path_factory):
 def test_repeat(repeated):
     """A run for each seed, their figures in results/, mean and standard deviation of each."""
     folder, flags, shown = repeated
-    results = [json.loads((folder / f"results/abc-{seed}.json").read_text()) for seed in (0, 1)]
-    runs = [(folder / f"runs/repeat-abc/{seed}/result.json").read_text() for seed in (0, 1)]
-    assert [*map(json.loads, runs)] == results
+    found = json.loads((folder / "results/abc.json").read_text())
+    assert "figures" not in found and [run["seed"] for run in found["runs"]] == [0, 1]
+    results = repeat.apart(found)
+    runs = [json.loads((folder / f"runs/repeat-abc/{seed}/result.json").read_text()) for seed in (0, 1)]
+    commands = [run.pop("command") for run in runs]
+    assert [{k: v for k, v in result.items() if k != "command"} for result in results] == runs
+    assert found["command"] == commands[0] == commands[1].replace(" --seed 1", "") != commands[1]
+    assert repeat.together(runs[:1]) == runs[0] and repeat.apart(runs[0]) == runs[:1]
     assert [result["settings"]["seed"] for result in results] == [0, 1]
     errors = [result["figures"]["error"] for result in results]
     assert errors[0] != errors[1]

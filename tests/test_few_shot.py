@@ -63,10 +63,10 @@ def test_the_questions_are_those_of_the_results():
     assert len(held_out) == 12 and held_out[:2] == [
         ("<image> wug <end> <image> blicket <end> <image>", "blicket", [835, 509, 65]),
         ("<image> blicket <end> <image> wug <end> <image>", "wug", [27, 460, 1397])]
-    path, seen = ROOT / "results/flamingo-middle-0.json", set()
+    path, seen = ROOT / "results/flamingo-middle.json", set()
     if path.exists():                              # how often the most frequent answer occurs tells the questions
         _, asked = asked_in_a_test(tests=300, shots=(0, 1, 2, 4, 8), context=48)
-        for group, right in json.loads(path.read_text())["figures"]["right"].items():
+        for group, right in json.loads(path.read_text())["runs"][0]["figures"]["right"].items():
             texts = [q.answer for q in asked if q.group == group]
             if texts and group.split(", ")[0] not in few_shot.EPISODES:        # of these results, new words had one token
                 seen.add(group)
@@ -120,12 +120,12 @@ def done(tmp_path_factory):
 def test_figures_equal_one_question_after_another(done):
     """From the checkpoint, one prompt at a time, without the batches."""
     out, text = done
-    result = json.loads((out / "flamingo-plain-1.json").read_text())
+    result = json.loads((out / "flamingo-plain.json").read_text())
     right = result["figures"]["right"]
     args, model, tokens, statistics, seconds = few_shot.load(out / "plain-1", "cpu")
     weights = torch.load(out / "plain-1/checkpoint.pt", weights_only=True)["model"]
     assert all(torch.equal(model.state_dict()[name], w) for name, w in weights.items())
-    assert not model.training and result["figures"]["stages"] == seconds and min(seconds) > 0
+    assert not model.training and result["figures"]["base_seconds"] == sum(seconds) and min(seconds) > 0
     asked, scenes = few_shot.queries(args, tokens, 48)
     images = common.paint(scenes, args.seed + 1_000_000)
     hits = {}
@@ -158,7 +158,7 @@ def test_what_is_done_is_kept(done, tmp_path):
     assert tables(again.stdout) == tables(text)
     refused(run("--seeds", 1, "--out", out, "--", *SMALL, "--latents", 3, script=SCRIPT), 1, "is of another --latents: choose another --out",
             script="few_shot.py")
-    kept, path = (out / "flamingo-plain-1.json").read_text(), tmp_path / "plain-1.json"
+    kept, path = (out / "flamingo-plain.json").read_text(), tmp_path / "plain-1.json"
     folder = run(out / "plain-1", "--out", tmp_path, script=SCRIPT)           # a finished run gives the same figures
     assert folder.returncode == 0 and path.read_text() == kept and tables(folder.stdout) == tables(text)
     path.write_text(kept.replace('"majority": ', '"majority": 1'))
@@ -188,21 +188,21 @@ def test_a_run_that_was_stopped_continues(done, tmp_path, monkeypatch):
             few_shot.main(options)
     monkeypatch.undo()
     monkeypatch.setattr(few_shot, "ABLATIONS", {"no-gate": dict(gate_start=math.inf)})
-    assert (tmp_path / "flamingo-plain-1.json").exists() and not (tmp_path / "flamingo-ablated-no-gate-1.json").exists()
+    assert (tmp_path / "plain-1/few-shot.json").exists() and not (tmp_path / "ablated-no-gate-1/few-shot.json").exists()
     few_shot.main(options)
-    figures, run_result = (tmp_path / name for name in ("flamingo-plain-1.json", "plain-1/result.json"))
+    figures, run_result = (tmp_path / name for name in ("plain-1/few-shot.json", "plain-1/result.json"))
     before, text = run_result.stat().st_mtime_ns, figures.read_text()
     figures.unlink()
     few_shot.main(options)                                                     # the run is not done again
     assert figures.read_text() == text and run_result.stat().st_mtime_ns == before
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert set(results) == {"flamingo-plain-1", "flamingo-ablated-no-gate-1"}
+    assert set(results) == {"flamingo-plain", "flamingo-ablated-no-gate"}
     assert sorted(path.parent.name for path in tmp_path.glob("*/lm")) == ["plain-1"]
     assert sorted(path.parent.name for path in tmp_path.glob("*/vit")) == ["plain-1"]
-    assert results["flamingo-ablated-no-gate-1"]["figures"]["gates"] == [[1., 1.]]
-    first = json.loads((out / "flamingo-plain-1.json").read_text())
-    assert results["flamingo-plain-1"]["figures"]["right"] == first["figures"]["right"]
-    assert results["flamingo-ablated-no-gate-1"]["figures"]["trained"] == first["figures"]["trained"] - 2
+    assert results["flamingo-ablated-no-gate"]["figures"]["gates"] == [[1., 1.]]
+    first = json.loads((out / "flamingo-plain.json").read_text())
+    assert results["flamingo-plain"]["figures"]["right"] == first["figures"]["right"]
+    assert results["flamingo-ablated-no-gate"]["figures"]["trained"] == first["figures"]["trained"] - 2
 
 
 def test_tables_are_means_and_fit_80_columns():
@@ -231,12 +231,12 @@ def test_ablations_and_settings(tmp_path):
         ((key, value),) = settings.items() - (usual | {}).items()
         assert getattr(flamingo.Args(), key) != value and name.startswith("ablated-")
         common.check(flamingo.Args(**settings))
-        assert path.name == f"flamingo-{name}-0.json" and folder.name == f"{name}-0"
+        assert path == folder / "few-shot.json" and folder.name == f"{name}-0"
     assert jobs[8][3] == usual | dict(seed=4)
     quick = list(few_shot.jobs(few_shot.options(["--quick"])))
     assert len(quick) == 1 and quick[0][3]["steps"] == 20 and str(quick[0][1]) == "runs/few-shot-quick/plain-0"
     (plain,) = few_shot.jobs(few_shot.options([]))
-    assert str(plain[2]) == "results/flamingo-plain-0.json" and str(plain[1]) == "runs/few-shot/plain-0"
+    assert str(plain[2]) == "runs/few-shot/plain-0/few-shot.json" and str(plain[1]) == "runs/few-shot/plain-0"
 
 
 def test_bad_input(done, tmp_path):

@@ -1,9 +1,10 @@
 """What the README says is true: its commands and its Python run, its figures are those of results/,
 its links and names exist.
 
-Run as a program (`make results`), it writes the figures of results/ into the README and docstrings.
+Run as a program (`make results`), it writes the figures of results/ into the pages and docstrings.
 """
 import ast
+import functools
 import importlib
 import json
 import re
@@ -17,392 +18,112 @@ import numpy as np
 import pytest
 from conftest import DATA, ROOT, run
 
+sys.path.insert(0, str(ROOT / "experiments"))
+import compare, forgetting, prompt_or_training, repeat  # noqa: E402
+
 PAGES = ROOT / "README.md", ROOT / "results/README.md", ROOT / "experiments/README.md"
 README, RESULTS, _ = (page.read_text() for page in PAGES)
-TEMPLATES = (ROOT / "results/templates.md").read_text()
 
-# ------------------------------------------------------------- results/, and figures taken from it
+# ------------------------------------------- figures: before them <!-- file of results/, and path in it -->
+
+MARKER, FIGURE = re.compile(r"(<!-- .+? -->)"), re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?: ± ?\d+(?:\.\d+)?)?")
 
 
-def load(pattern):
-    """The measurements of results/ whose names fit a pattern, such as one for several seeds."""
-    found = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob(f"{pattern}"))]
-    assert found, f"no results/{pattern}"
+@functools.cache
+def load(name):
+    """The results in a file of results/, one per seed; of two experiments with the tables that these compute of curves."""
+    found = repeat.apart(json.loads((ROOT / f"results/{name}.json").read_text()))
+    if name == "forgetting":
+        found[0]["table"] = {" ".join(row[:2]): row[2:] for row in forgetting.table(found[0]["figures"])[0]}
+    if name == "prompt-or-training":
+        table = lambda kind: prompt_or_training.table(found[0]["figures"], kind, "accuracy")
+        found[0]["table"] = {kind: {row[0]: row[1:] for row in table(kind)} for kind in prompt_or_training.KINDS}
     return found
 
 
-def number(values, digits=1):
-    """Mean and, of several, the standard deviation."""
-    text = f"{statistics.mean(values):.{digits}f}"
-    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+def at(value, path):
+    """The values at a path in dicts and lists, such as "accuracy/SimCLR/2"; * is each key in turn."""
+    key, _, rest = path.partition("/")
+    value = {str(i): x for i, x in enumerate(value)} if path and isinstance(value, list) else value
+    return [x for k in (value if key == "*" else [key]) for x in at(value[k], rest)] if path else [value]
 
 
-def cell(runs, path, digits=1):
-    """A figure, such as "accuracy/MAE, tune all/1", over runs: "" if it was not measured. One that is
-    a list, of repeats in a run, counts as its mean, or, of a single run, as several. a=b is the first
-    of a list of dicts whose a is b."""
-    found = []
-    for r in runs:
-        value = r["figures"]
-        for key in path.split("/"):
-            name, equal, wanted = key.partition("=")
-            if isinstance(value, dict) and key not in value:
-                return ""
-            if equal:
-                value = next(x for x in value if x.get(name) == wanted)
-            else:
-                value = value[int(key) if isinstance(value, list) else key]
-        found.append(value)
-    if len(runs) == 1 and isinstance(found[0], list):
-        (found,) = found
-    return number([statistics.mean(x) if isinstance(x, list) else x for x in found], digits)
+def values(marker):
+    """What a marker stands for, of each figure the values of all seeds. {a; b}: a, then b; " %": times 100. Of seconds it is
+    their median: other jobs ran beside some."""
+    if some := re.search(r"{(.+?)}", marker):
+        return [x for part in some[1].split("; ") for x in values(marker.replace(some[0], part, 1))]
+    name, path = marker.removesuffix(" %").split("/", 1)
+    if name.endswith(".py"):
+        return [[len((ROOT / name).read_text().splitlines())]]
+    found = [list(x) for x in zip(*(at(r if path.split("/")[0] in r else r["figures"], path) for r in load(name)))]
+    found = [x[0] if len(x) == 1 and isinstance(x[0], list) else x for x in found]           # of a single run its repeats
+    found = [[100 * value for value in x] for x in found] if marker.endswith(" %") else found
+    return [[statistics.median(x)] for x in found] if path.endswith("seconds") else found
 
 
-def filled(text):
-    """A text with its {files: path of a figure: decimals} filled in, and {script: lines}."""
-    text = re.sub(r"\{(\w+\.py): lines\}", lambda m: str(len((ROOT / m[1]).read_text().splitlines())), text)
-    return re.sub(r"\{([^{}:]+): ([^{}:]+)(?:: (\d))?\}",
-                  lambda m: cell(load(f"{m[1]}.json"), m[2], int(m[3] or 1)), text)
+def shown(found, old):
+    """The mean of some values with the decimals of the old figure, and where that has one their standard deviation."""
+    if isinstance(found[0], str):
+        return found[0]
+    found = [statistics.mean(x) if isinstance(x, list) else x for x in found]
+    digits = f"{',' * (',' in old)}.{len(old.split()[0].partition('.')[2])}f"
+    return f"{statistics.mean(found):{digits}}" + (
+        f" ± {statistics.stdev(found):{digits}}" if "±" in old and len(found) > 1 else "")
 
 
-def where(r):
-    """The machine and the versions of a measurement."""
-    return f"{r['machine']}, {', '.join(map(' '.join, r['versions'].items()))}".replace("python", "Python")
+def updated(text):
+    """A page with the figures of results/, and what differs: [(marker, what is here, what is there)]. The figures of a
+    marker are the next ones in its line. Of a text it only says whether it stands before the next marker."""
+    parts, differ = MARKER.split(text), []
+    for i in range(1, len(parts), 2):
+        found, (line, *rest) = values(parts[i][5:-4]), parts[i + 1].split("\n", 1)
+        texts = [x[0] for x in found if isinstance(x[0], str) and not FIGURE.fullmatch(x[0])]
+        missing = iter([x for x in found if x[0] not in texts])
+
+        def put(old):
+            new = shown(x, old[0]) if (x := next(missing, None)) else old[0]
+            differ.extend([(parts[i], old[0], new)] * (new != old[0]))
+            return new
+        parts[i + 1] = "\n".join([FIGURE.sub(put, line), *rest])
+        differ += [(parts[i], "nothing", x) for x in [*missing, *(x for x in texts if x.strip() not in parts[i + 1])]]
+    return "".join(parts), differ
 
 
-def over(runs):
-    """Of what the figures are a mean."""
-    repeats = runs[0].get("settings", {}).get("repeats", 1)
-    if len(runs) > 1:
-        return f"Mean ± standard deviation over {len(runs)} seeds"
-    return f"Mean ± standard deviation over {repeats} choices of the labels" if repeats > 1 else "One run"
-
-
-def table(head, rows, align="---:"):
-    """Rows of texts as Markdown."""
-    rule = "|---|" + f"{align}|" * (len(head) - 1)
-    lines = [f"| {' | '.join(row)} |" for row in [head, *rows]]
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-# --------------------------------------------------------- blocks of the README: <!-- name files -->
-
-
-def accuracies(patterns):
-    """Accuracy of each encoder by labels per class and, of the shapes, of the colour."""
-    rows = {}
-    for runs in map(load, patterns.split(",")):
-        figures = runs[0]["figures"]
-        for who, row in figures["accuracy"].items():
-            rows.setdefault(who, [cell(runs, f"accuracy/{who}/{i}") for i in range(len(row))])
-    head = [f"{k} per class" if k else "all labels" for k in figures["labels"]]
-    head = ["accuracy in %", *head, "colour, all labels"][:1 + max(map(len, rows.values()))]
-    order = sorted(rows, key=lambda who: ("tune last" in who) + 2 * ("tune all" in who))
-    parts = f"; the parts: {', '.join(figures['parts'])}" if "parts" in figures else ""
-    note = f" {runs[0]['note']}." if "note" in runs[0] else ""
-    return table(head, [[who, *rows[who]] for who in order]) + f"\n\n{over(runs)}{parts}; {where(runs[0])}.{note}"
-
-
-COLUMNS = {   # script: (title, figure, digits) of each column
-    "simclr.py": [("shape, 20 per class, %", "accuracy/SimCLR/2", 1),
-                  ("shape, all labels, %", "accuracy/SimCLR/3", 1),
-                  ("colour, all labels, %", "accuracy/SimCLR/4", 1)],
-    "autoencoder.py": [("squared error", "error", 3),
-                       ("shape, 20 per class, %", "accuracy/autoencoder/2", 1),
-                       ("shape, all labels, %", "accuracy/autoencoder/3", 1),
-                       ("colour, all labels, %", "accuracy/autoencoder/4", 1)],
-    "mae.py": [("squared error", "error", 3)] + [
-        (f"{how}, {k} per class, %", f"accuracy/MAE, {how}/{i}", 1)
-        for how in ("linear probe", "tune all") for i, k in enumerate((20, 100))],
-    "bert.py": [("right, %", "masked/accuracy", 1), ("perplexity", "masked/perplexity", 1),
-                ("unigram baseline, %", "unigram/accuracy", 1),
-                ("its perplexity", "unigram/perplexity", 1)],
-    "gpt.py": [("nats per token", "loss", 3), ("bits per byte", "bits", 3)],
-    "flamingo.py": [("captions, 1 figure", "right/caption, 1 figure/flamingo", 1),
-                    ("LM, captions for images", "right/caption, 1 figure/captions", 1),
-                    ("shape, unseen kinds", "right/shape, unseen kind/flamingo", 1),
-                    ("unasked, 4 shots", "right/unasked question, 4/flamingo", 1),
-                    ("new word, 4 shots", "right/new word, 4/flamingo", 1),
-                    ("held-out word, 4 shots", "right/held-out word, 4/flamingo", 1)]}
-PAPER = {"--optimizer adamw": "70.7", "--gate-start inf": "66.5", "--attend all": "63.5", "--no-freeze": "62.7",
-         "--latents 0": "66.6", "--every 2": "68.2", "--every 4": "59.8"}
-
-
-def options(r):
-    """The flags of a measurement's command, without those that only say what is sampled, or a seed."""
-    line = re.sub(r" --seed \d+| --length \d+| --(prompt|fill) '[^']*'| --fill .*?(?= --|$)", "", r["command"])
-    return [flag.strip() for flag in re.findall(r"--[^-\s][^\s]*(?: (?!--)\S+)*", line)]
-
-
-def variants(patterns):
-    """A row for each choice of flags, over its seeds; the flags of the first row are not repeated."""
-    groups = {}
-    for r in (r for pattern in patterns.split(",") for r in load(pattern)):
-        groups.setdefault(" ".join(options(r)), []).append(r)
-    first, *_ = groups.values()
-    script = first[0]["command"].split()[1]
-    rows, counts = [], {len(runs) for runs in groups.values()}
-    for runs in groups.values():
-        own = options(runs[0])                              # of the first row only another optimizer
-        own = [flag for flag in own if (flag not in options(first[0]) if rows else "optimizer" in flag)]
-        flags = " ".join(own) or "as it is"
-        row = [flags if flags == "as it is" else f"`{flags}`", *[str(len(runs))] * (len(counts) > 1)]
-        row += [cell(runs, path, digits) for _, path, digits in COLUMNS[script]]
-        rows.append(row + [PAPER.get(flags, "")] * (script == "flamingo.py"))
-    head = [f"`{script}`", *["seeds"] * (len(counts) > 1), *(title for title, *_ in COLUMNS[script])]
-    return table(head + ["the paper's score"] * (script == "flamingo.py"), rows) + (
-        f"\n\n{over(first)}; {where(first[0])}.")
-
-
-def shown(pattern):
-    """What a model wrote, filled in, or said of images."""
-    (r,) = load(pattern)
-    f = r["figures"]
-    text = f["text"].strip() if "text" in f else "\n\n".join(f["filled"]) if "filled" in f else "\n".join(f["lines"])
-    return f"```text\n{text}\n```\n\n`{r['command']}`"
-
-
-def adapted(patterns):
-    """The loss after each way to adapt a GPT at each k, on the new or the old text (`new:`, `old:`)."""
-    what, pattern = patterns.split(":")
-    runs = load(pattern)
-    f, how = runs[0]["figures"], runs[0]["settings"]
-    ks = [k for k in how["k"] if k not in (2, 8)]                       # a page has to hold it
-    rows = [["the base", "0", "0", *[cell(runs, f"start/{int(what == 'old')}", 3)] * len(ks)]]
-    for method, row in f["rows"].items():
-        one = list(row.values())[-1]
-        trained, size = f"{one['trained'][0]:,}", f"{one['bytes'][0]:,}"
-        size = size if one["trained"][0] else f"{how['example'] + 1} × k"
-        trained += f" ({100 * one['trained'][0] / f['parameters']:.1f} %)" * (one["trained"][0] > 0)
-        rows.append([method, trained, size, *(cell(runs, f"rows/{method}/{k}/{what}", 3) for k in ks)])
-    head = [f"loss on {how['data'] if what == 'new' else f['old']}", "trained", "bytes"]
-    if what == "old":                  # what is trained stands above, and in-context changes nothing
-        head, rows = head[:1], [[row[0], *row[3:]] for row in rows if row[0] != "in-context"]
-    return table(head + [f"k = {k}" for k in ks], rows) + (
-        f"\n\nNats per token, mean ± standard deviation over {len(runs)} bases, each the mean of {how['repeats']} "
-        f"choices of the examples (k = 2 and 8 are in results/); {where(runs[0])}.")
-
-
-def searched(pattern):
-    """Each way to adapt a GPT at the best of some learning rates."""
-    (r,) = load(pattern)
-    f, how, rows = r["figures"], r["settings"], []
-    ks = [str(k) for k in how["k"][-2:]]
-    for method, grid in f["rows"].items():
-        rows.append([method, ", ".join(f"{float(lr):g}" for lr in sorted(grid, key=float))])
-        for k in ks:
-            best = min(grid, key=lambda lr: statistics.mean(grid[lr][k]["new"]))
-            rows[-1] += [f"{float(best):g}", *(number(grid[best][k][text], 3) for text in ("new", "old"))]
-    base = ["nothing (the base)", "", *["", *(f"{x:.3f}" for x in f["start"])] * len(ks)]
-    head = ["what is trained", "learning rates tried"]
-    head += [title for k in ks for title in (f"best, k = {k}", how["data"], f["old"])]
-    return table(head, [base, *rows]) + (
-        f"\n\nNats per token, mean ± standard deviation over {how['repeats']} choices of the examples, one base; the best "
-        f"learning rate is the one with the least loss on new text. {where(r)}.")
-
-
-def energy(pattern):
-    """How many directions the change of a matrix has."""
-    runs = load(pattern)
-    f = runs[0]["figures"]
-    rows = [[f"{method}, {name}", *(f"{100 * statistics.mean(r['figures']['energy'][method][name][i] for r in runs):.0f}"
-                                    for i in range(len(f["counts"])))]
-            for method in f["energy"] for name in f["energy"][method]]
-    return table(["cumulative energy of the singular values, %", *map(str, f["counts"])], rows) + (
-        "\n\nOf the 1, 2, 3 ... largest (squared, of the change of each matrix); mean over the blocks and "
-        f"{len(runs)} bases, at k = {max(runs[0]['settings']['k'])}.")
-
-
-TRIED = {   # script: what a search of its settings shows
-    "bert.py": [("masked words right, %", "masked, accuracy", 1), ("tuned on 20 labels, %", "accuracy, BERT, tune all, 2", 1)],
-    "gpt.py": [("nats per token", "loss", 3)],
-    "mae.py": [("error", "error", 3), ("tuned on 100 labels, %", "accuracy, MAE, tune all, 0", 1)],
-    "flamingo.py": [("captions of two figures, %", "right, caption, 2 figures", 1), ("new word from 4 images, %", "right, new word, 4", 1)]}
-
-
-def tried(pattern):
-    """The settings that experiments/search.py compared, on validation data."""
-    rows = []
-    for r in load(pattern):
-        script = r["command"].split()[2]
-        usual = f"`--muon-lr {r['settings']['muon_lr']:g} --weight-decay {r['settings']['weight_decay']:g}`"
-        for row, found in r["figures"].items():
-            rows.append([f"`{script}`", usual if row == "usual settings" else f"`{row}`", ", ".join(
-                f"{what} {number(found[name], digits)}" for what, name, digits in TRIED[script])])
-    return table(["", "settings", "what came out"], rows, "---") + (
-        f"\n\nMean ± standard deviation over seeds {', '.join(map(str, r['seeds']))}; a row differs from the first of its script "
-        f"in what it says; {where(r)}.")
-
-
-WHO = {"flamingo": "Flamingo", "captions": "the LM, captions in place of images", "lm": "the LM alone",
-       "majority": "most frequent answer"}
-EPISODES = "new word", "new word of 3", "held-out word", "held-out word of 3", "unasked question"
-
-
-def answered(pattern):
-    """What Flamingo answers rightly, beside the LM and the most frequent answer."""
-    runs = load(pattern)
-    rows = [[group, *(cell(runs, f"right/{group}/{who}") for who in WHO)]
-            for group in runs[0]["figures"]["right"] if not group.startswith(EPISODES)]
-    return table(["exactly right, %", *WHO.values()], rows) + (
-        f"\n\n{over(runs)}, {runs[0]['settings']['tests']} held-out scenes and as many of unseen kinds; {where(runs[0])}.")
-
-
-def shots(pattern):
-    """Answers after 0, 1, 2 ... examples."""
-    runs = load(pattern)
-    counts = runs[0]["figures"]["shots"]
-    rows = [[f"{group}: {title}", *(cell(runs, f"right/{group}, {k}/{who}") for k in counts)]
-            for group in EPISODES for who, title in WHO.items() if who != "majority"]
-    return table(["exactly right, %", *(f"{k} shot{'s' * (k != 1)}" for k in counts)], rows) + (
-        f"\n\n{over(runs)}, {runs[0]['settings']['tests']} episodes each; two new words per episode, or three. The one "
-        "asked for was shown: at 1 shot it is enough to repeat it; where all were shown, chance is 50 %, or 33.")
-
-
-def compared(pattern):
-    """Three tables of experiments/compare.py."""
-    runs = load(pattern)
-    figures, chance, labels = runs[0]["figures"], runs[0]["chance"], runs[0]["settings"]["labels"]
-    what, *others = chance
-    head, tables = [f"{k} per class" if k else "all labels" for k in labels], []
-    for part, title in ("linear", f"{what}, linear probe, %"), ("tune", f"{what}, all of it tuned, %"):
-        tables.append(table([title, *head], [["chance", *[f"{chance[what]:.1f}"] * len(labels)]] + [
-            [who, *(cell(runs, f"{part}/{who}/{i}") for i in range(len(labels)))] for who in figures[part]]))
-    if others:
-        tables.append(table(["linear probe, all labels, %", *chance], [["chance", *(f"{x:.1f}" for x in chance.values())]] + [
-            [who, *(cell(runs, f"attributes/{who}/{name}") for name in chance)] for who in figures["attributes"]]))
-    minutes = statistics.mean(r["seconds"] for r in runs) / 60
-    return "\n\n".join(tables) + (
-        f"\n\n`{runs[0]['command']}`; {over(runs)[0].lower()}{over(runs)[1:]}, each with its own choice of the labels; {minutes:.0f} minutes per "
-        f"seed on {runs[0]['threads']} thread, beside another job; {where(runs[0])}.")
-
-
-def speed(pattern):
-    """Our time beside the other package's."""
-    (bench,) = load(pattern)
-    digits = lambda ms: f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}"
-    rows = [[f["case"] + (f", beside {f['beside']}" if "beside" in f else ""), f["dtype"], digits(f["ours_ms"]),
-             digits(f["theirs_ms"]), "{:.2f} [{:.2f} to {:.2f}]".format(f["ratio"], *f["quartiles"])]
-            for f in bench["figures"] if "ours_ms" in f]
-    return table(["what", "dtype", "ours, ms", "theirs, ms", "theirs / ours"], rows) + (
-        f"\n\n{bench['threads']} threads; {where(bench)}.")
-
-
-def memory(pattern):
-    """Peak memory beside the other package's."""
-    (bench,) = load(pattern)
-    rows = [[what + (f", beside {f['beside']}" if not key else ""), f["dtype"], f"{f[f'ours{key}_mb']:.0f}",
-             f"{f[f'theirs{key}_mb']:.0f}", f"{f[f'ratio{key}']:.2f}"] for f in bench["figures"] if "ours_mb" in f
-            for what, key in (("the whole process", ""), ("of it after the imports", "_after_imports"))]
-    return table(["peak memory", "dtype", "ours, MB", "theirs, MB", "theirs / ours"], rows)
-
-
-def fastest(_):
-    """The least and the greatest ratio of each benchmark; comparisons with our own code are left out."""
-    what = dict(simclr="loss, augmentation", mae="a training step", bert="a training step", gpt="a training step, sampling",
-                lora="a training step", flamingo="resampler and gated layer, decoding")
-    rows = []
-    for name in what:
-        benches = [bench for bench in load(f"bench-{name}*.json") if "note" in bench]
-        figures = [f for bench in benches for f in bench["figures"]
-                   if "ours_ms" in f and f.get("beside") not in ("no cache", "NCHW")]
-        low, high = (f"{f['ratio']:.2f} ({f['dtype']})" for f in (pick(figures, key=lambda f: f["ratio"]) for pick in (min, max)))
-        peers = ", ".join(package for package in benches[0]["versions"] if package != "torch")
-        rows.append([f"`{name}.py`", what[name], peers, f"{low} to {high}" + ", on two processors" * (len(benches) > 1)])
-    return table(["", "what", "beside", "theirs / ours"], rows, "---")
-
-
-def experiment(name):
-    """A program of experiments/ as a module."""
-    if str(ROOT / "experiments") not in sys.path:
-        sys.path.insert(0, str(ROOT / "experiments"))
-    return importlib.import_module(name)
-
-
-def forgotten(file):
-    """The old loss at the same new loss, as experiments/forgetting.py shows it."""
-    (r,) = load(file)
-    (head, *rows), _ = experiment("forgetting").table(r["figures"])
-    return table(head, rows) + f"\n\n`{r['command']}`; {len(r['figures']['bases'])} bases; {where(r)}."
-
-
-def prompted(file):
-    """Examples in the prompt beside training, as experiments/prompt_or_training.py shows them."""
-    (r,) = load(file)
-    show = experiment("prompt_or_training")
-    tables = []
-    for kind in show.KINDS:
-        head, *rows = show.table(r["figures"], kind, "accuracy")
-        tables.append(table([f"right, %, {kind}; k =", *head[1:]], rows))
-    return "\n\n".join(tables) + f"\n\n`{r['command']}`; {len(r['figures']['bases'])} bases; {where(r)}."
-
-
-def texts(name):
-    """A text of results/templates.md, with its figures."""
-    return filled(re.search(rf"^# {name}\n\n(.*?)(?=\n\n# |\n*\Z)", TEMPLATES, re.S | re.M)[1])
-
-
-def expect(name):
-    """The lines of a script's docstring that say what its plain command gives."""
-    runs = load(f"{name}-{'shapes' if name in ('simclr', 'autoencoder') else 'muon'}-*.json")
-    most = max(r["threads"] for r in runs)                  # some seeds may have run on one, beside others
-    seconds = lambda get: f"{statistics.median(get(r) for r in runs if r['threads'] == most):.0f} s"
-    time = f"{seconds(lambda r: r['seconds'])} of training"
-    if name == "lora":
-        time = f"{seconds(lambda r: r['figures']['base_seconds'])} of training for the base, then a few seconds,"
-    if name == "flamingo":
-        runs = load("flamingo-plain-*.json")                # of the same runs, with the times of their first two trainings
-        time = (f"{seconds(lambda r: sum(r['figures']['stages']))} of training for the LM and the ViT, then "
-                f"{seconds(lambda r: r['seconds'])},")
-    text = f"Expect   {texts(name)} ({len(runs)} seeds; {time} on {most} thread{'s' if most > 1 else ', beside other jobs'}; {where(runs[0])})"
-    whole = re.sub(r"(?<=\d) (?=%)| (?=±)|(?<=±) ", "\a", text)                          # a figure stays on its line
-    return textwrap.fill(whole, 100, subsequent_indent=" " * 9).replace("\a", " ")
-
-
-BLOCKS = {f.__name__: f for f in (accuracies, variants, shown, adapted, searched, energy, tried, answered, shots, compared,
-                                  speed, memory, fastest, forgotten, prompted, texts)}
-
-
-def written(text):
-    """The README with each <!-- name files --> ... <!-- end --> filled in anew."""
-    fill = lambda m: f"<!-- {m[1]} {m[2]} -->\n\n{BLOCKS[m[1]](m[2])}\n\n<!-- end -->"
-    return re.sub(r"<!-- (\w+) (\S+) -->.*?<!-- end -->", fill, text, flags=re.S)
-
-
-def expected(text):
-    """A script with the Expect line of its docstring filled in anew."""
-    name = re.search(r"Run      python (\w+)\.py", text)[1]
-    return re.sub(r"^Expect   .*?(?=\n\w)", lambda m: expect(name), text, count=1, flags=re.M | re.S)
+def expected(script):
+    """What a docstring says to expect; what results/README.md says, with markers; the latter with the docstring's figures."""
+    says = re.search(r"^Expect   (.*?)(?=\n\w)", (ROOT / script).read_text(), re.M | re.S)[1]
+    (row,) = re.findall(rf"^\| `{script}` \| (.* seeds; .*) \|$", PAGES[1].read_text(), re.M)
+    parts, figures = MARKER.split(row), iter(FIGURE.findall(says := " ".join(says.split())))
+    parts[::2] = [FIGURE.sub(lambda old: next(figures, old[0]), part) for part in parts[::2]]
+    return says, row, "".join(parts)
 
 
 def curves():
-    """{results/compare-<data>.svg: its text}, of the runs of experiments/compare.py."""
-    drawn = {}
-    for data in "shapes", "fashion-mnist":
-        runs = load(f"compare-{data}-*.json")
-        chance = next(iter(runs[0]["chance"].values()))
-        drawn[ROOT / f"results/compare-{data}.svg"] = experiment("compare").draw(
-            runs[0]["settings"]["labels"], [r["figures"] for r in runs], chance, runs[0]["most"])
-    (r,), (prompts,) = load("forgetting.json"), load("prompt-or-training.json")
-    times = [float(x) for x in re.search(r"--times ([\d. ]+)", r["command"])[1].split()]
-    drawn[ROOT / "results/forgetting.svg"] = experiment("forgetting").draw(r["figures"], times)
-    drawn[ROOT / "results/prompt-or-training.svg"] = experiment("prompt_or_training").draw(prompts["figures"])
-    return drawn
+    """{file of results/: its text}, the curves of the results."""
+    drawn, (forgot,), (prompts,) = {}, load("forgetting"), load("prompt-or-training")
+    for data in "compare-shapes", "compare-fashion-mnist":
+        (r, *_), (chance, *_) = load(data), load(data)[0]["chance"].values()
+        drawn[f"{data}.svg"] = compare.draw(r["settings"]["labels"], [x["figures"] for x in load(data)], chance, r["most"])
+    times = [float(x) for x in re.search(r"--times ([\d. ]+)", forgot["command"])[1].split()]
+    return drawn | {"forgetting.svg": forgetting.draw(forgot["figures"], times),
+                    "prompt-or-training.svg": prompt_or_training.draw(prompts["figures"])}
 
 
 def test_figures_come_from_results(scripts):
-    for page in PAGES:
-        text = page.read_text()
-        assert "<!-- end -->" in text
-        assert written(text) == text, f"{page}: run `make results`"
-    for script in scripts:
-        text = (ROOT / script).read_text()
-        assert expected(text) == text, f"{script}: run `make results`"
+    pages = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
+    both = pages | {script: expected(script)[2] for script in scripts}
+    wrong = [f"{page}: {marker} {old}, in results/ {new}" for page in both for marker, old, new in updated(both[page])[1]]
+    wrong += [f"{page}: no marker in {line}" for page, text in pages.items() for line in text.splitlines()
+              if re.search(r"\d ± ?\d", line) and not MARKER.search(line)]
+    wrong += [f"{script}: Expect is not what results/README.md says" for script in scripts
+              if expected(script)[0] != MARKER.sub("", expected(script)[1])]
+    assert not wrong, "\n".join(["run `make results`", *wrong])
 
 
 def test_curves_come_from_results():
-    for path, text in curves().items():
-        assert path.read_text() == text, f"{path.name}: run `make results`"
+    for name, text in curves().items():
+        assert (ROOT / "results" / name).read_text() == text, f"{name}: run `make results`"
 
 
 # ------------------------------------------------------------------------------------ commands
@@ -488,7 +209,7 @@ def test_command_runs(line, tmp_path):
         assert run(*flags, script=script).stdout.startswith(f"usage: {script}")
         return
     if script == "experiments/compare.py":                               # minutes, whatever the flags
-        experiment("compare").options(flags)
+        compare.options(flags)
         return
     for name in re.findall(r"(?<!--out )runs/(\w+)", line):              # of the other's plain command
         quick(f"{name}.py", tmp_path)
@@ -606,7 +327,13 @@ def test_names_exist():
 
 
 if __name__ == "__main__":
-    for path in *PAGES, *sorted(ROOT.glob("[!c]*.py")):
-        path.write_text((written if path.suffix == ".md" else expected)(path.read_text()))
-    for path, text in curves().items():
-        path.write_text(text)
+    for page in PAGES:
+        page.write_text(updated(page.read_text())[0])
+    for path in sorted(ROOT.glob("[!c]*.py")):
+        says, row, _ = expected(path.name)
+        if says != MARKER.sub("", row):
+            whole = re.sub(" (?=[±%])|(?<=±) ", "\a", MARKER.sub("", row))                  # a figure stays on its line
+            new = textwrap.fill(f"Expect   {whole}", 100, subsequent_indent=" " * 9).replace("\a", " ")
+            path.write_text(re.sub(r"^Expect   .*?(?=\n\w)", lambda m: new, path.read_text(), count=1, flags=re.M | re.S))
+    for name, text in curves().items():
+        (ROOT / "results" / name).write_text(text)
