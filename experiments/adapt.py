@@ -8,7 +8,8 @@ Run      python experiments/adapt.py                three repeats at five k
          python experiments/adapt.py --search       each method at several learning rates
          python experiments/adapt.py --quick        a tiny GPT, hardly trained: less than a minute
 Writes   one JSON file (--out), after each training. The same command continues it; more of --k,
-         --methods or --repeats add to it; of other settings it is refused. The base is in runs/.
+         --methods or --repeats and another --seed add to it; of other settings it is refused. The
+         base is in runs/.
 """
 import contextlib
 import copy
@@ -25,8 +26,10 @@ import numpy as np
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import common, lora                                                            # noqa: E402
+from repeat import apart, keep                                                 # noqa: E402
 
 METHODS = [*get_args(lora.Method), "in-context"]
 RATES = dict(lora=(5e-4, 1e-3, 2e-3, 5e-3), ia3=(3e-3, 1e-2, 3e-2), bitfit=(1e-3, 3e-3, 1e-2),
@@ -52,8 +55,8 @@ def options(argv=None):
                         help="repeats with other examples and first weights [3; with --quick 2]")
     parser.add_argument("--search", action="store_true", help="compare learning rates")
     parser.add_argument("--quick", action="store_true", help=" ".join(QUICK))
-    parser.add_argument("--out", metavar="FILE", help="file of the figures [results/lora-adapt-0"
-                        ".json: of seed 0; with --search lora-search-0; with --quick in runs/]")
+    parser.add_argument("--out", metavar="FILE", help="file of the figures [results/lora-adapt"
+                        ".json; with --search lora-search.json; with --quick in runs/]")
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(k=[1, 4], repeats=2)
     own, rest = parser.parse_known_args(argv)
@@ -64,11 +67,11 @@ def options(argv=None):
         parser.error(f"{common.flag(name)} cannot be used here")
     if min(*own.k, own.repeats) < 1 or len(set(own.k)) < len(own.k):
         parser.error("--k and --repeats must be 1 or more, each --k another number")
-    name = f"{'search' if own.search else 'adapt'}-{given.get('seed', 0)}.json"
+    name = f"{'search' if own.search else 'adapt'}.json"
     own.out = own.out or ("runs/quick-" if own.quick else "results/lora-") + name
     own.args = lora.Args(**{key: tuple(value) if isinstance(value, list) else value
                             for key, value in given.items()}, k=max(own.k),
-                         out=f"runs/{Path(own.out).stem}")
+                         out=f"runs/{Path(own.out).stem}-{given.get('seed', 0)}")
     return own
 
 
@@ -100,11 +103,12 @@ def continued(own, new):
     if not path.exists():
         return new
     try:
-        old = json.loads(path.read_text())
-        differ = [common.flag(name) for name, value in new["settings"].items()
-                  if name not in FREE and old["settings"].get(name) != value]
-        differ += ["base"] * (old["figures"]["base"] != new["figures"]["base"])
-        new = new | dict(figures=old["figures"], seconds=old["seconds"])
+        found = apart(json.loads(path.read_text()))
+        differ = [common.flag(name) for name, value in new["settings"].items() if name != "seed"
+                  and name not in FREE and any(r["settings"].get(name) != value for r in found)]
+        for old in (r for r in found if r["settings"]["seed"] == own.args.seed):
+            differ += ["base"] * (old["figures"]["base"] != new["figures"]["base"])
+            new = new | dict(figures=old["figures"], seconds=old["seconds"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise common.UserError(f"{path} is no file of adapt.py: choose another --out") from None
     common.require(not differ, f"{path} has figures of another {', '.join(differ)}: choose another "
@@ -169,13 +173,6 @@ def place(own, figures, method, lr, k):
     one value per repeat}."""
     row = figures["rows"].setdefault(method, {})
     return (row.setdefault(f"{lr:g}", {}) if own.search else row).setdefault(str(k), {})
-
-
-def save(own, result):
-    """Writes the file in one motion."""
-    Path(own.out).parent.mkdir(parents=True, exist_ok=True)
-    with common.replacing(own.out) as f:
-        f.write((json.dumps(result, indent=1) + "\n").encode())
 
 
 def compared(own, figures):
@@ -243,11 +240,11 @@ def main(own):
                 figures["energy"][method] = energies(how, model, base, figures["counts"])
         for name, value in found.items():
             row.setdefault(name, []).append(value)
-        save(own, result)
+        keep(own.out, result)
         if bar.disable:                                                         # no terminal
             common.say(f"{method}, k = {k}, rate {how.lr:g}, repeat {repeat}: {found['new']:.3f}")
     table, result["summary"] = searched(figures) if own.search else compared(own, figures)
-    save(own, result)
+    keep(own.out, result)
     report(own, figures, table)
 
 

@@ -6,10 +6,10 @@ same for each encoder with random weights (fine-tuned: supervised from scratch),
 pixels. At the end: linear probes, with all labels, for each attribute of the images, also of an
 encoder that was supervised on all labels.
 
-Run      make compare two data sets, three seeds: hours on a CPU make compare ARGS=--quick one of
-          each, hardly trained: minutes
-Writes   compare-<data>-<seed>.json and compare-<data>.svg in --out, beside the runs. What is done
-          is not done again, and what was interrupted is continued.
+Run      make compare                  two data sets, three seeds: hours on a CPU
+         make compare ARGS=--quick     one of each, hardly trained: minutes
+Writes   compare-<data>.json, from a file for each seed, and compare-<data>.svg in --out, beside the
+         runs. What is done is not done again, and what was interrupted is continued.
 """
 import copy
 import json
@@ -243,7 +243,7 @@ def new_result(args, images, data, seed, most):
 
 
 def one_seed(args, images, data, seed, most):
-    """The figures of a seed: those that its file has, and the others."""
+    """The result of a seed: the figures that its file has, and the others."""
     path = Path(args.out) / f"compare-{Path(data).stem}-{seed}.json"
     result = new_result(args, images, data, seed, most)
     if path.exists():
@@ -257,7 +257,7 @@ def one_seed(args, images, data, seed, most):
                                    "again") from None
         common.require(same, f"{path} is of other settings: choose another --out")
         if whole:
-            return saved["figures"]
+            return saved
         result |= dict(figures=saved["figures"], seconds=seconds)
     start = time.monotonic() - result["seconds"]
 
@@ -269,7 +269,7 @@ def one_seed(args, images, data, seed, most):
     measure(args, images, seed, data, result["figures"], keep)
     result["whole"] = True
     keep()
-    return result["figures"]
+    return result
 
 
 def compare(args, data):
@@ -279,7 +279,9 @@ def compare(args, data):
     labels, what = images.class_labels()[0], next(iter(images.names))
     common.k_shot(labels, max(args.labels))                          # are there so many?
     most = int(labels.unique(return_counts=True)[1].min())
-    seeds = [one_seed(args, images, data, seed, most) for seed in range(args.seeds)]
+    results = [one_seed(args, images, data, seed, most) for seed in range(args.seeds)]
+    repeat.save(Path(args.out) / f"compare-{Path(data).stem}.json", results)
+    seeds = [result["figures"] for result in results]
     over = f", mean ± standard deviation of {len(seeds)} seeds" * (len(seeds) > 1)
     common.say(f"\n{data}: accuracy in % on {len(images.test):,} new images, by labelled images "
                f"per class{over}")

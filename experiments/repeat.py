@@ -113,7 +113,8 @@ def together(results):
     if len(results) == 1:
         return results[0]
     parts = [result | dict(
-        seed=result["settings"]["seed"], command=re.sub(r" --seed \d+", "", result["command"]),
+        seed=result["settings"]["seed"],
+        command=re.sub(r" --seed \d+", "", result.get("command", "")),
         settings={k: v for k, v in result["settings"].items() if k != "seed"})
         for result in results]
     shared = {k: v for k, v in parts[0].items() if all(part.get(k) == v for part in parts)}
@@ -138,6 +139,13 @@ def save(path, results):
         path.parent.mkdir(parents=True, exist_ok=True)
         with common.replacing(path) as f:
             f.write(text.encode())
+
+
+def keep(path, result):
+    """Writes the result of a seed to a file, beside those of other seeds that are there."""
+    found = apart(json.loads(Path(path).read_text())) if Path(path).exists() else []
+    seed = result["settings"]["seed"]
+    save(path, [*(r for r in found if r["settings"]["seed"] != seed), result])
 
 
 def numbers(value, name=""):

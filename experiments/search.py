@@ -97,7 +97,7 @@ def main(args):
                 common.say(f"\n{args.script} {row}, seed {seed}")
                 repeat.run(args.script, out, [*flags, "--seed", seed])
             for figure, value in repeat.figures(out).items():
-                found = figures.setdefault(row or "usual settings", {})
+                found = figures.setdefault(row.replace("--", "") or "usual settings", {})
                 found.setdefault(figure, []).append(value)
     rows = " ".join(f'"{row}"' for row in args.rows[1:])
     result = dict(command=f"python experiments/search.py {args.script} --try {rows}",

@@ -8,7 +8,7 @@ the training: it ends with the weights of the script's own run.
 Run      python experiments/while_training.py autoencoder.py --at 46 187 750 3000 -- --steps 3000
          python experiments/while_training.py mae.py --quick
 Writes   one JSON file (--out), after each evaluation; the run is in runs/. The same command
-         continues both. What follows -- are flags of the script.
+         continues both, another --seed adds to the file. What follows -- are flags of the script.
 """
 import contextlib
 import dataclasses
@@ -66,16 +66,17 @@ def options(argv=None):
     add("--labels", type=int, nargs="+", default=[20, 0], metavar="N",
         help="labelled images per class, 0: all [20 0]")
     add("--quick", action="store_true", help=f"-- {' '.join(QUICK)} (flags you give win)")
-    add("--out", metavar="FILE", help="file of the figures [results/<script>-while-training-<seed>"
-        ".json; with --quick runs/quick-...]; the run is in runs/<name of the file>")
+    add("--out", metavar="FILE", help="file of the figures [results/<script>-while-training"
+        ".json; with --quick runs/quick-...]; the run is in runs/<name of the file>-<seed>")
     own = parser.parse_args(argv[:cut])
     Args = importlib.import_module(Path(own.script).stem).Args
     given = vars(common.parser_of(Args).parse_args(QUICK * own.quick + argv[cut + 1:]))
     if {"out", "resume"} & set(given):
         parser.error("--out and --resume cannot come after --")
     own.given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    name = f"{Path(own.script).stem}-while-training-{given.get('seed', 0)}.json"
+    name = f"{Path(own.script).stem}-while-training.json"
     own.out = own.out or ("runs/quick-" if own.quick else "results/") + name
+    own.run = f"runs/{Path(own.out).stem}-{given.get('seed', 0)}"
     return own
 
 
@@ -98,34 +99,31 @@ def evaluate(script, args, model, images, labels):
 
 
 def continued(own, new):
-    """What the file holds, or else `new`. Raises UserError where it is of other settings."""
+    """What the file holds of this seed, or else `new`. Raises UserError where it is of other
+    settings."""
     if not Path(own.out).exists():
         return new
     try:
-        old = json.loads(Path(own.out).read_text())
+        found = repeat.apart(json.loads(Path(own.out).read_text()))
         differ = [common.flag(name) for name, value in new["settings"].items()
-                  if old["settings"][name] != value]
-        differ += ["--labels"] * (old["figures"]["labels"] != own.labels)
-        old["figures"]["at"].items()
+                  if name != "seed" and any(old["settings"][name] != value for old in found)]
+        differ += ["--labels"] * any(old["figures"]["labels"] != own.labels for old in found)
+        same = [r for r in found if r["settings"]["seed"] == new["settings"]["seed"]]
+        [old["figures"]["at"].items() for old in found]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise common.UserError(f"{own.out} is no file of while_training.py: choose another --out"
                                ) from None
     common.require(not differ, f"{own.out} has figures of another {', '.join(differ)}: choose "
                    "another --out")
-    return old
+    return same[0] if same else new
 
 
 def train(own, script, args, result):
     """Runs the script, or continues its run; each evaluation is saved in the result."""
-    found, out = result["figures"]["at"], f"runs/{Path(own.out).stem}"
+    found, out = result["figures"]["at"], own.run
     repeat.has_result(out, result["settings"])                       # raises if of other settings
     images = load_images(script, args)
     common.k_shot(images.class_labels()[0], max(own.labels))         # raises now if too few
-
-    def save():
-        Path(own.out).parent.mkdir(parents=True, exist_ok=True)
-        with common.replacing(own.out) as f:
-            f.write((json.dumps(result, indent=1) + "\n").encode())
 
     def after(run, n):
         missing = [step for step in own.at if str(step) not in found and step <= n]
@@ -133,12 +131,12 @@ def train(own, script, args, result):
                        f"{missing and missing[0]} already: choose another --out")
         if missing:
             found[str(n)] = evaluate(script, run.args, run.model, images, own.labels)
-            save()
+            repeat.keep(own.out, result)
 
     with mock.patch.object(common, "Run", lambda *a, **how: Watched(after, *a, **how)):
         script.main(script.Args(**own.given, out=out, resume=Path(out, "settings.json").exists()))
     result |= json.loads(Path(out, "result.json").read_text()) | dict(figures=result["figures"])
-    save()
+    repeat.keep(own.out, result)
 
 
 def main(own):

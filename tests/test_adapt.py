@@ -10,7 +10,7 @@ from conftest import ROOT, run
 import lora
 
 sys.path.insert(0, str(ROOT / "experiments"))
-import adapt  # noqa: E402
+import adapt, repeat  # noqa: E402
 
 METHODS = ["lora", "ia3", "bitfit", "first", "middle", "last", "full"]
 SMALL = ("--dim 16 --heads 2 --depth 2 --context 40 --base-steps 3 --base-batch 2 --example 8 --epochs 2 --batch 2 "
@@ -69,7 +69,7 @@ def test_all_methods_at_all_k(done):
 def test_figures_are_those_of_lora_py(method, k, repeat, done, texts, tmp_path):
     """One run of lora.py for the same base, with the seed of the repeat."""
     folder, _, found, _ = done
-    process = run(*texts, *SMALL, "--method", method, "--k", k, "--seed", 1000 * repeat, "--base", folder / "runs/a/base",
+    process = run(*texts, *SMALL, "--method", method, "--k", k, "--seed", 1000 * repeat, "--base", folder / "runs/a-0/base",
                   "--out", tmp_path / "lora", script="lora.py")
     assert process.returncode == 0, process.stderr
     rows = json.loads((tmp_path / "lora/result.json").read_text())["figures"]["rows"]
@@ -108,6 +108,19 @@ def test_what_is_missing_is_added(done, tmp_path):
     assert ours["rows"] == theirs["rows"] and ours["energy"] == theirs["energy"]
 
 
+def test_another_seed_is_added(done):
+    """Both are in one file, and each continues its own."""
+    folder, flags, found, _ = done
+    (folder / "c.json").write_text((folder / "a.json").read_text())
+    for repeats in 1, 2:
+        more = adapt_py(folder, *flags, "--out", folder / "c.json", "--methods", "ia3", "--k", 1, "--repeats", repeats, "--seed", 1)
+        assert more.returncode == 0 and more.stdout.count(", repeat ") == 1, more.stderr
+    both = repeat.apart(json.loads((folder / "c.json").read_text()))
+    assert both[0]["figures"] == found and [r["settings"]["seed"] for r in both] == [0, 1]
+    assert len(both[1]["figures"]["rows"]["ia3"]["1"]["new"]) == 2 and both[1]["figures"]["start"] != found["start"]
+    refused(adapt_py(folder, *flags, "--out", folder / "c.json", "--k", 1, "--seed", 2, "--rank", 1), 1, "c.json has figures of another --rank")
+
+
 def test_figures_of_other_settings_are_never_overwritten(done, tmp_path):
     folder, flags, _, _ = done
     before = (folder / "a.json").read_bytes()
@@ -122,14 +135,14 @@ def test_figures_of_other_settings_are_never_overwritten(done, tmp_path):
 def test_search(done, texts, tmp_path):
     folder, flags, _, _ = done
     process = adapt_py(folder, *flags, "--search", "--methods", "ia3", "in-context", "--k", 2, "--repeats", 2,
-                       "--out", tmp_path / "s.json", "--base", folder / "runs/a/base")
+                       "--out", tmp_path / "s.json", "--base", folder / "runs/a-0/base")
     assert process.returncode == 0, process.stderr
     found = figures(tmp_path, "s")
     assert list(found["rows"]) == ["ia3"] and list(found["rows"]["ia3"]) == ["0.003", "0.01", "0.03"]
     means = {lr: sum(ks["2"]["new"]) / 2 for lr, ks in found["rows"]["ia3"].items()}
     best = min(means, key=means.get)
     assert json.loads((tmp_path / "s.json").read_text())["summary"] == f"ia3 {best}" and f"best: {best} " in process.stdout
-    usual = adapt_py(folder, *flags, "--methods", "ia3", "--k", 2, "--repeats", 2, "--base", folder / "runs/a/base",
+    usual = adapt_py(folder, *flags, "--methods", "ia3", "--k", 2, "--repeats", 2, "--base", folder / "runs/a-0/base",
                      "--out", tmp_path / "u.json")
     assert usual.returncode == 0, usual.stderr
     assert figures(tmp_path, "u")["rows"]["ia3"]["2"]["new"] == found["rows"]["ia3"]["0.01"]["2"]["new"]
@@ -140,7 +153,7 @@ def test_quick(tmp_path):
     """As it stands in the docstring; the figures are beside the runs."""
     process = adapt_py(tmp_path, "--quick", "--device", "cpu", "--methods", "lora", "in-context")
     assert process.returncode == 0, process.stderr
-    found = figures(tmp_path / "runs", "quick-adapt-0")
+    found = figures(tmp_path / "runs", "quick-adapt")
     assert list(found["rows"]["lora"]) == ["1", "4"] and list(found["rows"]["in-context"]) == ["1"]
     assert not (tmp_path / "results").exists()
 
@@ -176,7 +189,7 @@ def test_what_is_to_be_done():
     own = adapt.options(["--k", "1", "3", "4", "--repeats", "2", "--example", "9"])
     assert len([*adapt.cells(own, own.args, 40)]) == 7 * 3 * 2 + 4 and own.args.k == 4
     own = adapt.options(["--search", "--seed", "7"])
-    assert own.out == "results/lora-search-7.json" and own.args.out == "runs/lora-search-7"
+    assert own.out == "results/lora-search.json" and own.args.out == "runs/lora-search-7"
     assert adapt.options(["--quick", "--k", "2", "--dim", "32"]).args.dim == 32
 
 
@@ -205,5 +218,5 @@ def test_mistakes_are_one_sentence(done, tmp_path):
     refused(adapt_py(folder, *flags, "--rank", 0), 2, "--rank must be 1 or more")
     refused(adapt_py(folder, *flags, "--k", 2, "--base", "nowhere"), 1, "--base nowhere holds no weights. Fetch config.json")
     diverged = adapt_py(folder, *flags, "--k", 3, "--methods", "ia3", "full", "--epochs", 9, "--lr", 1e30,
-                        "--base", folder / "runs/a/base")
+                        "--base", folder / "runs/a-0/base")
     assert diverged.returncode == 1 and "k = 3: " in diverged.stderr and "Traceback" not in diverged.stderr, diverged.stderr

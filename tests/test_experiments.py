@@ -75,6 +75,8 @@ def test_the_whole_comparison(compared, tiny):
         assert set(found["tune"]) == set(found["linear"]) - {"raw pixels"}
         assert all(len(row) == 3 for part in ("linear", "tune") for row in found[part].values())
     assert seeds[0] != seeds[1]
+    both = json.loads((folder / "compare-tiny.json").read_text())
+    assert [result["figures"] for result in repeat.apart(both)] == seeds and "chance" in both
     assert ElementTree.parse(folder / "compare-tiny.svg").getroot().tag.endswith("svg")
 
 

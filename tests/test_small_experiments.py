@@ -164,7 +164,7 @@ def test_while_training(script, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     weights, own = own_run(script, tiny)
     result = watch(script, tiny)
-    assert equal(common.read_checkpoint("runs/w"), weights)
+    assert equal(common.read_checkpoint("runs/w-0"), weights)
     found = result["figures"]["at"]
     assert list(found) == ["0", "2", "4"] and result["settings"] == own["settings"]
     name = {"autoencoder.py": "autoencoder", "simclr.py": "SimCLR", "mae.py": "MAE, linear probe"}[script]
@@ -195,11 +195,13 @@ def test_while_training_continues(tiny, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         watch("autoencoder.py", tiny, "--save-every", 0)
     assert list(json.loads(open("w.json").read())["figures"]["at"]) == ["0"]
-    assert common.read_checkpoint("runs/w")["step"] == 1
+    assert common.read_checkpoint("runs/w-0")["step"] == 1
     result = watch("autoencoder.py", tiny, "--save-every", 0)
     assert result["figures"] == whole["figures"] and len(calls) == 4
-    assert equal(common.read_checkpoint("runs/w"), common.read_checkpoint("runs/whole"))
+    assert equal(common.read_checkpoint("runs/w-0"), common.read_checkpoint("runs/whole-0"))
     assert watch("autoencoder.py", tiny) == result and len(calls) == 4               # it is done: read only
+    both = repeat.apart(watch("autoencoder.py", tiny, "--seed", 1, out="whole.json"))                     # is added
+    assert both[0]["figures"] == whole["figures"] != both[1]["figures"] and list(both[1]["figures"]["at"]) == ["0", "2", "4"]
     with pytest.raises(common.UserError, match="after step 1 already"):
         watch("autoencoder.py", tiny, at=(1, 4))
     with pytest.raises(common.UserError, match="another --latent"):
@@ -257,7 +259,7 @@ def test_search(tmp_path, monkeypatch):
         search.main(search.options(["gpt.py", "--quick", "--out", tmp_path, "--seeds", *more]))
         return json.loads((tmp_path / "search-gpt.json").read_text())["figures"]
     first = searched(10, "--try", "--muon-lr 0.5 --batch 4")
-    assert list(first) == ["usual settings", "--muon-lr 0.5 --batch 4"] and len(ran) == 2
+    assert list(first) == ["usual settings", "muon-lr 0.5 batch 4"] and len(ran) == 2
     again = searched(10, "--try", "--muon-lr 0.5 --batch 4", "--weight-decay 0")
     assert len(ran) == 3 and [len(found["loss"]) for found in again.values()] == [1, 1, 1]
     assert {row: again[row] for row in first} == first
