@@ -249,7 +249,7 @@ def main(args):
             prediction, kl = model(inputs)                                   # B. predict
             loss = distance(prediction, target, kl, args.beta)               # C. compare
         loss.backward()
-        if not run.reduce(loss):           # of --accumulate parts, and of processes, the mean
+        if not run.reduce(loss):           # averages over --accumulate parts and processes
             continue
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()

@@ -647,7 +647,7 @@ def train_lm(args, tokens):
             prediction = model(inputs)                                              # B. predict
             loss = distance(prediction, target)                                     # C. compare
         loss.backward()
-        if not run.reduce(loss):           # of --accumulate parts, and of processes, the mean
+        if not run.reduce(loss):           # averages over --accumulate parts and processes
             continue
         nn.utils.clip_grad_norm_(model.parameters(), lm_args.clip)
         optimizer.step()
@@ -685,7 +685,7 @@ def train_vit(args, tokens, scenes, images):
         with run.autocast():
             loss = clip_loss(*model(normalize(images[i]), words[i]))
         loss.backward()
-        if not run.reduce(loss):           # of --accumulate parts, and of processes, the mean
+        if not run.reduce(loss):           # averages over --accumulate parts and processes
             continue
         nn.utils.clip_grad_norm_(model.parameters(), vit_args.clip)
         optimizer.step()
@@ -896,7 +896,7 @@ def main(args):
             prediction = model(inputs, media)                           # B. predict: (B, T, V)
             loss = distance(prediction, target)                         # C. compare
         loss.backward()
-        if not run.reduce(loss):           # of --accumulate parts, and of processes, the mean
+        if not run.reduce(loss):           # averages over --accumulate parts and processes
             continue
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
