@@ -24,6 +24,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common, mae, simclr                                                     # noqa: E402
+from repeat import apart, keep                                                 # noqa: E402
 
 
 class Contrastive(nn.Module):
@@ -149,8 +150,8 @@ def table(own, rows):
     head = [["accuracy in % by labels per class", *(str(k or "all") for k in own.labels)]]
     cells = lambda runs, key: [common.mean_std([run[key][i] for run in runs]).replace(" +- ", " ±")
                                for i in range(len(own.labels))]
-    return head + [[f"{name}, {key}", *cells(list(seeds.values()), key)]
-                   for key in ("linear", "tuned") for name, seeds in rows.items()]
+    return head + [[f"{name}, {key}", *cells(runs, key)]
+                   for key in ("linear", "tuned") for name, runs in rows.items()]
 
 
 def main(own):
@@ -160,33 +161,35 @@ def main(own):
     images.check(own.labels)
     settings = dict(data=Path(own.data).name, seconds=own.seconds, labels=own.labels,
                     tune_steps=own.tune_steps, dtype=common.precision(args))
-    result = dict(command="python experiments/same_encoder.py --data " + settings["data"],
-                  summary="", figures=dict(rows={}), machine=common.machine(args.device),
-                  threads=torch.get_num_threads(), settings=settings,
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    shared = dict(command=" ".join(["python experiments/same_encoder.py", *words]),
+                  machine=common.machine(args.device), threads=torch.get_num_threads(),
                   versions=dict(python=platform.python_version(), torch=torch.__version__))
-    if own.out.exists():
-        old = json.loads(own.out.read_text())
-        common.require(old["settings"] == settings, f"{own.out} is of other settings: choose "
+    found = {}                                                          # {seed: its figures}
+    for result in apart(json.loads(own.out.read_text())) if own.out.exists() else []:
+        seed = result["settings"].pop("seed")
+        common.require(result["settings"] == settings, f"{own.out} is of other settings: choose "
                        "another --out")
-        result["figures"] = old["figures"]
-    rows = result["figures"]["rows"]
+        found[seed] = result["figures"]
     cells = [(f"MAE, {ratio:g} masked" if method == "mae" else dict(simclr="SimCLR").get(
               method, method), method, ratio, seed) for seed in own.seeds for method in own.methods
              for ratio in (own.mask_ratios if method == "mae" else [0.])]
     for name, method, ratio, seed in cells:
-        if str(seed) not in rows.setdefault(name, {}):
+        figures = found.setdefault(seed, {})
+        if name not in figures:
             args.seed, args.mask_ratio = seed, ratio
-            found = rows[name][str(seed)] = measure(own, args, images, method)
-            common.say(f"{name}, seed {seed}: {found['steps']} steps, tuned "
-                       + " ".join(f"{x:.1f}" for x in found["tuned"]))
-            own.out.parent.mkdir(parents=True, exist_ok=True)
-            with common.replacing(own.out) as f:
-                f.write((json.dumps(result, indent=1) + "\n").encode())
-    middle = next(iter(next(iter(rows.values())).values()))["heading_labels"]
+            figures[name] = measure(own, args, images, method)
+            common.say(f"{name}, seed {seed}: {figures[name]['steps']} steps, tuned "
+                       + " ".join(f"{x:.1f}" for x in figures[name]["tuned"]))
+            keep(own.out, shared | dict(settings=settings | dict(seed=seed), figures=figures))
+    names = dict.fromkeys(name for figures in found.values() for name in figures)
+    rows = {name: [figures[name] for figures in found.values() if name in figures]
+            for name in names}
+    middle = next(iter(rows.values()))[0]["heading_labels"]
     common.say(f"\n{common.table(table(own, rows))}\n\nFine-tuned on {middle} labels per class, "
                "after a quarter, half and all of the time:", 100)
-    for name, seeds in rows.items():
-        parts = zip(*(run["heading"] for run in seeds.values()))
+    for name, runs in rows.items():
+        parts = zip(*(run["heading"] for run in runs))
         common.say(f"  {name}: {', '.join(common.mean_std(part) for part in parts)}")
     common.say(f"\nFigures: {own.out}")
 

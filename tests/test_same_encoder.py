@@ -9,6 +9,7 @@ from conftest import ROOT, refused, run
 sys.path.insert(0, str(ROOT / "experiments"))
 import common  # noqa: E402
 import mae  # noqa: E402
+import repeat  # noqa: E402
 import same_encoder  # noqa: E402
 
 
@@ -16,13 +17,16 @@ def test_a_quick_run_is_continued(tiny, tmp_path):
     flags = ["--data", tiny, "--seconds", .3, "--labels", 1, 2, "--tune-steps", 2, "--out", tmp_path / "x.json"]
     done = run(*flags, "--methods", "mae", "untrained", script="experiments/same_encoder.py", cwd=tmp_path)
     assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 100, done.stderr
-    rows = json.loads((tmp_path / "x.json").read_text())["figures"]["rows"]
-    assert set(rows) == {"MAE, 0.75 masked", "untrained"} and rows["MAE, 0.75 masked"]["0"]["steps"] > 0
-    assert len(rows["MAE, 0.75 masked"]["0"]["heading"]) == 3 and rows["untrained"]["0"]["heading"] == []
+    read = lambda: repeat.apart(json.loads((tmp_path / "x.json").read_text()))
+    (rows,) = (r["figures"] for r in read())
+    assert set(rows) == {"MAE, 0.75 masked", "untrained"} and rows["MAE, 0.75 masked"]["steps"] > 0
+    assert len(rows["MAE, 0.75 masked"]["heading"]) == 3 and rows["untrained"]["heading"] == []
     again = run(*flags, "--methods", "mae", "simclr", script="experiments/same_encoder.py", cwd=tmp_path)
     assert again.returncode == 0 and "SimCLR, seed 0" in again.stdout and "MAE, 0.75 masked, seed 0" not in again.stdout
-    new = json.loads((tmp_path / "x.json").read_text())["figures"]["rows"]
+    (new,) = (r["figures"] for r in read())
     assert {name: new[name] for name in rows} == rows and len(new) == 3
+    other = run(*flags, "--methods", "untrained", "--seeds", 0, 1, script="experiments/same_encoder.py", cwd=tmp_path)
+    assert other.returncode == 0 and [r["settings"]["seed"] for r in read()] == [0, 1] and read()[0]["figures"] == new
     refused(run(*flags, "--seconds", 2, script="experiments/same_encoder.py", cwd=tmp_path), 1, "is of other settings",
             script="same_encoder.py")
     refused(run("--seconds", 0, script="experiments/same_encoder.py"), 2, "must be positive", script="same_encoder.py")
