@@ -1,6 +1,10 @@
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import http.server
+import importlib
+import io
 import multiprocessing
 import os
 import runpy
@@ -10,6 +14,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -70,6 +75,58 @@ def run(*flags, script="mae.py", timeout=300, most=None, cwd=ROOT, before=None):
             raise TimeoutError(f"{script} {' '.join(map(str, flags))}: not done after {timeout} s")
         out, err = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
         return subprocess.CompletedProcess(command(*flags, script=script), process.exitcode, out, err)
+
+
+def call(*flags, script="mae.py"):
+    """What run() returns, in this process: of a command that ends before anything is trained."""
+    import common
+    module, out, err = importlib.import_module(script.removesuffix(".py")), io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(common, "on_signals"):
+        try:
+            status = common.cli(module.main, module.Args, [*map(str, flags)])
+        except SystemExit as end:
+            status = end.code
+    return subprocess.CompletedProcess(flags, status, out.getvalue(), err.getvalue())
+
+
+def at_step(step, *numbers):
+    """For run(before=...): the process sends itself these signals while it takes a step."""
+    import common
+    add = common.Run.log
+
+    def send(self, loss):
+        add(self, loss)
+        if self.step == step:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+    common.Run.log = send
+
+
+def killed_at(step, *numbers):
+    return functools.partial(at_step, step, *numbers)
+
+
+class Forked(multiprocessing.get_context("fork").Process):
+    """As much of Popen([python, script, flag, ...]) as experiments/repeat.py takes."""
+
+    def run(self):
+        sys.argv = self.line
+        runpy.run_path(self.line[0], run_name="__main__")
+
+    def __init__(self, line):
+        super().__init__()
+        self.line = line[1:]
+        self.start()
+
+    def wait(self):
+        self.join()
+        return self.exitcode
+
+
+def forking():
+    """For run(before=...): the scripts that repeat.py starts are forked, too."""
+    popen = subprocess.Popen
+    subprocess.Popen = lambda line, **how: Forked(line) if line[0] == sys.executable else popen(line, **how)
 
 
 def refused(process, status, *words, script="mae.py"):

@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused, run
+from conftest import call, refused, run
 
 import autoencoder
 import common
@@ -318,7 +318,7 @@ def test_a_bad_flag_gets_one_sentence(flags, words, tmp_path, monkeypatch, capsy
     ("--labels 33", ["--labels 33 is too many: a class has only 32"]),
 ])
 def test_settings_that_do_not_fit_get_one_sentence(tiny, tmp_path, flags, words):
-    done = run("--data", tiny, "--out", tmp_path / "run", *SMALL, *flags.split(), script="autoencoder.py")
+    done = call("--data", tiny, "--out", tmp_path / "run", *SMALL, *flags.split(), script="autoencoder.py")
     refused(done, 1, *words, script="autoencoder.py")
     assert not (tmp_path / "run").exists()
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused, run
+from conftest import call, refused, run
 from torch import nn
 
 import bert
@@ -664,14 +664,14 @@ def test_a_bad_flag_gets_one_sentence(flags, words, tmp_path, monkeypatch, capsy
 def test_settings_that_do_not_fit_get_one_sentence(texts, tmp_path, flags, words):
     """Before the training, not after it; and nothing is left behind."""
     out = tmp_path / "run"
-    refused(run("--data", texts, "--out", out, *SMALL, *flags.split(), script="bert.py"), 1, *words, script="bert.py")
+    refused(call("--data", texts, "--out", out, *SMALL, *flags.split(), script="bert.py"), 1, *words, script="bert.py")
     assert not out.exists()
 
 
 def test_texts_that_will_not_do(texts, tmp_path):
     def refuse(content, *words, flags=()):
         (tmp_path / "x.txt").write_bytes(content)
-        refused(run("--data", tmp_path / "x.txt", "--out", tmp_path / "run", *SMALL, *flags, script="bert.py"), 1, *words,
+        refused(call("--data", tmp_path / "x.txt", "--out", tmp_path / "run", *SMALL, *flags, script="bert.py"), 1, *words,
                 script="bert.py")
     refuse(b"\n", "is empty")
     refuse(b"a few words " * 5, "--context 12 needs 10 in both", "longer text")

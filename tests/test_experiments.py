@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import time
 import types
@@ -44,7 +43,7 @@ def compared(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     flags = ["--data", tiny, "--seeds", 2, "--steps", 2, "--tune-steps", 2, "--labels", 1, 5, 0,
              "--device", "cpu", "--out", folder]
-    done = run(*flags)
+    done = run(*flags, before=conftest.forking)
     assert done.returncode == 0, done.stderr
     return folder, flags, done.stdout
 
@@ -163,21 +162,19 @@ def test_quick_is_small_and_flags_win():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_script_save(number, tiny, tmp_path):
     """The whole group gets it, as from a terminal; the script saves once, the program ends by the signal, and the same
-    command continues from there. (A shell's job in the background would ignore SIGINT, and the tests may be one.)"""
-    line = [sys.executable, ROOT / "experiments/compare.py", "--data", tiny, "--seeds", 1,
-            "--steps", 100_000, "--labels", 1, "--device", "cpu", "--out", tmp_path]
-    process = subprocess.Popen([*map(str, line)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.PIPE, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    command continues from there."""
+    process = conftest.begin("--data", tiny, "--seeds", 1, "--steps", 100_000, "--labels", 1, "--device", "cpu",
+                             "--out", tmp_path, script="experiments/compare.py", folder=tmp_path, before=os.setsid)
     log = tmp_path / "tiny-simclr-0/log.jsonl"
     for _ in range(1200):
-        if log.exists() or process.poll() is not None:
+        if log.exists() or not process.is_alive():
             break
         time.sleep(.1)
     time.sleep(1)
     os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == -number and "Traceback" not in errors, errors
+    process.join(60)
+    errors = (tmp_path / "stderr").read_text()
+    assert process.exitcode == -number and "Traceback" not in errors, errors
     assert "The same command continues from there" in errors
     state = torch.load(tmp_path / "tiny-simclr-0/checkpoint.pt", weights_only=True)
     assert 0 < state["step"] < 100_000
@@ -192,7 +189,7 @@ def repeated(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("repeat")
     flags = [*SMALL, "--steps", 2, "--data", tiny]
     done = run("mae.py", "--seeds", 0, 1, "--name", "abc", "--", *flags, script="repeat.py",
-               cwd=folder)
+               cwd=folder, before=conftest.forking)
     assert done.returncode == 0, done.stderr
     return folder, flags, done.stdout
 
@@ -232,7 +229,7 @@ def test_repeat_keeps_what_is_done(repeated):
     assert first.returncode == 0
     (out / "3/result.json").unlink()                       # killed after its last checkpoint
     done = run("mae.py", "--seeds", 0, 1, 2, 3, "--name", "abc", "--", *flags, script="repeat.py",
-               cwd=folder)
+               cwd=folder, before=conftest.forking)
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "seed 2 (3 of 4)" in done.stdout and "seed 1" not in done.stdout

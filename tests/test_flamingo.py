@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused, run
+from conftest import call, refused, run
 from torch import nn
 
 import common
@@ -876,11 +876,20 @@ def test_lm_and_vit_are_kept_and_frozen(done, tmp_path, monkeypatch):
             assert is_done == (name not in anew.split()) and how.steps == getattr(args, f"{name}_steps"), changes
 
 
+EIGHT = dict(lm_steps=8, vit_steps=8, steps=8)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that was not stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    main(out, **EIGHT)
+    return out
+
+
 @pytest.mark.parametrize("part", ["lm", "vit", ""])
-def test_a_resumed_run_ends_as_one_that_was_not_stopped(part, tmp_path, monkeypatch):
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(part, whole, tmp_path, monkeypatch):
     """Bit for bit, wherever it was stopped."""
-    sizes = dict(lm_steps=8, vit_steps=8, steps=8)
-    main(tmp_path / "a/run", **sizes)
     log = common.Run.log
 
     def stop(self, loss):
@@ -891,14 +900,14 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(part, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "log", stop)
         with pytest.raises(KeyboardInterrupt):
-            main(tmp_path / "b/run", **sizes)
+            main(tmp_path / "run", **EIGHT)
     signal.signal(signal.SIGINT, usual)
-    assert saved(tmp_path / "b/run" / part)["step"] == 5
-    flamingo.main(flamingo.Args(resume=True, out=str(tmp_path / "b/run")))
+    assert saved(tmp_path / "run" / part)["step"] == 5
+    flamingo.main(flamingo.Args(resume=True, out=str(tmp_path / "run")))
     for name in "", "lm", "vit":
-        a, b = (saved(tmp_path / run / "run" / name)["model"] for run in "ab")
+        a, b = (saved(out / name)["model"] for out in (whole, tmp_path / "run"))
         assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
-    assert figures(tmp_path / "a/run") == figures(tmp_path / "b/run")
+    assert figures(whole) == figures(tmp_path / "run")
 
 
 def test_a_finished_run_answers_a_prompt(done, tmp_path):
@@ -985,7 +994,7 @@ def test_bad_settings_on_the_command_line(tmp_path):
     for flags, status, words in (["--patch", 5], 1, "a patch of 5 pixels"), (["--every", 0], 2, "--every must be"), \
             (["--evry", 2], 2, "did you mean --every?"), (["--attend", "none"], 2, "invalid choice: 'none'"), \
             (["--vit-batch", 501], 1, "--vit-batch 501 is more than"):
-        refused(run(*FLAGS, *flags, "--out", tmp_path / "out", script="flamingo.py"), status, words, script="flamingo.py")
+        refused(call(*FLAGS, *flags, "--out", tmp_path / "out", script="flamingo.py"), status, words, script="flamingo.py")
 
 
 def test_other_and_broken_folders(done, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused, run
+from conftest import call, refused, run
 from torch import nn
 
 import common
@@ -488,15 +488,15 @@ def test_greedy_and_all_tokens_are_no_bad_flags():
 def test_settings_that_do_not_fit_get_one_sentence(text, tmp_path, flags, words):
     """Before the training, not after it; and nothing is left behind."""
     out = tmp_path / "run"
-    refused(run("--data", text, "--out", out, *SMALL, *flags.split(), script="gpt.py"), 1, *words, script="gpt.py")
+    refused(call("--data", text, "--out", out, *SMALL, *flags.split(), script="gpt.py"), 1, *words, script="gpt.py")
     assert not out.exists()
 
 
 def test_texts_that_will_not_do(tmp_path):
     for content, words in (b" \n", ["is empty"]), (b"short", ["--context 16 needs as many", "longer text"]):
         (tmp_path / "x.txt").write_bytes(content)
-        refused(run("--data", tmp_path / "x.txt", "--out", tmp_path / "run", *SMALL, script="gpt.py"), 1, *words, script="gpt.py")
-    refused(run("--data", tmp_path / "none.txt", "--out", tmp_path / "run", *SMALL, script="gpt.py"), 1,
+        refused(call("--data", tmp_path / "x.txt", "--out", tmp_path / "run", *SMALL, script="gpt.py"), 1, *words, script="gpt.py")
+    refused(call("--data", tmp_path / "none.txt", "--out", tmp_path / "run", *SMALL, script="gpt.py"), 1,
             "there is no text", "--data takes pydocs", script="gpt.py")
 
 

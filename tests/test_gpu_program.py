@@ -1,6 +1,7 @@
 """experiments/gpu.py with --quick: its phases, their files, and that its checks notice what is wrong."""
 import importlib.util
 import json
+import multiprocessing
 import sys
 import types
 
@@ -19,8 +20,14 @@ import gpu  # noqa: E402
 SHAPE = {"command", "summary", "figures", "machine", "threads", "seconds", "settings", "versions"}
 
 
+def forks():
+    """The processes of gpu.py are forks of it, which has PyTorch already."""
+    context = multiprocessing.get_context
+    multiprocessing.get_context = lambda _: context("fork")
+
+
 def quick(folder, *flags):
-    return run("--quick", "--out", folder, *flags, script="experiments/gpu.py")
+    return run("--quick", "--out", folder, *flags, script="experiments/gpu.py", before=forks)
 
 
 def read(folder, phase):

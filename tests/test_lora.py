@@ -4,13 +4,11 @@ import dataclasses
 import json
 import math
 import signal
-import subprocess
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import command, refused, run
+from conftest import call, killed_at, refused, run
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -530,7 +528,7 @@ def done(texts, tmp_path_factory):
 @pytest.fixture
 def lora_py(texts, tmp_path):
     """Runs lora.py with the small settings, flags after them, and --out in tmp_path."""
-    return lambda *flags, out="out": run(*texts, *SMALL, "--out", tmp_path / out, *flags, script="lora.py")
+    return lambda *flags, out="out", how=run: how(*texts, *SMALL, "--out", tmp_path / out, *flags, script="lora.py")
 
 
 def result(out):
@@ -649,26 +647,19 @@ def kept_base(flags):
         return lora.pretrain(common.resolve(lora.Args(**given)))
 
 
-def interrupted(path, *flags):
-    """Starts lora.py and interrupts it once a file is there; returns what it printed as errors."""
-    process = subprocess.Popen(command(*flags, script="lora.py"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(3000):
-        if path.exists() or process.poll() is not None:
-            break
-        time.sleep(.02)
-    assert path.exists(), process.communicate()
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT, error
-    return error
+def interrupted(*flags):
+    """lora.py, interrupted in the eighth step of a training; returns what it printed as errors."""
+    process = run(*flags, script="lora.py", before=killed_at(7, signal.SIGINT))
+    assert process.returncode == -signal.SIGINT, process.stderr
+    return process.stderr
 
 
 def test_an_interrupted_base_continues(texts, tmp_path):
-    flags = [*texts, *SMALL, "--base-steps", 700]
-    error = interrupted(tmp_path / "a/base/checkpoint.pt", *flags, "--save-every", .2, "--out", tmp_path / "a")
+    flags = [*texts, *SMALL, "--base-steps", 20]
+    error = interrupted(*flags, "--out", tmp_path / "a")
     assert f"python lora.py --resume --out {tmp_path / 'a'} continues it" in error and len(error.strip().splitlines()) == 1
     half = torch.load(tmp_path / "a/base/checkpoint.pt", weights_only=True)["step"]
-    assert 0 < half < 700
+    assert 0 < half < 20
     again = run("--resume", "--out", tmp_path / "a", script="lora.py")
     assert again.returncode == 0 and f"Continuing from step {half}" in again.stdout, again.stderr
     whole = run(*flags, "--out", tmp_path / "apart/b", script="lora.py")
@@ -679,10 +670,10 @@ def test_an_interrupted_base_continues(texts, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_resumed_equals_uninterrupted(method, done, texts, tmp_path):
-    flags = [*texts, *SMALL, "--epochs", 300, "--dropout", .1, "--base", done[0], "--method", method]
-    interrupted(tmp_path / "a/checkpoint.pt", *flags, "--save-every", .1, "--out", tmp_path / "a")
+    flags = [*texts, *SMALL, "--epochs", 10, "--dropout", .1, "--base", done[0], "--method", method]
+    interrupted(*flags, "--out", tmp_path / "a")
     half = torch.load(tmp_path / "a/checkpoint.pt", weights_only=True)["step"]
-    assert 0 < half < 450 and not (tmp_path / "a/adapter.pt").exists()
+    assert 0 < half < 15 and not (tmp_path / "a/adapter.pt").exists()
     again = run("--resume", "--out", tmp_path / "a", script="lora.py")
     assert again.returncode == 0 and f"Continuing from step {half}" in again.stdout, again.stderr
     whole = run(*flags, "--out", tmp_path / "b", script="lora.py")
@@ -755,15 +746,15 @@ def test_bad_flags(flags, words, capsys):
     (["--base", "nowhere"], ["--base nowhere holds no weights and no run. Fetch config.json"]),
     (["--resume"], ["there is no", "leave out --resume"])])
 def test_bad_input_before_anything_is_trained(flags, words, lora_py, tmp_path):
-    process = lora_py(*flags)
+    process = lora_py(*flags, how=call)
     refused(process, 1, *words, script="lora.py")
     assert "steps in" not in process.stdout and not (tmp_path / "out").exists()
 
 
 def test_what_does_not_fit_a_base_that_is_there(done, lora_py):
-    refused(lora_py("--base", done[0], "--rank", 17), 1, "rank 17 of a 48 x 16 matrix", script="lora.py")
-    refused(lora_py("--base", done[0], "--example", 40), 1, "41 tokens are more than the context of 40", script="lora.py")
-    refused(lora_py("--base", done[0], "--prompt", "x" * 60), 1, "62 tokens are more than the context of 40", script="lora.py")
+    refused(lora_py("--base", done[0], "--rank", 17, how=call), 1, "rank 17 of a 48 x 16 matrix", script="lora.py")
+    refused(lora_py("--base", done[0], "--example", 40, how=call), 1, "41 tokens are more than the context of 40", script="lora.py")
+    refused(lora_py("--base", done[0], "--prompt", "x" * 60, how=call), 1, "62 tokens are more than the context of 40", script="lora.py")
 
 
 def test_foreign_and_broken_files(done, lora_py, tmp_path):
@@ -771,12 +762,12 @@ def test_foreign_and_broken_files(done, lora_py, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "checkpoint.pt").write_bytes(b"no checkpoint")
-    refused(lora_py("--base", broken), 1, "not a checkpoint that can be read", script="lora.py")
+    refused(lora_py("--base", broken, how=call), 1, "not a checkpoint that can be read", script="lora.py")
     state = torch.load(out / "base/checkpoint.pt", weights_only=True)
     torch.save(state | dict(script="mae.py"), broken / "checkpoint.pt")
-    refused(lora_py("--base", broken), 1, "written by mae.py, not by gpt.py or lora.py", "--base", script="lora.py")
+    refused(lora_py("--base", broken, how=call), 1, "written by mae.py, not by gpt.py or lora.py", "--base", script="lora.py")
     torch.save(state | dict(args=state["args"] | dict(data="shapes")), broken / "checkpoint.pt")
-    refused(lora_py("--base", broken), 1, "trained on images (shapes)", "--base", script="lora.py")
+    refused(lora_py("--base", broken, how=call), 1, "trained on images (shapes)", "--base", script="lora.py")
     diverged = lora_py("--base", out, "--method", "full", "--lr", "1e30", "--epochs", 9)
     refused(diverged, 1, "smaller --lr", script="lora.py")
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, refused, run
+from conftest import SMALL, call, refused, run
 from torch import nn
 
 import common
@@ -358,7 +358,7 @@ def test_a_bad_flag_in_a_process_of_its_own():
 def test_settings_that_do_not_fit_get_one_sentence(tiny, tmp_path, flags, words):
     """Raised where the constraint is, shown without a traceback; and nothing is left behind."""
     out = tmp_path / "run"
-    refused(run("--data", tiny, "--out", out, *SMALL, *flags.split()), 1, *words)
+    refused(call("--data", tiny, "--out", out, *SMALL, *flags.split()), 1, *words)
     assert not out.exists()
 
 

@@ -1,7 +1,9 @@
 """Several processes (torchrun), and the parts of --accumulate: together they compute what one process computes at once."""
+import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,7 +11,7 @@ import time
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import ROOT, refused, run
+from conftest import ROOT, begin, refused, run
 
 import common
 import simclr
@@ -22,6 +24,30 @@ def torchrun(script, *flags, cwd):
     """Two processes of a script."""
     return subprocess.run([*TORCHRUN, ROOT / script, *map(str, flags)], capture_output=True, text=True, cwd=cwd, timeout=200,
                           env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+
+def one_of(count, rank, port):
+    """Makes this process one of so many, as torchrun does."""
+    os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank))
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def two(script, *flags, cwd):
+    """What torchrun() returns, without its imports: the processes are forked."""
+    port, folders = free_port(), [cwd / "rank-0", cwd / "rank-1"]
+    [folder.mkdir() for folder in folders]
+    processes = [begin(*flags, script=script, folder=folder, cwd=cwd, before=functools.partial(one_of, 2, rank, port))
+                 for rank, folder in enumerate(folders)]
+    for process in processes:
+        process.join(200)
+        process.kill()
+    out, err = ("".join((folder / name).read_text() for folder in folders) for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(flags, any(process.exitcode for process in processes), out, err)
 
 
 def weights(out):
@@ -60,9 +86,9 @@ def test_two_processes_or_two_parts_are_one_batch(name, tiny, tmp_path):
     flags += [] if name == "lora" else ["--steps", 6, "--batch", 8]
     done = run(*flags, "--out", tmp_path / "one/run", script=f"{name}.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    two = torchrun(f"{name}.py", *flags, "--out", tmp_path / "two/run", cwd=tmp_path)
-    assert two.returncode == 0, two.stderr
-    assert len(two.stdout.splitlines()) == len(done.stdout.splitlines())                  # one of them speaks
+    both = two(f"{name}.py", *flags, "--out", tmp_path / "two/run", cwd=tmp_path)
+    assert both.returncode == 0, both.stderr
+    assert len(both.stdout.splitlines()) == len(done.stdout.splitlines())                 # one of them speaks
     assert "torchrun --nproc-per-node 2" in json.loads((tmp_path / "two/run/result.json").read_text())["command"]
     parts = run(*flags, "--accumulate", 2, "--out", tmp_path / "parts/run", script=f"{name}.py", cwd=tmp_path)
     assert parts.returncode == 0, parts.stderr
@@ -75,7 +101,7 @@ def test_two_processes_or_two_parts_are_one_batch(name, tiny, tmp_path):
 
 def contrast(rank, port, x, folder):
     """One of two processes: its part of the images, by a linear encoder, and the loss of all."""
-    os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
+    one_of(2, rank, port)
     common.start_processes(common.Args(device="cpu"))
     torch.manual_seed(0)
     encoder = torch.nn.Linear(6, 4)
@@ -88,7 +114,7 @@ def contrast(rank, port, x, folder):
 def gradient(rank, port, world, accumulate, folder):
     """The gradient of a batch of which some targets do not count, and the loss of the log."""
     if world > 1:
-        os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank))
+        one_of(world, rank, port)
         common.start_processes(common.Args(device="cpu"))
     torch.manual_seed(0)
     model, x, y = torch.nn.Linear(6, 4), torch.randn(8, 3, 6), torch.randint(4, (8, 3))
@@ -135,13 +161,6 @@ def test_negatives_come_from_all_processes(tmp_path):
     assert not torch.allclose(encoder.weight.grad, found[0][1])
 
 
-def free_port():
-    import socket
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
 def test_simclr(tiny, tmp_path):
     flags = ["--data", tiny, "--image-size", 8, "--width", 8, "--batch", 8, "--steps", 3, "--labels", 2, "--device", "cpu"]
     refused(run(*flags, "--accumulate", 2, script="simclr.py"), 2, "--accumulate is not for SimCLR", script="simclr.py")
@@ -153,7 +172,7 @@ def test_simclr(tiny, tmp_path):
 def test_what_cannot_be_divided(tiny, tmp_path):
     flags = ["--data", tiny, "--image-size", 8, "--batch", 7, "--steps", 2, "--labels", 2, "--device", "cpu", "--out", tmp_path / "run"]
     refused(run(*flags, "--accumulate", 2), 1, "--batch 7 cannot be divided into 2 parts")
-    done = torchrun("mae.py", *flags, cwd=tmp_path)
+    done = two("mae.py", *flags, cwd=tmp_path)
     assert done.returncode and done.stderr.count("mae.py: --batch 7 cannot be divided") == 1 and not (tmp_path / "run").exists()
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, begin, command, refused, run
+from conftest import ROOT, SMALL, at_step, begin, command, killed_at, refused, run
 from torch import nn
 
 import common
@@ -83,22 +83,6 @@ def log(out):
     """log.jsonl without its times."""
     lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-
-
-def at_step(step, *numbers):
-    """For run(before=...): the process sends itself these signals while it takes a step."""
-    add = common.Run.log
-
-    def send(self, loss):
-        add(self, loss)
-        if self.step == step:
-            for number in numbers:
-                os.kill(os.getpid(), number)
-    common.Run.log = send
-
-
-def killed_at(step, *numbers):
-    return functools.partial(at_step, step, *numbers)
 
 
 # ------------------------------------------------------------- a script of a few lines, to be fast

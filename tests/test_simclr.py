@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused, run
+from conftest import call, refused, run
 from torch import nn
 
 import common
@@ -489,7 +489,7 @@ def test_a_bad_flag_gets_one_sentence(flags, words, tmp_path, monkeypatch, capsy
 
 
 def test_too_many_labels_are_refused_before_training(tiny, tmp_path):
-    done = run("--data", tiny, "--out", tmp_path / "run", *SMALL, "--labels", 33, script="simclr.py")
+    done = call("--data", tiny, "--out", tmp_path / "run", *SMALL, "--labels", 33, script="simclr.py")
     refused(done, 1, "--labels 33 is too many: a class has only 32", script="simclr.py")
     assert not (tmp_path / "run").exists()
 
