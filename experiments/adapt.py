@@ -11,12 +11,8 @@ Writes   one JSON file (--out), after each training. The same command continues 
          --methods or --repeats and another --seed add to it; of other settings it is refused. The
          base is in runs/.
 """
-import contextlib
-import copy
 import dataclasses
-import io
 import json
-import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -24,11 +20,10 @@ from typing import get_args
 
 import numpy as np
 import torch
-from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-import common, lora                                                            # noqa: E402
+import common, lora, shared                                                    # noqa: E402
 from repeat import apart, keep                                                 # noqa: E402
 
 METHODS = [*get_args(lora.Method), "in-context"]
@@ -59,18 +54,14 @@ def options(argv=None):
                         ".json; with --search lora-search.json; with --quick in runs/]")
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(k=[1, 4], repeats=2)
-    own, rest = parser.parse_known_args(argv)
-    flags = common.parser_of(lora.Args)
-    flags.prog = parser.prog
-    given = vars(flags.parse_args(QUICK * own.quick + rest))
-    for name in {"method", "resume", *["lr"] * own.search} & set(given):
-        parser.error(f"{common.flag(name)} cannot be used here")
+    own, given = shared.parse(parser, argv, QUICK, ["method", "resume"])
+    if own.search and "lr" in given:
+        parser.error("--lr cannot be used here")
     if min(*own.k, own.repeats) < 1 or len(set(own.k)) < len(own.k):
         parser.error("--k and --repeats must be 1 or more, each --k another number")
     name = f"{'search' if own.search else 'adapt'}.json"
     own.out = own.out or ("runs/quick-" if own.quick else "results/lora-") + name
-    own.args = lora.Args(**{key: tuple(value) if isinstance(value, list) else value
-                            for key, value in given.items()}, k=max(own.k),
+    own.args = lora.Args(**given, k=max(own.k),
                          out=f"runs/{Path(own.out).stem}-{given.get('seed', 0)}")
     return own
 
@@ -80,20 +71,15 @@ def new_result(own, args, about, model):
     settings = dataclasses.asdict(args) | dict(
         dtype=common.precision(args), methods=own.methods, k=own.k, repeats=own.repeats,
         search=own.search)
-    for name in "out", "data_dir", "resume":
-        del settings[name]
     depth, dim = len(model.blocks), model.pos_embed.weight.shape[1]
     state = common.read_checkpoint(about["base"])
     base = f"{depth} x {dim} GPT of {about['old']}, step {state['step']}, {about['fingerprint']}"
     command = common.command(dataclasses.replace(args, k=lora.Args.k)).split(" ")[2:]
-    command = ["python experiments/adapt.py", *["--search"] * own.search, "--k", *own.k, *command]
-    return dict(command=" ".join(map(str, command)), summary="",
-                figures=dict(base=base, base_seconds=state["seconds"], old=about["old"],
-                             parameters=sum(p.numel() for p in model.parameters()), rows={},
-                             counts=[n for n in (1, 2, 3, 4, 8, 16, 32) if n <= dim], energy={}),
-                machine=common.machine(args.device), threads=torch.get_num_threads(), seconds=0.,
-                settings=json.loads(json.dumps(settings)),
-                versions=dict(python=platform.python_version(), torch=torch.__version__))
+    command = ["experiments/adapt.py", *["--search"] * own.search, "--k", *own.k, *command]
+    figures = dict(base=base, base_seconds=state["seconds"], old=about["old"],
+                   parameters=sum(p.numel() for p in model.parameters()), rows={},
+                   counts=[n for n in (1, 2, 3, 4, 8, 16, 32) if n <= dim], energy={})
+    return shared.new_result(command, figures, settings, args.device)
 
 
 def continued(own, new):
@@ -129,24 +115,11 @@ def cells(own, args, context):
 def fit(args, base, examples, val, old, bos):
     """Adapts a copy of the base as lora.py does. Returns the model and its figures: losses in nats
     per token, trained parameters, bytes of the adapter, seconds per step."""
-    torch.manual_seed(args.seed)
-    model = lora.adapt_base(args, copy.deepcopy(base))
-    optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)
-    with tempfile.TemporaryDirectory() as args.out, contextlib.redirect_stdout(io.StringIO()):
-        run = common.Run(args, model.train(), optimizer)
-        for step in run:
-            x, target = run.batch(examples).unbind(1)
-            with run.autocast():
-                loss = lora.distance(model(lora.mask(x, bos)[0]), target)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            run.log(loss)
-        size = lora.save_adapter(args, model.eval(), dict(fingerprint="")).stat().st_size
-    trained = sum(p.numel() for p in lora.adapter_state(model).values())
+    model, trained, seconds = shared.fit(args, base, examples, bos)
+    with tempfile.TemporaryDirectory() as args.out:
+        size = lora.save_adapter(args, model, dict(fingerprint="")).stat().st_size
     return model, lora.losses(args, model, val, old, bos) | dict(
-        trained=trained, bytes=size, seconds=run.seconds / max(1, args.steps))
+        trained=trained, bytes=size, seconds=seconds / max(1, args.steps))
 
 
 def cumulative_energy(delta):
@@ -214,7 +187,7 @@ def main(own):
     base, about = known or lora.load_base(args, lora.pretrain(args))
     context = len(base.pos_embed.weight)
     val, old = lora.to_test(args, val, about["old"], context, tokens)
-    result = continued(own, new_result(own, args, about, base))
+    result = shared.continued(own.out, new_result(own, args, about, base), FREE, ["base"])
     figures = result["figures"]
     figures["start"] = start = list(lora.losses(args, base, val, old, tokens.BOS).values())
     bar = common.progress(list(cells(own, args, context)), "adapting")

@@ -18,24 +18,18 @@ Writes   one JSON file (--out), after each training, and beside it the curves as
          command continues it; more of --seeds, --methods or --times add to it; of other settings it
          is refused. The bases are in runs/.
 """
-import contextlib
 import copy
 import dataclasses
-import io
-import json
 import math
-import platform
 import sys
-import tempfile
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import torch
-from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-import common, curves, lora                                                    # noqa: E402
+import common, curves, lora, shared                                            # noqa: E402
 
 METHODS = list(get_args(lora.Method))
 USUAL = ["lora", "ia3", "bitfit", "last", "full"]
@@ -63,12 +57,7 @@ def options(argv=None):
     add("--quick", action="store_true", help=" ".join(QUICK))
     add("--out", metavar="FILE", help="file of the figures [results/forgetting.json; with --quick "
         "runs/quick-forgetting.json]")
-    own, rest = parser.parse_known_args(argv)
-    flags = common.parser_of(lora.Args)
-    flags.prog = parser.prog
-    given = vars(flags.parse_args(QUICK * own.quick + rest))
-    for name in {"method", "lr", "warmup", "seed", "resume"} & set(given):
-        parser.error(f"{common.flag(name)} cannot be used here")
+    own, given = shared.parse(parser, argv, QUICK, ["method", "lr", "warmup", "seed", "resume"])
     own.seeds = own.seeds or [0, 1, 2][:2 if own.quick else 3]
     for name in "methods", "times", "seeds":
         values = getattr(own, name)
@@ -77,9 +66,7 @@ def options(argv=None):
     if not all(0 < x < math.inf for x in own.times) or not all(0 <= x <= 1e9 for x in own.seeds):
         parser.error("--times must be above 0, and --seeds from 0 to 1e9")
     own.out = own.out or f"{'runs/quick-' if own.quick else 'results/'}forgetting.json"
-    given = dict(k=1024) | {key: tuple(value) if isinstance(value, list) else value
-                            for key, value in given.items()}
-    own.args = lora.Args(**given)
+    own.args = lora.Args(**dict(k=1024) | given)
     return own
 
 
@@ -96,44 +83,12 @@ def rate_of(method, times):
 def new_result(own, args):
     """What the file holds at first: the settings."""
     settings = dataclasses.asdict(args) | dict(dtype=common.precision(args))
-    for name in "out", "data_dir", "resume":
-        del settings[name]
     flags = common.command(dataclasses.replace(args, warmup=lora.Args.warmup, lr=lora.Args.lr,
                                                steps=own.args.steps)).split(" ")[2:]
-    command = ["python experiments/forgetting.py", "--methods", *own.methods, "--times",
+    command = ["experiments/forgetting.py", "--methods", *own.methods, "--times",
                *(f"{x:g}" for x in own.times), "--seeds", *own.seeds, *flags]
-    return dict(command=" ".join(map(str, command)), summary="",
-                figures=dict(at=points(args.steps), bases={}, rows={}),
-                machine=common.machine(args.device), threads=torch.get_num_threads(), seconds=0.,
-                settings=json.loads(json.dumps(settings)),
-                versions=dict(python=platform.python_version(), torch=torch.__version__))
-
-
-def continued(own, new):
-    """The figures that the file holds already, in the new result. Raises UserError where they are
-    of other settings."""
-    path = Path(own.out)
-    if not path.exists():
-        return new
-    try:
-        old = json.loads(path.read_text())
-        differ = [common.flag(name) for name, value in new["settings"].items()
-                  if name not in FREE and old["settings"].get(name) != value]
-        new = new | dict(figures=old["figures"], seconds=old["seconds"])
-        old["figures"]["rows"].items(), old["figures"]["bases"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise common.UserError(f"{path} is no file of forgetting.py: choose another --out"
-                               ) from None
-    common.require(not differ, f"{path} has figures of another {', '.join(differ)}: choose another "
-                   "--out")
-    return new
-
-
-def save(own, result):
-    """Writes the file in one motion."""
-    Path(own.out).parent.mkdir(parents=True, exist_ok=True)
-    with common.replacing(own.out) as f:
-        f.write((json.dumps(result, indent=1) + "\n").encode())
+    return shared.new_result(command, dict(at=points(args.steps), bases={}, rows={}), settings,
+                             args.device)
 
 
 @torch.no_grad()
@@ -150,34 +105,18 @@ def follow(args, base, examples, at, measure):
     Returns the figures: {new, old, change: for each of the steps `at` the losses, in nats per
     token, and change(); trained: parameters; seconds: with the evaluations}. measure(model) ->
     dict(new, old)."""
-    torch.manual_seed(args.seed)
-    model, found = lora.adapt_base(args, copy.deepcopy(base)), dict(new=[], old=[], change=[])
+    found = dict(new=[], old=[], change=[])
 
-    def after(n):
+    def watch(run, n):
+        for group in run.optimizer.param_groups:
+            group["lr"] = args.lr * min(1., (n + 1) / RISE)
         if n in at:
-            for name, loss in measure(model.eval()).items():
+            for name, loss in measure(run.model.eval()).items():
                 found[name].append(loss)
-            found["change"].append(change(model, base))
-            model.train()
-    optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)
-    with tempfile.TemporaryDirectory() as args.out, contextlib.redirect_stdout(io.StringIO()):
-        run = common.Run(args, model, optimizer)
-        after(0)
-        for step in run:
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1., (step + 1) / RISE)
-            x, target = run.batch(examples).unbind(1)
-            inputs, _ = lora.mask(x, lora.BYTES.BOS)
-            with run.autocast():
-                loss = lora.distance(model(inputs), target)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            run.log(loss)
-            after(step + 1)
-    trained = sum(p.numel() for p in lora.adapter_state(model).values())
-    return found | dict(trained=trained, seconds=run.seconds)
+            found["change"].append(change(run.model, base))
+            run.model.train()
+    _, trained, seconds = shared.fit(args, base, examples, watch=watch)
+    return found | dict(trained=trained, seconds=seconds)
 
 
 def load(args, seed):
@@ -186,10 +125,8 @@ def load(args, seed):
     train, val = lora.load_examples(args)
     torch.manual_seed(seed)
     model, about = lora.load_base(args, args.base or lora.pretrain(args))
-    context = len(model.pos_embed.weight)
-    old = lora.windows(args, about["old"], context)[1]
-    examples = lora.choose(train, args.k, seed)
-    return model, about, examples, common.evenly(val, 400), common.evenly(old, 100)
+    new, old = lora.to_test(args, val, about["old"], len(model.pos_embed.weight))
+    return model, about, lora.choose(train, args.k, seed), new, old
 
 
 def reached(curve, loss, what="old"):
@@ -243,18 +180,13 @@ def asked(own, figures):
     return figures | dict(bases={seed: figures["bases"][seed] for seed in seeds}, rows=rows)
 
 
-def show(values):
-    """Mean and standard deviation for a table of 80 columns."""
-    return common.mean_std(values, 3).replace(" +- ", " ±")
-
-
 def table(figures):
     """The table, and a line: the rise of the old loss at the new loss that all reach."""
     found, losses = compared(figures)
     rows = [["method", "rate", *(f"at new {np.mean(x):.3f}" for x in losses.values()),
              "change, %", "least new", "there"]]
-    rows += [[method, rate, *(show(cell[level]) for level in LEVELS),
-              f"{np.mean(cell['change']):.1f}", show(cell["least"]),
+    rows += [[method, rate, *(shared.mean_std(cell[level], 3) for level in LEVELS),
+              f"{np.mean(cell['change']):.1f}", shared.mean_std(cell["least"], 3),
               f"{np.mean(cell['there']):.3f}"]
              for (method, rate), cell in found.items()]
     end = ", ".join(f"{method} {rate} +{np.mean(cell[1.]):.3f}"
@@ -289,7 +221,7 @@ def prepared(own, seed):
 def main(own):
     own.args = common.resolve(own.args)
     torch.set_float32_matmul_precision("high")
-    result = continued(own, new_result(own, prepared(own, own.seeds[0])))
+    result = shared.continued(own.out, new_result(own, prepared(own, own.seeds[0])), FREE)
     figures = result["figures"]
     for seed in own.seeds:
         missing = [(method, x) for method in own.methods for x in own.times if str(seed)
@@ -312,16 +244,17 @@ def main(own):
             row = figures["rows"].setdefault(method, {}).setdefault(rate_of(method, x), {})
             row[str(seed)] = found
             result["seconds"] += found["seconds"]
-            save(own, result)
+            shared.save(own.out, result)
             common.say(f"seed {seed}, {method}, rate {how.lr:g}: new {found['new'][-1]:.3f}, old "
                        f"{found['old'][-1]:.3f}")
     figures = asked(own, figures)
     rows, result["summary"] = table(figures)
-    save(own, result)
+    shared.save(own.out, result)
     chart = Path(own.out).with_suffix(".svg")
     chart.write_text(draw(figures, own.times))
-    starts = [[f[name] for f in figures["bases"].values()] for name in ("new", "old")]
-    common.say(f"\nThe base: {show(starts[0])} on new text, {show(starts[1])} on old text (nats "
+    new, old = (shared.mean_std([f[name] for f in figures["bases"].values()], 3)
+                for name in ("new", "old"))
+    common.say(f"\nThe base: {new} on new text, {old} on old text (nats "
                f"per token; seeds {' '.join(figures['bases'])}). How far the old loss rose when "
                "the new loss had come half of the way to the least that all reach, and all of it, "
                "and how far the weights had moved by then; each one's least new loss, and the rise "

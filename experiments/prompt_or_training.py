@@ -31,9 +31,7 @@ Writes   one JSON file (--out), after every few trainings, and beside it the cur
          refused. The bases are in runs/.
 """
 import copy
-import json
 import math
-import platform
 import sys
 import time
 from pathlib import Path
@@ -44,7 +42,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-import common, curves, lora                                                    # noqa: E402
+import common, curves, lora, shared                                            # noqa: E402
 
 CLASSES, WORDS, ENDINGS = 16, 128, 4              # words of all classes together; endings of each
 BOS = WORDS + CLASSES * ENDINGS                   # tokens: words, endings, BOS
@@ -200,41 +198,11 @@ def options(argv=None):
 
 def new_result(own):
     """What the file holds at first: the settings."""
-    device = common.find_device(own.device)
     lists = [f"--{name} {' '.join(map(str, getattr(own, name)))}" for name in ("seeds", "k")]
-    command = ["python experiments/prompt_or_training.py", *["--quick"] * own.quick, *lists,
+    command = ["experiments/prompt_or_training.py", *["--quick"] * own.quick, *lists,
                f"--tasks {own.tasks} --choose {own.choose}"]
-    return dict(command=" ".join(command), summary="",
-                figures=dict(k=own.k, bases={}, rates={}, rows={}), machine=common.machine(device),
-                threads=torch.get_num_threads(), seconds=0.,
-                settings=own.sizes | dict(k=own.k, choose=own.choose, dtype="float32"),
-                versions=dict(python=platform.python_version(), torch=torch.__version__))
-
-
-def continued(own, new):
-    """The figures that the file holds already, in the new result. Raises UserError where they are
-    of other settings."""
-    if not Path(own.out).exists():
-        return new
-    try:
-        old = json.loads(Path(own.out).read_text())
-        differ = [common.flag(name) for name, value in new["settings"].items()
-                  if old["settings"].get(name) != value]
-        new = new | dict(figures=old["figures"], seconds=old["seconds"])
-        [old["figures"][name].items() for name in ("bases", "rates", "rows")]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise common.UserError(f"{own.out} is no file of prompt_or_training.py: choose another "
-                               "--out") from None
-    common.require(not differ, f"{own.out} has figures of another {', '.join(differ)}: choose "
-                   "another --out")
-    return new
-
-
-def save(own, result):
-    """Writes the file in one motion."""
-    Path(own.out).parent.mkdir(parents=True, exist_ok=True)
-    with common.replacing(own.out) as f:
-        f.write((json.dumps(result, indent=1) + "\n").encode())
+    return shared.new_result(command, dict(k=own.k, bases={}, rates={}, rows={}), own.sizes | dict(
+        k=own.k, choose=own.choose, dtype="float32"), common.find_device(own.device))
 
 
 def number(seed, i, choose=False):
@@ -290,7 +258,7 @@ def choose(own, result):
             learn(base, method, lr, x.to(args.device), k, args)["loss"] for x in tasks]
         result["seconds"] = time.monotonic() - start
         if n % 8 == 7 or n == len(missing) - 1:
-            save(own, result)
+            shared.save(own.out, result)
 
 
 def best(figures, kind, method, k):
@@ -322,7 +290,7 @@ def measure(own, result, seed):
             if method == METHODS[0]:
                 limit.setdefault("accuracy", []).append(shown(x, k))
         result["seconds"] = time.monotonic() - start
-        save(own, result)
+        shared.save(own.out, result)
 
 
 def asked(own, figures):
@@ -348,7 +316,7 @@ def table(figures, kind, what):
         if what != "accuracy":
             digits = 2 if what == "loss" else 0
             return f"{np.mean(found):.{digits}f}" if found else ""
-        return common.mean_std(found, 0).replace(" +- ", " ±") if found else ""
+        return shared.mean_std(found, 0) if found else ""
     names = METHODS + ["shown"] * (what == "accuracy")
     return [["k", *map(str, figures["k"])]] + [
         [method, *(cell(method, k) for k in figures["k"])] for method in names]
@@ -427,14 +395,14 @@ def report(own, figures):
 
 def main(own):
     torch.set_float32_matmul_precision("high")
-    result = continued(own, new_result(own))
+    result = shared.continued(own.out, new_result(own))
     figures = result["figures"]
     choose(own, result)
     for seed in own.seeds:
         measure(own, result, seed)
     figures = asked(own, figures)
     result["summary"] = "; ".join(crossings(figures))
-    save(own, result)
+    shared.save(own.out, result)
     chart = Path(own.out).with_suffix(".svg")
     chart.write_text(draw(figures))
     report(own, figures)

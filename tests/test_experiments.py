@@ -27,7 +27,7 @@ def run(*flags, script="compare.py", **how):
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "experiments").glob("*.py")
-                                          if path.name not in ("pairs.py", "curves.py")))
+                                          if path.name not in ("pairs.py", "curves.py", "shared.py")))
 def test_help(script):
     """Without the packages that the benchmarks are beside."""
     done = run("--help", script=script)

@@ -1,0 +1,97 @@
+"""What several experiments share: the flags of lora.py beside their own, files of figures that are
+continued, lora.py's training as a function, and how a mean is written."""
+import contextlib
+import copy
+import io
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common, lora                                                            # noqa: E402
+
+
+def parse(parser, argv, quick, without):
+    """The flags of an experiment, and of lora.py: (own, settings of lora.Args that were given). With
+    --quick those of the list quick are given, too, and yours win; those of `without` are refused."""
+    own, rest = parser.parse_known_args(argv)
+    flags = common.parser_of(lora.Args)
+    flags.prog = parser.prog
+    given = vars(flags.parse_args(quick * own.quick + rest))
+    for name in set(without) & set(given):
+        parser.error(f"{common.flag(name)} cannot be used here")
+    return own, {name: tuple(value) if isinstance(value, list) else value
+                 for name, value in given.items()}
+
+
+def new_result(command, figures, settings, device):
+    """What a file holds at first. command: its words after python; settings: {name: value}."""
+    settings = {name: value for name, value in settings.items()
+                if name not in ("out", "data_dir", "resume")}
+    return dict(command=" ".join(map(str, ["python", *command])), summary="", figures=figures,
+                machine=common.machine(device), threads=torch.get_num_threads(), seconds=0.,
+                settings=json.loads(json.dumps(settings)),
+                versions=dict(python=platform.python_version(), torch=torch.__version__))
+
+
+def continued(path, new, free=(), fixed=()):
+    """The new result, with the figures that the file holds already. Raises UserError where they are
+    of other settings. free: settings that change no figure; fixed: figures that must be the same.
+    """
+    path = Path(path)
+    if not path.exists():
+        return new
+    try:
+        old = json.loads(path.read_text())
+        differ = [common.flag(name) for name, value in new["settings"].items()
+                  if name not in free and old["settings"].get(name) != value]
+        differ += [name for name in fixed if old["figures"][name] != new["figures"][name]]
+        [old["figures"][name].items() for name, value in new["figures"].items() if value == {}]
+        new = new | dict(figures=old["figures"], seconds=old["seconds"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        script = Path(new["command"].split()[1]).name
+        raise common.UserError(f"{path} is no file of {script}: choose another --out") from None
+    common.require(not differ, f"{path} has figures of another {', '.join(differ)}: choose another "
+                   "--out")
+    return new
+
+
+def save(path, result):
+    """Writes the file in one motion."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with common.replacing(path) as f:
+        f.write((json.dumps(result, indent=1) + "\n").encode())
+
+
+def fit(args, base, examples, bos=lora.BYTES.BOS, watch=lambda run, n: None):
+    """Adapts a copy of the base to examples (k, 2, 1 + T) as lora.py does. watch(run, n) is called
+    when n steps are done and the learning rate of the next is set. Returns the model, in evaluation
+    mode; the number of trained parameters; and the run's seconds."""
+    torch.manual_seed(args.seed)
+    model = lora.adapt_base(args, copy.deepcopy(base)).train()
+    optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)
+    with tempfile.TemporaryDirectory() as args.out, contextlib.redirect_stdout(io.StringIO()):
+        run = common.Run(args, model, optimizer)
+        for step in run:
+            watch(run, step)
+            x, target = run.batch(examples).unbind(1)
+            with run.autocast():
+                loss = lora.distance(model(lora.mask(x, bos)[0]), target)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log(loss)
+        watch(run, args.steps)
+    trained = sum(p.numel() for p in lora.adapter_state(model).values())
+    return model.eval(), trained, run.seconds
+
+
+def mean_std(values, digits=1):
+    """Mean and standard deviation, for a table of 80 columns."""
+    return common.mean_std(values, digits).replace(" +- ", " ±")
