@@ -17,8 +17,8 @@ import common, lora                                                            #
 
 
 def parse(parser, argv, quick, without):
-    """The flags of an experiment, and of lora.py: (own, settings of lora.Args that were given). With
-    --quick those of the list quick are given, too, and yours win; those of `without` are refused."""
+    """The command line of an experiment, with flags of lora.py: (own, {name: value of lora.Args}).
+    --quick gives the flags `quick` of lora.py, and later ones win; without: what is refused."""
     own, rest = parser.parse_known_args(argv)
     flags = common.parser_of(lora.Args)
     flags.prog = parser.prog
