@@ -154,15 +154,15 @@ def test_a_larger_beta_makes_the_kl_smaller():
 def test_two_numbers_hold_less_than_the_whole_image(tmp_path):
     """With the same training, two numbers do not hold what colour is where; a latent as large as the image
     does; and the two largest of its numbers do not, either."""
-    images = common.Images(*[common.shapes(1000, 0, 16)[0]] * 2, {}, {}, {})
+    images = common.Images(*[common.shapes(500, 0, 16)[0]] * 2, {}, {}, {})
     error = {}
     for kind in KINDS:
-        args = settings(bottleneck=kind, latent=2, k=2, width=32, out=str(tmp_path))
+        args = settings(bottleneck=kind, latent=2, k=2, width=16, out=str(tmp_path))
         torch.manual_seed(0)
         model = autoencoder.build(args, 16)
         optimizer = common.adamw(model.parameters(), 3e-3, 0.)
         for _ in range(200):
-            x = images.normalize(images.train[torch.randint(1000, (32,))])
+            x = images.normalize(images.train[torch.randint(500, (32,))])
             prediction, kl = model(x)
             autoencoder.distance(prediction, x, kl, .1).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)

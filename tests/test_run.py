@@ -1,5 +1,6 @@
 """What a run does to folders, files and signals, from the command line and from Python: nothing is lost, nothing is mixed up,
 and a resumed run ends bit for bit as one that was never stopped."""
+import copy
 import dataclasses
 import functools
 import importlib
@@ -384,9 +385,10 @@ def test_no_two_runs_claim_the_same_folder(here):
     common.say()
     for out in "", "mine":
         found, refusals, barrier = [], [], threading.Barrier(16)
+        resolved = common.resolve(Args(device="cpu", lr=.1, out=out))
 
         def claims():
-            args = common.resolve(Args(device="cpu", lr=.1, out=out))
+            args = copy.copy(resolved)
             barrier.wait()
             try:
                 common.claim(args)
