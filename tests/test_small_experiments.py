@@ -4,11 +4,12 @@ import copy
 import json
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, refused, run
+from conftest import ROOT, SMALL, Forked, refused, run
 from torch import nn
 
 import autoencoder
@@ -253,6 +254,7 @@ def test_while_training_refuses(tiny):
 def test_search(tmp_path, monkeypatch):
     """Each row with each seed, once; the figures are those of the runs; no text that a script tests on is read."""
     start, ran = repeat.run, []
+    monkeypatch.setattr(repeat, "subprocess", types.SimpleNamespace(Popen=lambda line, **_: Forked(line)))
     monkeypatch.setattr(repeat, "run", lambda script, out, flags: ran.append((out.relative_to(tmp_path), flags)) or start(script, out, flags))
 
     def searched(*more):
