@@ -75,7 +75,7 @@ def new_result(own, args, about, model):
     state = common.read_checkpoint(about["base"])
     base = f"{depth} x {dim} GPT of {about['old']}, step {state['step']}, {about['fingerprint']}"
     command = common.command(dataclasses.replace(args, k=lora.Args.k)).split(" ")[2:]
-    command = ["experiments/adapt.py", *["--search"] * own.search, "--k", *own.k, *command]
+    command = ["python experiments/adapt.py", *["--search"] * own.search, "--k", *own.k, *command]
     figures = dict(base=base, base_seconds=state["seconds"], old=about["old"],
                    parameters=sum(p.numel() for p in model.parameters()), rows={},
                    counts=[n for n in (1, 2, 3, 4, 8, 16, 32) if n <= dim], energy={})

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import repeat                                             # first: it finds the scripts
-import autoencoder, common, mae, simclr
+import autoencoder, common, mae, shared, simclr
 
 # script: its module, what its encoder is, its name in tables, steps on a CPU: minutes for each
 METHODS = {"simclr": (simclr, "ResNet", "SimCLR", 2000),
@@ -145,8 +145,7 @@ def tables(args, images, seeds):
     """The figures of all seeds as three tables, of 80 columns at most."""
     what = next(iter(images.names))
     count = [str(k or "all") for k in args.labels]
-    cell = lambda part, who, key: common.mean_std(
-        [found[part][who][key] for found in seeds]).replace(" +- ", " ±")            # 80 columns
+    cell = lambda part, who, key: shared.mean_std([found[part][who][key] for found in seeds])
     names = list(images.names)
     chance = {name: f"{100 / len(images.names[name]):.1f}" for name in names}
     for part, title in (("linear", f"{what}, linear"), ("tune", f"{what}, tuned")):

@@ -85,7 +85,7 @@ def new_result(own, args):
     settings = dataclasses.asdict(args) | dict(dtype=common.precision(args))
     flags = common.command(dataclasses.replace(args, warmup=lora.Args.warmup, lr=lora.Args.lr,
                                                steps=own.args.steps)).split(" ")[2:]
-    command = ["experiments/forgetting.py", "--methods", *own.methods, "--times",
+    command = ["python experiments/forgetting.py", "--methods", *own.methods, "--times",
                *(f"{x:g}" for x in own.times), "--seeds", *own.seeds, *flags]
     return shared.new_result(command, dict(at=points(args.steps), bases={}, rows={}), settings,
                              args.device)

@@ -31,7 +31,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -46,7 +45,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-import common, pairs                                                           # noqa: E402
+import common, pairs, shared                                                   # noqa: E402
 from pairs import DEVICE                                                       # noqa: E402
 
 SERVER = multiprocessing.get_context("spawn" if DEVICE == "cuda" else "forkserver")
@@ -605,11 +604,9 @@ def done(figures):
 def begun(own, phase):
     """What the file of a phase holds, or a new result. Raises UserError if it is of another
     machine."""
-    path, start = own.out / f"gpu-{phase}.json", dict(
-        command=f'make gpu ARGS="--phases {phase}{" --quick" * own.quick}"', summary="", figures={},
-        machine=common.machine(DEVICE), threads=torch.get_num_threads(), seconds=0.,
-        settings=dict(phase=phase, quick=own.quick),
-        versions=dict(python=platform.python_version(), torch=torch.__version__))
+    path, start = own.out / f"gpu-{phase}.json", shared.new_result(
+        [f'make gpu ARGS="--phases {phase}{" --quick" * own.quick}"'], {},
+        dict(phase=phase, quick=own.quick), DEVICE)
     if not path.exists():
         return start
     old = json.loads(path.read_text())
@@ -646,8 +643,7 @@ def main(own):
                 figures[name] = measured(own, phase, name, left)
             result["seconds"] += left - (60 * own.minutes - (time.monotonic() - began))
             result["summary"] = f"{what}: {', '.join(n for n in figures if done(figures[n]))}"
-            with common.replacing(own.out / f"gpu-{phase}.json") as f:
-                f.write((json.dumps(result, indent=1) + "\n").encode())
+            shared.save(own.out / f"gpu-{phase}.json", result)
         rows += [row for name, f in figures.items() for row in lines(phase, name, f)]
         wrong |= any("failed" in f or "NOT: " in f.get("summary", "") for f in figures.values())
     common.say(f"\n{common.machine(DEVICE)}, torch {torch.__version__}\n{common.table(rows)}\n\n"

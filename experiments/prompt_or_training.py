@@ -199,7 +199,7 @@ def options(argv=None):
 def new_result(own):
     """What the file holds at first: the settings."""
     lists = [f"--{name} {' '.join(map(str, getattr(own, name)))}" for name in ("seeds", "k")]
-    command = ["experiments/prompt_or_training.py", *["--quick"] * own.quick, *lists,
+    command = ["python experiments/prompt_or_training.py", *["--quick"] * own.quick, *lists,
                f"--tasks {own.tasks} --choose {own.choose}"]
     return shared.new_result(command, dict(k=own.k, bases={}, rates={}, rows={}), own.sizes | dict(
         k=own.k, choose=own.choose, dtype="float32"), common.find_device(own.device))

@@ -30,10 +30,10 @@ def parse(parser, argv, quick, without):
 
 
 def new_result(command, figures, settings, device):
-    """What a file holds at first. command: its words after python; settings: {name: value}."""
+    """What a file holds at first. command: a list of words; settings: {name: value}."""
     settings = {name: value for name, value in settings.items()
                 if name not in ("out", "data_dir", "resume")}
-    return dict(command=" ".join(map(str, ["python", *command])), summary="", figures=figures,
+    return dict(command=" ".join(map(str, command)), summary="", figures=figures,
                 machine=common.machine(device), threads=torch.get_num_threads(), seconds=0.,
                 settings=json.loads(json.dumps(settings)),
                 versions=dict(python=platform.python_version(), torch=torch.__version__))
@@ -51,7 +51,8 @@ def continued(path, new, free=(), fixed=()):
         differ = [common.flag(name) for name, value in new["settings"].items()
                   if name not in free and old["settings"].get(name) != value]
         differ += [name for name in fixed if old["figures"][name] != new["figures"][name]]
-        [old["figures"][name].items() for name, value in new["figures"].items() if value == {}]
+        for name, value in new["figures"].items():
+            value == {} and old["figures"][name].items()             # raises where it is no dict
         new = new | dict(figures=old["figures"], seconds=old["seconds"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         script = Path(new["command"].split()[1]).name
