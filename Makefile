@@ -3,7 +3,10 @@ PYTHON ?= python3
 ARGS   ?=
 SCRIPTS = simclr autoencoder bert mae gpt lora flamingo
 BENCHES = mae simclr bert gpt lora flamingo
-TESTS   = readme run processes $(filter-out readme run processes,$(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py)))
+# Files of tests that run one after another in one process, which imports PyTorch once; long ones first.
+TOGETHER = readme run processes device lora-adapt-forgetting-prompt_or_training bert-gpt-mae \
+           experiments-small_experiments-same_encoder flamingo-few_shot simclr-autoencoder common-texts-muon-paste-copies
+TESTS   = $(TOGETHER) $(filter-out $(subst -, ,$(TOGETHER)),$(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py)))
 ENV     = .venv/installed
 BENCH   = .venv-bench/installed
 
@@ -15,8 +18,8 @@ help: ## list what can be made
 $(SCRIPTS): $(ENV)
 	.venv/bin/python $@.py $(ARGS)
 
-# With ARGS as pytest takes them; without, the files of tests two at a time on one core each, the
-# longest first: these models are too small for more.
+# With ARGS as pytest takes them; without, the files of tests two at a time on one core each: these
+# models are too small for more.
 test: $(ENV) ## run the tests
 ifneq ($(ARGS),)
 	.venv/bin/python -m pytest -q tests $(ARGS)
@@ -25,7 +28,7 @@ else
 endif
 
 test-%: $(ENV)
-	@out=$$(OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tests/test_$*.py 2>&1); status=$$?; \
+	@out=$$(OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q $(patsubst %,tests/test_%.py,$(subst -, ,$*)) 2>&1); status=$$?; \
 	printf '%s\n' "$$out"; exit $$status
 
 runs: $(ENV) ## show all finished runs as one table

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DATA, ROOT, run
+from conftest import DATA, ROOT, forking, run
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import compare, forgetting, prompt_or_training, repeat  # noqa: E402
@@ -194,7 +194,7 @@ def quick(script, folder, *flags):
     if script == "experiments/repeat.py":
         at = flags.index("--") if "--" in flags else len(flags)
         flags, added = flags[:at], ["--seeds", 0, "--quick", "--", *flags[at + 1:], *QUICK[flags[0]].split()]
-    done = run(*flags, *added, script=script, most=300, cwd=folder)
+    done = run(*flags, *added, script=script, most=300, cwd=folder, before=forking)
     assert done.returncode == 0, done.stderr
 
 
