@@ -91,6 +91,7 @@ class Autoencoder(nn.Module):
         if bottleneck not in ("none", "narrow", "variational", "sparse", "weak"):
             raise ValueError(f"there is no bottleneck {bottleneck!r}")
         self.bottleneck, self.k, self.noise = bottleneck, k, noise
+        self.image_size = image_size
         if bottleneck in ("none", "sparse"):
             # z is the features. With width 48 it is as large as the image: a copy would fit.
             latent = 0
@@ -107,7 +108,11 @@ class Autoencoder(nn.Module):
             self.log_var = nn.Linear(self.encoder.features_dim, latent)
 
     def forward(self, x):
-        """B. Images (B, 3, S, S) -> reconstructions (B, 3, S, S), and the KL (B,) or 0."""
+        """B. Images (B, 3, S, S) -> reconstructions (B, 3, S, S), and the KL (B,) or 0. Raises
+        ValueError for images of another size."""
+        if x.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(f"images of {' x '.join(map(str, x.shape[1:]))}, and this model is "
+                             f"for 3 x {self.image_size} x {self.image_size}")
         h, kl = self.encoder.features(x), 0.
         z = self.encoder.to_latent(h)                                # (B, latent)
         if self.bottleneck == "variational":

@@ -68,7 +68,7 @@ class Args(common.Args):
     context: int = 128              # tokens per window, [CLS] and [SEP] included, 4 or more
     dim: int = 256                  # channels
     depth: int = 4                  # blocks
-    heads: int = 4                  # attention heads (on a CPU 8: with fewer it learns later)
+    heads: int = 4                  # attention heads (with fewer than 8 a small model learns later)
     dropout: float = 0.1            # dropout probability, in [0, 1) (BERT, app. A.2)
     mask_ratio: float = 0.15        # fraction of the words to mask, in (0, 1) (BERT, sec. 3.1)
     keep: float = 0.0               # fraction of masked words left as is, in [0, 0.2] (paper: 0.1)
@@ -76,7 +76,7 @@ class Args(common.Args):
     fill: str = ""                  # a sentence with <mask> in it; the model fills in words there
     classes: int = 6                # parts of the text by which passages are classified, 2 or more
     passage: int = 32               # tokens per passage, [CLS] and [SEP] included, 3 or more
-    labels: tuple[int, ...] = (1, 5, 20)   # labelled passages per class
+    labels: tuple[int, ...] = (1, 5, 20)   # labelled passages per class, 1 or more
     tune_steps: int = 200           # steps of each fine-tuning, 0 or more
     tune_lr: float = 5e-4           # peak learning rate of fine-tuning
 

@@ -216,7 +216,7 @@ def parser_of(Args):
         help = text.get(f.name, "").replace("%", "%%")
         if kind is bool:
             help += " [yes]" if f.default else " [no]"
-        elif f.default not in ("", "auto"):
+        elif f.default != "":
             smaller = f"; on a CPU {typed(Args.cpu[f.name])}" if f.name in Args.cpu else ""
             help += f" [{typed(f.default)}{smaller}]"
         group = shared if f.name in Args.__mro__[-2].__annotations__ else own
@@ -2377,7 +2377,9 @@ def linear_probe(args, f, images):
 
 def linear_probes(args, images, encoders):
     """linear_probe for {encoder: f}: {encoder: accuracies in %}; empty without labels."""
-    return {name: linear_probe(args, f, images) for name, f in encoders.items() if images.names}
+    encoders = encoders if images.names else {}
+    return {name: linear_probe(args, f, images)
+            for name, f in progress(encoders.items(), "linear probes")}
 
 
 def best_probe(args, images, rows, name):

@@ -238,6 +238,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim, source_dim, heads):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"{dim} channels cannot be divided among {heads} heads")
         self.heads = heads
         self.q = nn.Linear(dim, dim, bias=False)
         self.kv = nn.Linear(source_dim, 2 * dim, bias=False)

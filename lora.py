@@ -229,6 +229,8 @@ def adapt(model, method, targets=("qkv", "proj", "fc1", "fc2"), rank=3, alpha=No
         raise ValueError(f"there is no method {method!r}")
     if method in ("ia3", "first", "middle", "last") and not hasattr(model, "blocks"):
         raise ValueError(f"{method} is for a GPT of this file, not for {type(model).__name__}")
+    if method in ("lora", "ia3") and any(isinstance(m, (LoRA, IA3)) for m in model.modules()):
+        raise ValueError("this model is adapted already: merge_and_unload it first")
     layers = target_layers(model, targets) if method == "lora" else {}
     for linear in layers.values():
         LoRA.check(linear, rank)

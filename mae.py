@@ -70,7 +70,7 @@ class Args(common.Args):
     mask_ratio: float = 0.75        # fraction of the patches to mask, in (0, 1)
     norm_pix: bool = False          # normalise each target patch by its own mean and variance
     image_size: int = 32            # side in pixels; pictures of a folder are cropped to squares
-    weights: str = ""               # folder or .pth file of a published MAE to load; needs --data
+    weights: str = ""               # folder or .pth of a published MAE; needs --data; trains with --steps N
     skip_broken: bool = False       # skip the pictures of a folder that cannot be read
     patch: int = 4                  # side of a patch in pixels
     dim: int = 192                  # channels of the encoder (ViT-Tiny)
@@ -80,7 +80,7 @@ class Args(common.Args):
     decoder_depth: int = 4          # blocks of the decoder
     decoder_heads: int = 3          # attention heads of the decoder
     tune: Literal["linear", "last", "all"] = "all"  # linear probe only, or tune last block, or all
-    labels: tuple[int, ...] = (1, 5, 20, 100)        # labelled images per class
+    labels: tuple[int, ...] = (1, 5, 20, 100)        # labelled images per class, 1 or more
     tune_steps: int = 1000          # steps of each fine-tuning, 0 or more
     tune_lr: float = 1e-3           # peak learning rate of fine-tuning
 

@@ -71,7 +71,7 @@ class Args(common.Args):
     jitter: float = 1.0             # strength of the jitter in brightness, contrast, saturation
     hue: float = 0.5                # maximum change of the hue, in [0, 0.5]; 1 is a full circle
     blur: bool = False              # blur half of the views (SimCLR, app. A; not for CIFAR-10)
-    weights: str = ""               # .pth file of a ResNet-18 to load (with torchvision's names)
+    weights: str = ""               # .pth of a ResNet-18 of torchvision; it trains with --steps N
     skip_broken: bool = False       # skip the pictures of a folder that cannot be read
     image_size: int = 32            # side in pixels; pictures of a folder are cropped to squares
     depth: Literal[10, 18] = 18     # layers of the ResNet
@@ -207,8 +207,12 @@ def augment(x, crop_scale=.08, jitter_strength=1., hue=.2, blurred=False):
     crop_scale: minimum area of a crop as a fraction (a crop wider than the image is cut);
     jitter_strength: of brightness, contrast and saturation; hue: its maximum change, where 1 is a
     full circle; blurred: blur half of the views. The defaults, except for the blur, are the paper's
-    for ImageNet. Every image gets its own random numbers. To add a transform, add a line.
+    for ImageNet. Every image gets its own random numbers. To add a transform, add a line. Raises
+    ValueError for other images.
     """
+    if x.shape[1:] != (3, x.shape[-1], x.shape[-1]) or not x.is_floating_point():
+        raise ValueError("augment takes images (B, 3, S, S) of floats in [0, 1], not "
+                         f"{tuple(x.shape)} of {x.dtype}")
     B, u = len(x), torch.rand(12, len(x), device=x.device)
     between = lambda u, low, high: low + (high - low) * u
     area, ratio = between(u[0], crop_scale, 1), (between(u[1], -1, 1) * math.log(4 / 3)).exp()
