@@ -1700,8 +1700,8 @@ def read_weights(path, wanted, flag="--weights"):
     kinds = "model.safetensors", "*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth"
     shards = [[path]] if path.is_file() else [sorted(path.glob(kind)) for kind in kinds]
     shards = next(filter(None, shards), [])
-    require(shards, f"{flag} {path} holds no weights{' and no run' * (flag == '--base')}. "
-            f"Fetch {wanted}")
+    require(shards, f"{flag} {path} holds no weights. Fetch {wanted}"
+            + ", or give the folder of a run" * (flag == "--base"))
     require(len(shards) == 1 or all("-of-" in file.name for file in shards), f"{flag} {path} holds "
             f"several models: give one, such as {shards[0]}")
     found, config = {}, (path if path.is_dir() else path.parent) / "config.json"

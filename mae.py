@@ -70,7 +70,7 @@ class Args(common.Args):
     mask_ratio: float = 0.75        # fraction of the patches to mask, in (0, 1)
     norm_pix: bool = False          # normalise each target patch by its own mean and variance
     image_size: int = 32            # side in pixels; pictures of a folder are cropped to squares
-    weights: str = ""               # folder or .pth of a published MAE, with --data; --steps N trains it
+    weights: str = ""               # folder or .pth file of a published MAE; also give --data
     skip_broken: bool = False       # skip the pictures of a folder that cannot be read
     patch: int = 4                  # side of a patch in pixels
     dim: int = 192                  # channels of the encoder (ViT-Tiny)

@@ -187,7 +187,7 @@ def main(own):
     base, about = known or lora.load_base(args, lora.pretrain(args))
     context = len(base.pos_embed.weight)
     val, old = lora.to_test(args, val, about["old"], context, tokens)
-    result = shared.continued(own.out, new_result(own, args, about, base), FREE, ["base"])
+    result = continued(own, new_result(own, args, about, base))
     figures = result["figures"]
     figures["start"] = start = list(lora.losses(args, base, val, old, tokens.BOS).values())
     bar = common.progress(list(cells(own, args, context)), "adapting")

@@ -743,7 +743,7 @@ def test_bad_flags(flags, words, capsys):
     (["--data", "nowhere.txt"], ["no text 'nowhere.txt'", "--data takes"]),
     (["--old", "nowhere.txt"], ["no text 'nowhere.txt'", "--old takes"]),
     (["--context", "9999"], ["the last tenth of --old", "a context of 9999 needs"]),
-    (["--base", "nowhere"], ["--base nowhere holds no weights and no run. Fetch config.json"]),
+    (["--base", "nowhere"], ["--base nowhere holds no weights. Fetch config.json", "or give the folder of a run"]),
     (["--resume"], ["there is no", "leave out --resume"])])
 def test_bad_input_before_anything_is_trained(flags, words, lora_py, tmp_path):
     process = lora_py(*flags, how=call)
