@@ -22,9 +22,10 @@ Flow     texts x (B, T): [CLS], words, [SEP]
 
 Run      python bert.py --fill "the <mask> statement is used to <mask>"
 Expect   36.6 ± 0.4 % of the masked words of new text are right, at a perplexity of 32.7 ± 0.4
-         (unigram baseline 7.1 % and 267); the part that a passage is from, 20 labels per class:
-         53.4 ± 2.6 % (untrained 32.1 ± 3.1 %) (3 seeds; 109 s of training on 1 thread, beside other
-         jobs; Intel(R) Xeon(R) Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
+         (unigram baseline 7.1 % and 267); tuned on 20 labels per class, it names the part of the
+         text that a passage is from: 53.4 ± 2.6 % (untrained 32.1 ± 3.1 %) (3 seeds; 109 s of
+         training on 1 thread, beside other jobs; Intel(R) Xeon(R) Processor, 2 cores, Python
+         3.11.7, torch 2.13.0+cpu)
 Differs  80 % of the masked words are replaced by [MASK] and 20 % by random words, as in the lecture
          (Stanford's CS330); --keep 0.1 gives the paper's 80/10/10. A token is a lower-case word or
          a punctuation mark; rare ones are [UNK] and never masked. There is no next-sentence

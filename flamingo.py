@@ -22,13 +22,13 @@ Flow     tokens x (B, 1 + T) with <image> tokens, images (B, M, 3, S, S)
          sample       with a cache of the LM's keys and values, as in gpt.py
 
 Run      python flamingo.py
-Expect   of held-out scenes 99.8 ± 0.3, 97.8 ± 0.1 and 90.0 ± 0.6 % of the captions of 1, 2 and 3
-         figures are exactly right; of unseen kinds 99.9 ± 0.2 % of the colours, 97.3 ± 1.8 % of the
-         shapes; a question that is not asked is found out from one example (99.8 ± 0.2 %), what a
-         new word means, from 4, in 99.6 ± 0.2 % (chance 50); a word that came with no image in
-         training, but its syllables in other words, in 96.4 ± 2.6 % (3 seeds; 268 s of training for
-         the LM and the ViT, then 263 s, on 1 thread, beside other jobs; Intel(R) Xeon(R) Processor,
-         2 cores, Python 3.11.7, torch 2.13.0+cpu)
+Expect   captions of new scenes: 99.8 ± 0.3, 97.8 ± 0.1 and 90.0 ± 0.6 % exactly right, for 1, 2 and
+         3 figures; pairs of shape and colour that it never saw: 99.9 ± 0.2 % of the colours,
+         97.3 ± 1.8 % of the shapes right; from examples in the prompt: a question that is not
+         asked, after one: 99.8 ± 0.2 %; a new word, after four: 99.6 ± 0.2 % (chance 50), and after
+         four a word that no image came with in training, only its syllables in other words:
+         96.4 ± 2.6 % (3 seeds; 268 s of training for the LM and the ViT, then 263 s, on 1 thread,
+         beside other jobs; Intel(R) Xeon(R) Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
 Differs  A toy world of eight shapes in eight colours, with 54 tokens. Few-shot learning is trained:
          of the documents with images 40 % teach new words by examples (--new-words) and 10 % are
          unasked questions, of the LM's 80 %. The paper trains on web pages instead. Its LM is

@@ -327,13 +327,14 @@ def test_names_exist():
 
 
 if __name__ == "__main__":
-    for page in PAGES:
-        page.write_text(updated(page.read_text())[0])
+    PAGES[1].write_text(updated(PAGES[1].read_text())[0])                  # the docstrings are taken from it
     for path in sorted(ROOT.glob("[!c]*.py")):
         says, row, _ = expected(path.name)
         if says != MARKER.sub("", row):
             whole = re.sub(" (?=[±%])|(?<=±) ", "\a", MARKER.sub("", row))                  # a figure stays on its line
             new = textwrap.fill(f"Expect   {whole}", 100, subsequent_indent=" " * 9).replace("\a", " ")
             path.write_text(re.sub(r"^Expect   .*?(?=\n\w)", lambda m: new, path.read_text(), count=1, flags=re.M | re.S))
+    for page in PAGES:
+        page.write_text(updated(page.read_text())[0])
     for name, text in curves().items():
         (ROOT / "results" / name).write_text(text)
