@@ -12,7 +12,9 @@ Idea     One would think that z has to hold what matters in an image to reconstr
 Loss     L = 1 / P ( || x - decode(z) ||^2 + beta KL(q(z | x~) || N(0, I)) )
          x~ is x or, with --corrupt, x with some pixels set to 0; P is the number of pixel values.
          z is encode(x~), of which sparse keeps the k largest values. Only variational has the KL
-         and samples z from q(z | x~) = N(mean, variance). Predicting the mean costs about 1.
+         and samples z from q(z | x~) = N(mean, variance); beta is twice the variance of a Gaussian
+         decoder (VAE with unit variance: 2). Pixels have mean 0 and variance 1, so predicting the
+         mean costs about 1.
 
 Flow     images (B, 3, S, S)
          A. mask      set some pixels (or none) to 0     -> inputs x~ (B, 3, S, S), target x

@@ -29,10 +29,11 @@ Expect   36.6 ± 0.4 % of the masked words of new text are right, at a perplexit
 Differs  80 % of the masked words are replaced by [MASK] and 20 % by random words, as in the lecture
          (Stanford's CS330); --keep 0.1 gives the paper's 80/10/10. A token is a lower-case word or
          a punctuation mark; rare ones are [UNK] and never masked. There is no next-sentence
-         prediction, so no loss trains the output at [CLS] before fine-tuning. Muon (common.py)
-         trains the matrices of the blocks and AdamW the rest; the paper uses Adam for all. Narrow
-         models start with larger weights. Fine-tuning has a BatchNorm before the new layer. span:
-         without SpanBERT's span boundary objective. pmi: masks all n-grams above a threshold.
+         prediction, so no loss trains the output at [CLS] before fine-tuning. Muon trains the
+         matrices of the blocks (with orthogonalised steps: common.py) and AdamW the rest; the paper
+         uses Adam for all. Narrow models start with larger weights. Fine-tuning has a BatchNorm
+         before the new layer. span: without SpanBERT's span boundary objective. pmi: masks all
+         n-grams above a threshold.
 
 Try      --strategy span, pmi: is a phrase harder to predict than as many single words? (loss.svg)
          --mask-ratio 0.05, 0.4, 0.8: which gives the lowest perplexity, which the best fine-tuning?

@@ -34,10 +34,11 @@ Differs  A toy world of eight shapes in eight colours, with 54 tokens. Few-shot 
          unasked questions, of the LM's 80 %. The paper trains on web pages instead. Its LM is
          Chinchilla and its vision encoder an NFNet. Here both are trained first: the LM on texts of
          this world in which words stand for the images (sometimes a bare <image> token, whose
-         embedding is 0); the ViT with CLIP's loss, in batches of similar colours. Muon (common.py)
-         trains the matrices of the blocks and AdamW the rest (the paper: AdamW all); the gates have
-         ten times the learning rate. Text always attends to the image before it (in the paper, on
-         web pages, half of the time to the image after it). No video.
+         embedding is 0); the ViT with CLIP's loss, in batches of similar colours. Muon trains the
+         matrices of the blocks (with orthogonalised steps: common.py) and AdamW the rest (the
+         paper: AdamW all); the gates have ten times the learning rate. Text always attends to the
+         image before it (in the paper, on web pages, half of the time to the image after it). No
+         video.
 
 Try      --gate-start 0.5, or inf (no gates): what does the loss in log.jsonl do in the first steps?
          --attend all; --every 4 (one gated layer); --latents 0; --no-freeze: what gets worse?
@@ -802,8 +803,9 @@ def tables(args, model, right):
         grid("exactly right, %", ["caption", *common.ABOUT, "LM alone"], common.SORTS),
         grid("examples in the prompt", ["unasked question", "new word", "held-out word"],
              [*map(str, args.shots)]),
-        "From 2 examples on, the new word is one of two (chance 50 %). A held-out word never came "
-        "with an image in training; its syllables did, in other words.",
+        "LM alone: the same questions without images. From 2 examples on, the new word is one of "
+        "two (chance 50 %). A held-out word never came with an image in training; its syllables "
+        "did, in other words.",
         f"tanh of the gates (attention, feed-forward) of each layer: {gates}"])
 
 

@@ -127,30 +127,9 @@ class LoRA(nn.Module):
         match = F.linear(F.dropout(x, self.dropout, self.training), self.B.T)       # (..., rank)
         return y + F.linear(match, self.scale * self.A)
 
-    @staticmethod
-    def check(linear, rank):
-        """The shape of the weight. Raises ValueError as the constructor does."""
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"LoRA is for nn.Linear, not for {type(linear).__name__}")
-        d1, d2 = linear.weight.shape
-        if not 1 <= rank <= min(d1, d2):
-            raise ValueError(f"rank {rank} of a {d1} x {d2} matrix: it can be 1 to {min(d1, d2)}")
-        return d1, d2
-
     def delta(self):
         """The matrix that is added to the weight: (d1, d2)."""
         return self.scale * self.A @ self.B.T
-
-    @property
-    def weight(self):
-        """W0 + delta(), (d1, d2), for modules that read a layer's weight instead of calling it, as
-        nn.MultiheadAttention does. Dropout does not apply then."""
-        return self.linear.weight if self.merged else self.linear.weight + self.delta()
-
-    @property
-    def bias(self):
-        """The bias of the frozen layer."""
-        return self.linear.bias
 
     @torch.no_grad()
     def merge(self):
@@ -165,6 +144,28 @@ class LoRA(nn.Module):
         if self.merged:
             self.linear.weight -= self.delta()
         self.merged = False
+
+    @staticmethod
+    def check(linear, rank):
+        """The shape of the weight. Raises ValueError as the constructor does."""
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"LoRA is for nn.Linear, not for {type(linear).__name__}")
+        d1, d2 = linear.weight.shape
+        if not 1 <= rank <= min(d1, d2):
+            raise ValueError(f"rank {rank} of a {d1} x {d2} matrix: it can be 1 to {min(d1, d2)}")
+        return d1, d2
+
+    # For modules that read a layer's weight instead of calling it, as nn.MultiheadAttention does.
+
+    @property
+    def weight(self):
+        """W0 + delta(): (d1, d2). Dropout does not apply to it."""
+        return self.linear.weight if self.merged else self.linear.weight + self.delta()
+
+    @property
+    def bias(self):
+        """The bias of the frozen layer."""
+        return self.linear.bias
 
     def get_extra_state(self):
         """Part of state_dict(): whether the weight includes delta()."""

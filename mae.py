@@ -134,7 +134,8 @@ class MAE(nn.Module):
         """cls and visible tokens (B, 1 + n, C') -> cls and all N tokens in order (B, 1 + N, C')."""
         cls, visible = latent.tensor_split([1], 1)
         count = ids_shuffle.shape[1] - visible.shape[1]
-        mask_tokens = self.mask_token.to(visible.dtype).expand(visible.shape[0], count, -1)
+        mask_tokens = self.mask_token.to(visible.dtype)             # bfloat16 under autocast
+        mask_tokens = mask_tokens.expand(visible.shape[0], count, -1)
         return torch.cat([cls, unshuffle(torch.cat([visible, mask_tokens], 1), ids_shuffle)], 1)
 
 

@@ -368,11 +368,11 @@ def main(args):
     for step in run:                       # sets the seed and the learning rate of this step
         x = run.part(run.batch(images.train))                   # this process's part
         x = x.repeat(2, 1, 1, 1) / 255                          # rows i and i + N are equal
-        views = images.normalize(augment(x, args.crop_scale, args.jitter, args.hue, args.blur))
+        views = augment(x, args.crop_scale, args.jitter, args.hue, args.blur)           # t(x)
         with run.autocast():
-            z1, z2 = map(run.gather, model(views).chunk(2))                  # (N, dim) each
+            z1, z2 = map(run.gather, model(images.normalize(views)).chunk(2))           # g(f(x))
             if args.loss == "ntxent":
-                loss = ntxent(z1, z2, args.temperature)
+                loss = ntxent(z1, z2, args.temperature)                                 # L(z)
             else:
                 loss = triplet(z1, z2, args.margin)
         loss.backward()
