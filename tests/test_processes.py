@@ -99,6 +99,15 @@ def test_two_processes_or_two_parts_are_one_batch(name, tiny, tmp_path):
             close(tmp_path / "one/run" / stage, tmp_path / other / "run" / stage)
 
 
+def together(work, *args, nprocs=2):
+    """Runs work(rank, *args) in processes; those that wait for each other for a minute are killed."""
+    started = mp.start_processes(work, args, nprocs=nprocs, join=False, start_method="fork")
+    if not started.join(60) and not started.join(60):
+        for process in started.processes:
+            process.kill()
+        pytest.fail("the processes wait for each other")
+
+
 def contrast(rank, port, x, folder):
     """One of two processes: its part of the images, by a linear encoder, and the loss of all."""
     one_of(2, rank, port)
@@ -136,7 +145,7 @@ def test_the_gradient_is_that_of_the_whole_batch(tmp_path):
     for world in 1, 2:
         for accumulate in 1, 2, 4:
             if world > 1:
-                mp.start_processes(gradient, (free_port(), world, accumulate, tmp_path), nprocs=world, start_method="fork")
+                together(gradient, free_port(), world, accumulate, tmp_path)
             else:
                 gradient(0, 0, 1, accumulate, tmp_path)
     whole, loss = torch.load(tmp_path / "11.pt")
@@ -150,7 +159,7 @@ def test_the_gradient_is_that_of_the_whole_batch(tmp_path):
 def test_negatives_come_from_all_processes(tmp_path):
     torch.manual_seed(1)
     x = torch.randn(2, 8, 6)
-    mp.start_processes(contrast, (free_port(), x, tmp_path), nprocs=2, start_method="fork")
+    together(contrast, free_port(), x, tmp_path)
     torch.manual_seed(0)
     encoder = torch.nn.Linear(6, 4)
     loss = simclr.ntxent(encoder(x[0]), encoder(x[1]), .5)
