@@ -138,6 +138,28 @@ def refused(process, status, *words, script="mae.py"):
         assert word in text, (word, text)
 
 
+def interrupted(monkeypatch, where, name, number):
+    """Ctrl-C at a call of where.name: the first, second ... Returns the list of its calls."""
+    function, calls = getattr(where, name), []
+
+    def stopped(*args, **how):
+        calls.append(args)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return function(*args, **how)
+    monkeypatch.setattr(where, name, stopped)
+    return calls
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """A new and an old text, as flags of lora.py."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "fox.txt").write_text("the quick brown fox\njumps over the lazy dog\n\nand away\n" * 40)
+    (folder / "old.txt").write_text("".join(f"line {i} of what it knew, {i * i}\n" for i in range(200)))
+    return "--data", folder / "fox.txt", "--old", folder / "old.txt"
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """An .npz of 64 + 20 images of 8 x 8 in two classes: dark and light."""

@@ -18,14 +18,6 @@ SMALL = ("--dim 16 --heads 2 --depth 2 --context 40 --base-steps 3 --base-batch 
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "fox.txt").write_text("the quick brown fox\njumps over the lazy dog\n\nand away\n" * 40)
-    (folder / "old.txt").write_text("".join(f"line {i} of what it knew, {i * i}\n" for i in range(200)))
-    return "--data", folder / "fox.txt", "--old", folder / "old.txt"
-
-
-@pytest.fixture(scope="module")
 def done(texts, tmp_path_factory):
     """A finished run: its folder, its flags, its figures, and what it printed."""
     folder = tmp_path_factory.mktemp("adapt")

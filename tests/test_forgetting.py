@@ -9,7 +9,7 @@ import sys
 import conftest
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, interrupted
 from torch import nn
 
 import common
@@ -20,14 +20,6 @@ import forgetting  # noqa: E402
 
 SMALL = ("--dim 16 --heads 2 --depth 2 --context 40 --base-steps 3 --base-batch 2 --example 8 --k 6 --epochs 4 --batch 2 "
          "--rank 2 --dtype float32 --device cpu").split()                          # 12 steps
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "fox.txt").write_text("the quick brown fox\njumps over the lazy dog\n\nand away\n" * 40)
-    (folder / "old.txt").write_text("".join(f"line {i} of what it knew, {i * i}\n" for i in range(200)))
-    return "--data", folder / "fox.txt", "--old", folder / "old.txt"
 
 
 def forget(*flags):
@@ -113,14 +105,7 @@ def test_what_was_stopped_continues(done, tmp_path, monkeypatch):
     """From fewer seeds, methods and rates, and after it was stopped: the figures of one run with all."""
     _, flags, found, _ = done
     monkeypatch.chdir(tmp_path)
-    follow, count = forgetting.follow, []
-
-    def stopped(*args):
-        count.append(args)
-        if len(count) == 5:
-            raise KeyboardInterrupt
-        return follow(*args)
-    monkeypatch.setattr(forgetting, "follow", stopped)
+    count = interrupted(monkeypatch, forgetting, "follow", 5)
     forget(*flags, "--seeds", 3, "--methods", "full", "--times", 3)
     with pytest.raises(KeyboardInterrupt):
         forget(*flags)

@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, Forked, refused, run
+from conftest import ROOT, SMALL, Forked, interrupted, refused, run
 from torch import nn
 
 import autoencoder
@@ -91,14 +91,7 @@ def test_fine_tune_continues(finished, tmp_path, monkeypatch):
     folder, _ = finished
     whole = tuned(folder, "--repeats", 2, "--out", tmp_path / "whole.json")
     tuned(folder, "--repeats", 1, "--out", tmp_path / "part.json")
-    probe, calls = common.probe, []
-
-    def stopped(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return probe(*args)
-    monkeypatch.setattr(common, "probe", stopped)
+    calls = interrupted(monkeypatch, common, "probe", 3)
     with pytest.raises(KeyboardInterrupt):
         tuned(folder, "--repeats", 2, "--out", tmp_path / "part.json")
     kept = json.loads((tmp_path / "part.json").read_text())["figures"]["accuracy"]
@@ -185,14 +178,7 @@ def test_while_training_continues(tiny, tmp_path, monkeypatch):
     """Stopped in an evaluation and between two, and continued: the same figures and weights."""
     monkeypatch.chdir(tmp_path)
     whole = watch("autoencoder.py", tiny, out="whole.json")
-    evaluate, calls = while_training.evaluate, []
-
-    def stopped(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return evaluate(*args)
-    monkeypatch.setattr(while_training, "evaluate", stopped)
+    calls = interrupted(monkeypatch, while_training, "evaluate", 2)
     with pytest.raises(KeyboardInterrupt):
         watch("autoencoder.py", tiny, "--save-every", 0)
     assert list(json.loads(open("w.json").read())["figures"]["at"]) == ["0"]
