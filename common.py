@@ -1469,22 +1469,22 @@ class BPE:
         ids = [self.byte_ids[byte] for byte in word.encode()] + [None]
         left, right, heap = [*range(-1, len(ids) - 1)], [*range(1, len(ids) + 1)], []
 
-        def look(i):
+        def push(i):                              # the pair that begins at i, if it can be merged
             pair = ids[i], ids[right[i]]
             if pair in self.pairs:
                 heapq.heappush(heap, (self.pairs[pair][0], i, pair))
 
         for i in range(len(ids) - 1):
-            look(i)
+            push(i)
         while heap:
             _, i, pair = heapq.heappop(heap)
             j = right[i]
             if ids[i] is not None and pair == (ids[i], ids[j]):           # it still exists
                 ids[i], ids[j], right[i] = self.pairs[pair][1], None, right[j]
                 left[right[j]] = i
-                look(i)
+                push(i)
                 if left[i] >= 0:
-                    look(left[i])
+                    push(left[i])
         return [token for token in ids if token is not None]
 
     def encode(self, text, dtype=np.int64):
@@ -1742,8 +1742,8 @@ HUB = {
 
 
 def rename(name, names, back=False):
-    """Renames a tensor. names: "theirs=ours theirs=ours ...", parts of a name that are replaced one
-    after the other; back: from ours to theirs."""
+    """The new name of a tensor. names: "theirs=ours theirs=ours ...", parts of a name to replace,
+    one after the other; back: from ours to theirs."""
     for pair in names.split():
         theirs, ours = pair.split("=")
         if not back:
@@ -1774,11 +1774,10 @@ def published(path, kind, names, needs, flag="--weights"):
 # The names of a ViT's tensors in transformers (versions 4 and 5) and timm = ours.
 VIT = ("patch_embeddings.projection=patch_embed patch_embed.proj=patch_embed decoder.= vit.= "
        "embeddings.= position_embeddings=pos_embed decoder_layers=decoder_blocks "
-       "encoder.layer=blocks "
-       "layers.=blocks. attention.q_proj=attn.query attention.k_proj=attn.key "
-       "attention.v_proj=attn.value attention.o_proj=attn.proj attention.attention=attn "
-       "attention.output.dense=attn.proj intermediate.dense=mlp.fc1 output.dense=mlp.fc2 "
-       "layernorm_before=norm1 layernorm_after=norm2 layernorm=norm")
+       "encoder.layer=blocks layers.=blocks. attention.q_proj=attn.query "
+       "attention.k_proj=attn.key attention.v_proj=attn.value attention.o_proj=attn.proj "
+       "attention.attention=attn attention.output.dense=attn.proj intermediate.dense=mlp.fc1 "
+       "output.dense=mlp.fc2 layernorm_before=norm1 layernorm_after=norm2 layernorm=norm")
 
 
 def join_qkv(state):

@@ -10,7 +10,7 @@ Idea     Predict each token from the tokens before it. (This is a masked autoenc
          cache stores them: only the new token passes through the layers, and attends to the cache.
 
 Loss     L = -1 / T sum_t log p(x_t | BOS, x_1 ... x_{t-1}), in nats per token. A uniform guess
-         costs ln 257. Bits per byte is the sum over all tokens, the BOS after each document
+         costs ln 257. Bits per byte is the loss summed over all tokens, the BOS after each document
          included, divided by ln 2 and by the number of bytes. The windows do not overlap, so the
          first tokens of each window have little context.
 

@@ -376,8 +376,7 @@ def main(args):
             else:
                 loss = triplet(z1, z2, args.margin)
         loss.backward()
-        if not run.reduce(loss):           # averages over the processes of torchrun
-            continue
+        run.reduce(loss)                   # averages over the processes of torchrun
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()

@@ -31,6 +31,12 @@ def test_any_size_of_image_comes_back(kind, size):
     assert model.encode(x).shape == (2, 5 if kind in ("narrow", "variational", "weak") else model.encoder.features_dim)
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 6), (3, 9, 9), (1, 8, 8), (8, 8, 3)])
+def test_images_of_another_size_are_refused(shape):
+    with pytest.raises(ValueError, match=f"images of {' x '.join(map(str, shape))}, and this model is for 3 x 8 x 8"):
+        model_of("narrow")(torch.randn(2, *shape))
+
+
 def test_without_a_bottleneck_the_latent_is_as_large_as_the_image():
     assert autoencoder.Args.width == 48
     assert model_of("none", 32, 48).encode(torch.randn(1, 3, 32, 32)).shape == (1, 3 * 32 * 32)

@@ -421,6 +421,11 @@ def test_mask_and_distance():
     torch.testing.assert_close(flamingo.distance(logits, target), by_hand)
 
 
+def test_heads_of_the_cross_attention_divide_its_channels():
+    with pytest.raises(ValueError, match="^16 channels cannot be divided among 3 heads$"):
+        flamingo.GatedCrossAttention(16, 8, 3)
+
+
 def test_clip_loss_equals_a_loop():
     torch.manual_seed(0)
     a, b, scale = torch.randn(5, 7).double(), torch.randn(5, 7).double(), 3.

@@ -308,6 +308,26 @@ def test_two_blocks_at_a_place(depth, expected):
     assert middle == {1: [0], 2: [0, 1], 3: [0, 1], 5: [1, 2], 6: [2, 3]}[depth]
 
 
+@pytest.mark.parametrize("how, words", [
+    (dict(method="lora", rank=C), "rank 24 of a 24 x 3 matrix: it can be 1 to 3"), (dict(method="LoRA"), "there is no method 'LoRA'"),
+    (dict(method="lora", targets=["0", "x"]), "no matrix 'x'"), (dict(method="ia3"), "ia3 is for a GPT")])
+def test_what_is_refused_changes_nothing(how, words):
+    """Also where the first layer would fit, and only the second does not."""
+    model = nn.Sequential(nn.Linear(C, C), nn.Linear(3, C))
+    with pytest.raises(ValueError, match=words):
+        lora.adapt(model, **dict(targets=["0", "1"]) | how)
+    assert all(p.requires_grad for p in model.parameters()) and all(isinstance(layer, nn.Linear) for layer in model)
+
+
+@pytest.mark.parametrize("first", ["lora", "ia3"])
+@pytest.mark.parametrize("second", ["lora", "ia3"])
+def test_a_model_is_adapted_once(first, second, base):
+    model = lora.adapt(base, first)
+    with pytest.raises(ValueError, match="adapted already: merge_and_unload it first"):
+        lora.adapt(model, second)
+    lora.adapt(lora.merge_and_unload(model), second)
+
+
 def test_wrong_names_and_ranks(base):
     with pytest.raises(ValueError, match="no matrix 'qkw' in this model: it has qkv, proj, fc1, fc2"):
         lora.adapt(base, "lora", ["qkv", "qkw"])

@@ -216,6 +216,12 @@ def test_blur_equals_a_convolution_with_the_whole_kernel():
     assert torch.equal(simclr.blur(x[..., :1, :1], sigma), x[..., :1, :1])              # one pixel has no neighbours
 
 
+@pytest.mark.parametrize("x", [torch.rand(2, 3, 8, 6), torch.rand(2, 1, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)])
+def test_augment_refuses_other_images(x):
+    with pytest.raises(ValueError, match=r"augment takes images \(B, 3, S, S\) of floats in \[0, 1\], not \(2, "):
+        simclr.augment(x)
+
+
 def test_augment_samples_what_the_paper_says():
     """20 % grey, 50 % mirrored, 80 % jittered, areas uniform, and each image for itself."""
     torch.manual_seed(0)

@@ -360,6 +360,32 @@ def test_bert_loads_fills_in_and_classifies(tmp_path):
     assert done.returncode == 0 and "no head for masked words" in done.stdout and "BERT, tune all" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("broken, words", [
+    (dict(decoder=True), "has its own cls.predictions.decoder.weight, and here it is tied to token_embed.weight"),
+    (dict(words=torch.zeros(30, 16)), r"token_embed.weight is \(30, 16\) there and \(\d+, 16\) here"),
+    (dict(kind="gpt"), "is no BERT: fetch config.json")])
+def test_a_bert_that_does_not_fit_is_refused(broken, words, tmp_path):
+    wordpiece_folder(tmp_path)
+    state = published_names(random_weights(bert.BERT(len(PIECES), 20, 16, 2, 2)))
+    if "decoder" in broken:
+        state["cls.predictions.decoder.weight"] = torch.zeros_like(state["bert.embeddings.word_embeddings.weight"])
+    if "words" in broken:
+        state["bert.embeddings.word_embeddings.weight"] = broken["words"]
+    safetensors(tmp_path / "model.safetensors", dict(x=torch.zeros(2)) if "kind" in broken else state)
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
+    with pytest.raises(UserError, match=words):
+        bert.load_published(common.resolve(bert.Args(weights=str(tmp_path), device="cpu")))
+
+
+def test_eps_of_the_config_goes_into_the_layer_norms(gpt2):
+    _, folder = gpt2
+    args = common.resolve(gpt.Args(weights=str(folder), device="cpu"))
+    for config, eps in ('{"n_head": 3}', 1e-5), ('{"n_head": 3, "layer_norm_epsilon": 0.25}', .25):
+        (folder / "config.json").write_text(config)
+        found, _ = gpt.load_gpt2(args, folder)
+        assert {layer.eps for layer in found.modules() if isinstance(layer, nn.LayerNorm)} == {eps}
+
+
 def test_examples_of_lines_and_of_pairs(gpt2, tmp_path):
     tokens = common.BPE.load(gpt2[1])
     ids, newline, none = lambda text: tokens.encode(text).tolist(), tokens.encode("\n").item(), lora.IGNORE
