@@ -237,8 +237,8 @@ def adapt(model, method, targets=("qkv", "proj", "fc1", "fc2"), rank=3, alpha=No
         LoRA.check(linear, rank)
     model.requires_grad_(False)
     if method == "lora":
+        alpha = rank if alpha is None else alpha
         for path, linear in layers.items():
-            alpha = rank if alpha is None else alpha
             model.set_submodule(path, LoRA(linear, rank, alpha, dropout))
     elif method == "ia3":
         for block in model.blocks:
