@@ -94,7 +94,7 @@ def continued(own, new):
                   and name not in FREE and any(r["settings"].get(name) != value for r in found)]
         for old in (r for r in found if r["settings"]["seed"] == own.args.seed):
             differ += ["base"] * (old["figures"]["base"] != new["figures"]["base"])
-            new = new | dict(figures=old["figures"], seconds=old["seconds"])
+            new = new | {name: old[name] for name in ("figures", "seconds", *shared.WHERE)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise common.UserError(f"{path} is no file of adapt.py: choose another --out") from None
     common.require(not differ, f"{path} has figures of another {', '.join(differ)}: choose another "

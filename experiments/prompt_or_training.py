@@ -19,12 +19,17 @@ others one can only guess.
 The learning rate is the best of several for each kind, method and k, on other dialects (--choose)
 and the base of the first seed. In-context has nothing to choose.
 
+With --base the same is asked of GPT-2, which has learned no such language: the words are English, a
+class is of one kind (animals, colours ...), and the endings are syllables, as in "horse: ba". GPT-2
+knows the kinds, but not their syllables.
+
 Expect   In the family the prompt and training alike know all that the examples show, and the prompt
          has the least loss; at 64 examples, of which the context holds 32, training is better. Half
          outside, the prompt knows half of what they show, and training 80 to 100 %: it is better
          from a few examples on (at 32 it has 72 to 90 % of the endings right, the prompt 45).
 
 Run      python experiments/prompt_or_training.py            three bases, five dialects of a kind
+         python experiments/prompt_or_training.py --base gpt2/    (hours on a CPU)
          python experiments/prompt_or_training.py --quick    hardly trained, and little: seconds
 Writes   one JSON file (--out), after every few trainings, and beside it the curves as an SVG. The
          same command continues it; more of --seeds or --tasks add to it; with other settings it is
@@ -35,11 +40,12 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import common, curves, lora, shared                                            # noqa: E402
@@ -47,12 +53,31 @@ import common, curves, lora, shared                                            #
 CLASSES, WORDS, ENDINGS = 16, 128, 4              # words of all classes together; endings of each
 BOS = WORDS + CLASSES * ENDINGS                   # tokens: words, endings, BOS
 KINDS = ["of the family", "half outside"]
+WITH_BASE = "of English words"                    # the kind of task with --base
 RATES = dict(lora=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), ia3=(1e-2, 3e-2, 1e-1, 3e-1, 1.),
              bitfit=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), full=(1e-4, 3e-4, 1e-3, 3e-3))
+GPT2_RATES = dict(lora=(1e-4, 3e-4, 1e-3, 3e-3), ia3=(3e-3, 1e-2, 3e-2, 1e-1),
+                  bitfit=(3e-4, 1e-3, 3e-3, 1e-2), full=(1e-5, 3e-5, 1e-4))
 METHODS = ["the base", "in-context", *RATES]
 USUAL = dict(context=66, dim=64, depth=2, heads=4, base_steps=800, base_batch=32, base_lr=3e-3,
              muon_lr=.02, base_dropout=0., steps=100, weight_decay=.01)
 QUICK = dict(dim=16, heads=2, base_steps=20, base_batch=4, steps=3)
+ENGLISH = [line.split() for line in """horse sheep goat wolf lion tiger mouse rabbit
+red blue green yellow black white brown pink
+bread cheese butter rice soup cake meat sugar
+king queen prince duke lord emperor count pope
+one two three four five six seven eight
+head hand foot arm leg eye ear nose
+north south east west left right up down
+iron gold silver copper tin lead steel zinc
+car bus train ship boat truck plane bicycle
+rain snow wind storm cloud fog ice thunder
+Monday Tuesday Wednesday Thursday Friday Saturday Sunday weekend
+doctor teacher lawyer nurse farmer baker soldier judge
+France Germany Italy Spain China Japan Russia Egypt
+apple pear cherry lemon grape banana peach plum
+chair table desk bed shelf bench sofa stool
+shirt coat hat shoe glove scarf dress sock""".splitlines()]                    # a class a line
 
 
 # ------------------------------------------------------------------------------------- the tasks
@@ -95,6 +120,42 @@ def shown(x, k):
     return 100 * torch.isin(x[k:, 0] % CLASSES, x[:k, 0] % CLASSES).float().mean().item()
 
 
+class Language(NamedTuple):
+    """How a GPT is told words with their endings (n, 2)."""
+    rows: Callable              # of words and endings: tokens and targets (n, 2, T); targets -100
+    BOS: int                    # are not asked for. BOS, which pads the tokens, too
+    longest: int                # the most tokens of a word with its ending
+
+
+def invented(x):
+    """Words and endings (n, 2) as tokens and targets (n, 2, 2): each is a token."""
+    return torch.stack([x, torch.stack([torch.full_like(x[:, 0], -100), x[:, 1]], 1)], 1)
+
+
+def english(tokens):
+    """The Language of lines such as "horse: ba" for a tokenizer. The four endings of a class differ
+    in the vowel, and all others begin with another letter."""
+    def one(word, ending):
+        given = f"{ENGLISH[word % CLASSES][word // CLASSES]}:"
+        vowel, consonant = "aeio"[(ending - WORDS) % ENDINGS], "bdfghjklmnprstvz"[
+            (ending - WORDS) // ENDINGS]
+        return [tokens.encode(part) for part in (given, f" {consonant}{vowel}", "\n")]
+
+    def rows(x):
+        parts = [one(*pair) for pair in x.tolist()]
+        target = [torch.cat([torch.full_like(given, -100), ending, torch.full_like(end, -100)])
+                  for given, ending, end in parts]
+        return torch.stack([pad_sequence([*map(torch.cat, parts)], True, tokens.BOS),
+                            pad_sequence(target, True, -100)], 1).to(x.device)
+
+    longest = max(sum(map(len, one(word, ending))) for word in range(WORDS)
+                  for ending in range(WORDS, BOS, ENDINGS))
+    return Language(rows, tokens.BOS, longest)
+
+
+INVENTED = Language(invented, BOS, 2)
+
+
 # ---------------------------------------------------------------------------------- the learners
 
 
@@ -122,28 +183,36 @@ def pretrain(args):
 
 
 @torch.no_grad()
-def evaluate(model, asked, examples, in_context=False):
+def evaluate(model, asked, examples, language, in_context=False):
     """Of the endings of words (m, 2), in_context: after the examples (k, 2) in the same prompt:
     accuracy in %, the same of those words alone whose class is among the examples', and loss in
-    nats."""
-    inputs, target = lora.mask(lora.in_context(examples, asked) if in_context else asked, BOS)
-    logits, target = model(inputs)[:, -1].float(), target[:, -1]
-    right = 100 * (logits.argmax(-1) == target).float()
+    nats per token of the endings."""
+    right, nats, count = [], 0., 0
+    given = lora.in_a_row(language.rows(examples), language.BOS)
+    for part in language.rows(asked).split(max(1, 4096 // (len(given) + 1))):
+        x, target = part.unbind(1)
+        inputs, _ = lora.mask(lora.in_context(given, x) if in_context else x, language.BOS)
+        logits, counted = model(inputs)[:, -x.shape[1]:].float(), target >= 0
+        right.append((logits.argmax(-1) == target).logical_or(~counted).all(1))
+        nats += lora.distance(logits, target).item() * counted.sum().item()
+        count += counted.sum().item()
+    right = 100 * torch.cat(right).float()
     known = torch.isin(asked[:, 0] % CLASSES, examples[:, 0] % CLASSES)
     return dict(accuracy=right.mean().item(), accuracy_shown=right[known].mean().item(),
-                loss=F.cross_entropy(logits, target).item())
+                loss=nats / count)
 
 
-def tune(base, method, lr, examples, args):
+def tune(base, method, lr, examples, args, language):
     """A copy of the base that was trained on the examples (k, 2) in one of lora.py's ways."""
     torch.manual_seed(args.seed)
     model = lora.adapt(copy.deepcopy(base), method)
     optimizer = common.adamw(model.parameters(), lr, args.weight_decay)
-    inputs, target = lora.mask(examples, BOS)
+    x, target = language.rows(examples).unbind(1)
+    inputs, _ = lora.mask(x, language.BOS)
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * common.schedule(step, args.steps, args.warmup)
-        loss = lora.distance(model(inputs)[:, 1:], target[:, 1:])                # of endings
+        loss = lora.distance(model(inputs), target)                              # of endings
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
@@ -151,12 +220,12 @@ def tune(base, method, lr, examples, args):
     return model.eval()
 
 
-def learn(base, method, lr, x, k, args):
+def learn(base, method, lr, x, k, args, language):
     """Accuracies and loss of a method that has the first k rows of a task x (WORDS, 2), on the
     others."""
     examples, asked = x[:k], x[k:]
-    model = tune(base, method, lr, examples, args) if method in RATES else base
-    return evaluate(model, asked, examples, method == "in-context")
+    model = tune(base, method, lr, examples, args, language) if method in RATES else base
+    return evaluate(model, asked, examples, language, method == "in-context")
 
 
 # ----------------------------------------------------------------------------------- the program
@@ -175,10 +244,12 @@ def options(argv=None):
         "[2; with --quick 1]")
     add("--k", nargs="+", type=int, metavar="N", help="numbers of examples [1 2 4 8 16 32 64; with "
         "--quick 1 4 64]")
+    add("--base", default="", metavar="FOLDER", help="published weights of GPT-2 [trains a base for "
+        "each seed]")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps [auto]")
     add("--quick", action="store_true", help="sizes that are too small to learn anything")
-    add("--out", metavar="FILE", help="file of the figures [results/prompt-or-training.json; with "
-        "--quick runs/quick-prompt-or-training.json]")
+    add("--out", metavar="FILE", help="file of the figures [results/prompt-or-training.json, "
+        "with --base prompt-or-training-<its folder>.json; with --quick quick-... in runs/]")
     own = parser.parse_args(argv)
     usual = dict(seeds=[0, 1], tasks=2, choose=1, k=[1, 4, 64]) if own.quick else dict(
         seeds=[0, 1, 2], tasks=5, choose=2, k=[1, 2, 4, 8, 16, 32, 64])
@@ -191,18 +262,25 @@ def options(argv=None):
     if len(set(own.seeds)) < len(own.seeds) or len(set(own.k)) < len(own.k):
         parser.error("--seeds and --k: each once")
     own.k.sort()
-    own.out = own.out or ("runs/quick-" if own.quick else "results/") + "prompt-or-training.json"
+    name = "-".join(["prompt-or-training", *[Path(own.base).resolve().name] * bool(own.base)])
+    own.out = own.out or ("runs/quick-" if own.quick else "results/") + f"{name}.json"
     own.sizes = USUAL | (QUICK if own.quick else {})
+    if own.base:                                                    # it has its own sizes
+        own.sizes = {name: own.sizes[name] for name in ("steps", "weight_decay")}
+    own.kinds, own.rates = ([WITH_BASE], GPT2_RATES) if own.base else (KINDS, RATES)
     return own
 
 
 def new_result(own):
     """What the file holds at first: the settings."""
     lists = [f"--{name} {' '.join(map(str, getattr(own, name)))}" for name in ("seeds", "k")]
+    base = own.base and Path(own.base).resolve().name
     command = ["python experiments/prompt_or_training.py", *["--quick"] * own.quick, *lists,
-               f"--tasks {own.tasks} --choose {own.choose}"]
-    return shared.new_result(command, dict(k=own.k, bases={}, rates={}, rows={}), own.sizes | dict(
-        k=own.k, choose=own.choose, dtype="float32"), common.find_device(own.device))
+               f"--tasks {own.tasks} --choose {own.choose}", *[f"--base {base}"] * bool(base)]
+    settings = own.sizes | (dict(base=base) if base else {}) | dict(
+        k=own.k, choose=own.choose, dtype="float32")
+    return shared.new_result(command, dict(k=own.k, bases={}, rates={}, rows={}), settings,
+                             common.find_device(own.device))
 
 
 def number(seed, i, choose=False):
@@ -212,23 +290,29 @@ def number(seed, i, choose=False):
 
 
 def load(own, seed, figures):
-    """The settings of a seed, and its base. Raises UserError where the file is of another base."""
+    """The settings of a seed, its base and the language. Raises UserError where the file is of
+    another base."""
     args = lora.Args(**own.sizes, seed=seed, out=f"runs/{Path(own.out).stem}-{seed}",
-                     device=common.find_device(own.device), dtype="float32")
-    base, about = pretrain(args)
+                     base=own.base, device=common.find_device(own.device), dtype="float32")
+    if own.base:
+        common.require(args.uses_published, f"--base {own.base} is a run, which knows no English: "
+                       "it must be a folder with published weights of GPT-2")
+        (base, about), language = lora.load_base(args, own.base), english(common.BPE.load(own.base))
+    else:
+        (base, about), language = pretrain(args), INVENTED
     known = figures["bases"].setdefault(str(seed), about["fingerprint"])
     common.require(known == about["fingerprint"], f"{own.out} has figures of another base for seed "
                    f"{seed}: choose another --out")
-    return args, base
+    return args, base, language
 
 
-def cells(own, context):
-    """What there is to do: (kind, method, k); in-context, where the context holds k examples and
-    one more, and the base for each k, too, since each k asks other words."""
-    for kind in KINDS:
+def cells(own, fits=lambda k: True):
+    """What there is to do: (kind, method, k); in-context, where k examples and one more fit the
+    context, and the base for each k, too, since each k asks other words."""
+    for kind in own.kinds:
         for method in METHODS:
             for k in own.k:
-                if method != "in-context" or 2 * (k + 1) <= context:
+                if method != "in-context" or fits(k):
                     yield kind, method, k
 
 
@@ -243,19 +327,19 @@ def choose(own, result):
     """Fills in figures["rates"]: {kind: {method: {k: {rate: the losses on the tasks to choose on}}}
     }, with the base of the first seed of the file."""
     figures = result["figures"]
-    wanted = [(kind, method, k, lr) for kind, method, k in cells(own, 0)
-              for lr in RATES.get(method, ())]
+    wanted = [(kind, method, k, lr) for kind, method, k in cells(own)
+              for lr in own.rates.get(method, ())]
     missing = [cell for cell in wanted if len(place(figures["rates"], *cell[:3]).get(
         f"{cell[3]:g}", ())) < own.choose]
     if not missing:
         return
     seed = int(next(iter(figures["bases"]), own.seeds[0]))
-    args, base = load(own, seed, figures)
+    args, base, language = load(own, seed, figures)
     start = time.monotonic() - result["seconds"]
     for n, (kind, method, k, lr) in enumerate(common.progress(missing, "choosing rates")):
         tasks = [task(kind, number(seed, i, choose=True)) for i in range(own.choose)]
         place(figures["rates"], kind, method, k)[f"{lr:g}"] = [
-            learn(base, method, lr, x.to(args.device), k, args)["loss"] for x in tasks]
+            learn(base, method, lr, x.to(args.device), k, args, language)["loss"] for x in tasks]
         result["seconds"] = time.monotonic() - start
         if n % 8 == 7 or n == len(missing) - 1:
             shared.save(own.out, result)
@@ -272,19 +356,23 @@ def best(figures, kind, method, k):
 def measure(own, result, seed):
     """Fills in figures["rows"] for a seed: {kind: {method: {k: {seed: {accuracy, loss: a value per
     task}}}}}, also accuracy_shown; and, as if it were an accuracy, what the examples show."""
-    figures, context = result["figures"], own.sizes["context"]
-    missing = [cell for cell in cells(own, context) if len(place(figures["rows"], *cell, seed).get(
-        "accuracy", ())) < own.tasks]
+    figures, known = result["figures"], None
+    context, longest = own.sizes.get("context"), INVENTED.longest
+    if own.base:
+        known = load(own, seed, figures)
+        context, longest = len(known[1].pos_embed.weight), known[2].longest
+    missing = [cell for cell in cells(own, lambda k: (k + 1) * longest <= context)
+               if len(place(figures["rows"], *cell, seed).get("accuracy", ())) < own.tasks]
     if not missing:
         return
-    args, base = load(own, seed, figures)
+    args, base, language = known or load(own, seed, figures)
     start = time.monotonic() - result["seconds"]
     for kind, method, k in common.progress(missing, f"seed {seed}"):
         row = place(figures["rows"], kind, method, k, seed)
         limit = place(figures["rows"], kind, "shown", k, seed)
         for i in range(len(row.get("accuracy", ())), own.tasks):
             x, lr = task(kind, number(seed, i)), best(figures, kind, method, k)
-            found = learn(base, method, float(lr or 0), x.to(args.device), k, args)
+            found = learn(base, method, float(lr or 0), x.to(args.device), k, args, language)
             for name, value in found.items():
                 row.setdefault(name, []).append(value)
             if method == METHODS[0]:
@@ -346,7 +434,7 @@ def crossing(figures, kind, method, what):
 
 def crossings(figures):
     """A sentence per kind of task and measure."""
-    for kind in KINDS:
+    for kind in figures["rows"]:
         for what, more in ("accuracy", "more often right"), ("loss", "less loss"):
             first = {method: crossing(figures, kind, method, what) for method in RATES}
             words = [f"{method} from k = {k}" if k else f"{method} never"
@@ -366,7 +454,7 @@ def lead(figures, kind):
 def draw(figures):
     """The curves of the accuracy as an SVG."""
     panels = []
-    for kind in KINDS:
+    for kind in figures["rows"]:
         lines = {}
         for method in ["in-context", *RATES, "the base", "shown"]:
             found = [(k, means(figures, kind, method, k)) for k in figures["k"]]
@@ -382,7 +470,7 @@ def report(own, figures):
     what = ["", "More than in-context, which stays at the most that its "
             "context holds (points, ± standard error)", "Of the words whose class is among the "
             "examples', % right", "Loss, nats per ending"]
-    for kind in KINDS:
+    for kind in own.kinds:
         what[0] = (f"New dialects {kind} ({len(own.seeds)} seeds, {own.tasks} dialects each), "
                    "% of the endings right")
         tables = [table(figures, kind, "accuracy"), lead(figures, kind),

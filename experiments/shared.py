@@ -16,6 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common, lora                                                            # noqa: E402
 
 
+WHERE = "machine", "threads", "versions"          # of figures: where they were measured first
+
+
 def parse(parser, argv, quick, without):
     """The command line of an experiment, with flags of lora.py: (own, {name: value of lora.Args}).
     --quick gives the flags `quick` of lora.py, and later ones win; without: what is refused."""
@@ -53,7 +56,7 @@ def continued(path, new, free=(), fixed=()):
         differ += [name for name in fixed if old["figures"][name] != new["figures"][name]]
         for name, value in new["figures"].items():
             value == {} and old["figures"][name].items()             # raises where it is no dict
-        new = new | dict(figures=old["figures"], seconds=old["seconds"])
+        new = new | {name: old[name] for name in ("figures", "seconds", *WHERE)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         script = Path(new["command"].split()[1]).name
         raise common.UserError(f"{path} is no file of {script}: choose another --out") from None

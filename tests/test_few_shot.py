@@ -63,15 +63,14 @@ def test_the_questions_are_those_of_the_results():
     assert len(held_out) == 12 and held_out[:2] == [
         ("<image> wug <end> <image> blicket <end> <image>", "blicket", [835, 509, 65]),
         ("<image> blicket <end> <image> wug <end> <image>", "wug", [27, 460, 1397])]
-    path, seen = ROOT / "results/flamingo-middle.json", set()
-    if path.exists():                              # how often the most frequent answer occurs tells the questions
-        _, asked = asked_in_a_test(tests=300, shots=(0, 1, 2, 4, 8), context=48)
-        for group, right in json.loads(path.read_text())["runs"][0]["figures"]["right"].items():
-            texts = [q.answer for q in asked if q.group == group]
-            if texts and group.split(", ")[0] not in few_shot.EPISODES:        # of these results, new words had one token
-                seen.add(group)
-                assert right["majority"] == pytest.approx(100 * max(map(texts.count, texts)) / len(texts)), group
-        assert seen == {q.group for q in asked if q.group.split(", ")[0] not in few_shot.EPISODES}
+    _, asked = asked_in_a_test(tests=300, shots=(0, 1, 2, 4, 8), context=48)
+    groups = {}                                    # how often the most frequent answer occurs tells the questions
+    for q in asked:
+        groups.setdefault(q.group, []).append(q.answer)
+    right = json.loads((ROOT / "results/flamingo-plain.json").read_text())["runs"][0]["figures"]["right"]
+    assert {group: right[group]["majority"] for group in groups} == pytest.approx(
+        {group: 100 * max(map(answers.count, answers)) / len(answers) for group, answers in groups.items()})
+    assert set(right) == {*groups, "caption, all"}
 
 
 def test_captions_in_place_of_images_have_to_fit():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from test_weights import bpe_folder, random_weights, safetensors, transformers_gpt2
 
 import common
 import lora
@@ -21,6 +22,7 @@ import curves, prompt_or_training as experiment  # noqa: E402
 
 CLASSES, WORDS, ENDINGS, BOS = experiment.CLASSES, experiment.WORDS, experiment.ENDINGS, experiment.BOS
 FAMILY, HALF = experiment.KINDS
+INVENTED = experiment.INVENTED
 
 
 # ------------------------------------------------------------------------------------------- the tasks
@@ -82,7 +84,7 @@ def test_evaluate_asks_one_word_after_another():
     model, x = gpt(), experiment.task(FAMILY, 0)
     examples, asked = x[:3], x[3:40]
     for prompt in None, examples:
-        found = experiment.evaluate(model, asked, examples, prompt is not None)
+        found = experiment.evaluate(model, asked, examples, INVENTED, prompt is not None)
         right, nats, known = 0, 0., []
         for word, ending in asked.tolist():
             before = [BOS] + ([] if prompt is None else prompt.flatten().tolist()) + [word]
@@ -103,11 +105,11 @@ def test_tuning(method):
     base, args = gpt(), lora.Args(steps=40, weight_decay=.01)
     before, x = copy.deepcopy(base.state_dict()), experiment.task(FAMILY, 0)
     lr = max(experiment.RATES[method])
-    model = experiment.tune(base, method, lr, x[:4], args)
+    model = experiment.tune(base, method, lr, x[:4], args, INVENTED)
     assert all(w.equal(before[name]) for name, w in base.state_dict().items()) and not model.training
-    start, end = (experiment.evaluate(m, x[:4], x[:4])["loss"] for m in (base, model))
+    start, end = (experiment.evaluate(m, x[:4], x[:4], INVENTED)["loss"] for m in (base, model))
     assert end < start - dict(full=1., lora=.1, bitfit=.1, ia3=.01)[method]
-    assert experiment.learn(base, method, lr, x, 4, args) == experiment.evaluate(model, x[4:], x[:4])
+    assert experiment.learn(base, method, lr, x, 4, args, INVENTED) == experiment.evaluate(model, x[4:], x[:4], INVENTED)
     changed = {name for name, w in lora.merge_and_unload(model).state_dict().items() if not w.equal(before[name])}
     if method == "bitfit":
         assert changed and all(name.endswith("bias") for name in changed)
@@ -119,23 +121,67 @@ def test_tuning(method):
 
 def test_learn_without_training():
     base, x = gpt(), experiment.task(HALF, 3)
-    assert experiment.learn(base, "the base", 0., x, 5, None) == experiment.evaluate(base, x[5:], x[:5])
-    assert experiment.learn(base, "in-context", 0., x, 5, None) == experiment.evaluate(base, x[5:], x[:5], True)
+    assert experiment.learn(base, "the base", 0., x, 5, None, INVENTED) == experiment.evaluate(base, x[5:], x[:5], INVENTED)
+    assert experiment.learn(base, "in-context", 0., x, 5, None, INVENTED) == experiment.evaluate(base, x[5:], x[:5], INVENTED, True)
 
 
 def test_the_base_learns_to_use_examples(tmp_path, monkeypatch):
     """With few classes it takes seconds: from the prompt it knows most of the endings of a new dialect."""
-    for name, value in dict(CLASSES=4, WORDS=32, BOS=32 + 4 * ENDINGS).items():
+    for name, value in dict(CLASSES=4, WORDS=32, BOS=48, INVENTED=INVENTED._replace(BOS=48)).items():
         monkeypatch.setattr(experiment, name, value)
     args = lora.Args(**experiment.USUAL | dict(base_steps=150, base_batch=16, dim=32, heads=2, base_lr=1e-2), out=str(tmp_path),
                      device="cpu", dtype="float32")
     monkeypatch.setattr(experiment.texts, "__defaults__", (None, 16))
     base, about = experiment.pretrain(args)
-    found = [experiment.learn(base, method, 0., experiment.task(FAMILY, 7), 12, args)["accuracy"]
+    found = [experiment.learn(base, method, 0., experiment.task(FAMILY, 7), 12, args, experiment.INVENTED)["accuracy"]
              for method in ("the base", "in-context")]
     assert found[0] < 60 and found[1] > 80
     again, same = experiment.pretrain(args)                                        # it is kept
     assert same == about and all(w.equal(again.state_dict()[name]) for name, w in base.state_dict().items())
+
+
+def gpt2(folder, context=80):
+    """A folder of a GPT-2 with random weights, that model and its tokenizer."""
+    vocab = bpe_folder(folder)
+    model = random_weights(lora.GPT(len(vocab), context, 24, 2, 3))
+    safetensors(folder / "model.safetensors", transformers_gpt2(model))
+    (folder / "config.json").write_text('{"n_head": 3}')
+    return model, common.BPE.load(folder)
+
+
+def test_english(tmp_path):
+    """Each word once, each class with four endings of its own; a line is one example, with a loss on its ending alone."""
+    model, tokens = gpt2(tmp_path)
+    language, x = experiment.english(tokens), experiment.task(experiment.WITH_BASE, 2)
+    rows = language.rows(x)
+    assert rows.shape[2] == language.longest and len({word for words in experiment.ENGLISH for word in words}) == WORDS
+    by_class = {}
+    for (word, ending), (row, target) in zip(x.tolist(), rows):
+        line, asked = tokens.decode(row[row != tokens.BOS]), tokens.decode(target[target >= 0])
+        assert line == f"{experiment.ENGLISH[word % CLASSES][word // CLASSES]}:{asked}\n" and len(asked) == 3
+        by_class.setdefault(word % CLASSES, set()).add(asked)
+    assert [len(found) for found in by_class.values()] == [1] * CLASSES and len(set.union(*by_class.values())) == CLASSES
+    every = torch.tensor([[0, ending] for ending in range(WORDS, BOS)])
+    assert len(set(map(str, language.rows(every).tolist()))) == BOS - WORDS
+
+
+@pytest.mark.parametrize("in_context", [False, True])
+def test_evaluate_asks_gpt2_one_word_after_another(tmp_path, in_context):
+    model, tokens = gpt2(tmp_path)
+    language, x = experiment.english(tokens), experiment.task(experiment.WITH_BASE, 0)
+    found = experiment.evaluate(model, x[3:40], x[:3], language, in_context)
+    text = lambda pair: (f"{experiment.ENGLISH[pair[0] % CLASSES][pair[0] // CLASSES]}:",
+                         f" {'bdfghjklmnprstvz'[class_of(pair[1])]}{'aeio'[(pair[1] - WORDS) % 4]}")
+    start = "".join(f"{word}{ending}\n" for word, ending in map(text, x[:3].tolist())) if in_context else ""
+    nats, right = [], []
+    for pair in x[3:40].tolist():
+        word, ending = (tokens.encode(part) for part in text(pair))
+        line = torch.cat([torch.tensor([tokens.BOS]), tokens.encode(start), word, ending])
+        with torch.no_grad():
+            logits = model(line[None, :-1])[0, -len(ending):]
+        nats += (-logits.log_softmax(-1)[range(len(ending)), ending.long()]).tolist()
+        right.append(logits.argmax(-1).equal(ending.long()))
+    assert found["loss"] == pytest.approx(np.mean(nats), rel=1e-4) and found["accuracy"] == pytest.approx(100 * np.mean(right))
 
 
 # ----------------------------------------------------------------------------------------- the program
@@ -176,7 +222,7 @@ def test_quick(done):
                     tried = found["rates"][kind][method][k]
                     assert [*map(float, tried)] == list(experiment.RATES[method]) and tried[lr] == min(tried.values())
                 args.seed, task = 1, experiment.task(kind, experiment.number(1, 1))
-                ours = experiment.learn(bases[1], method, float(lr or 0), task, int(k), args)
+                ours = experiment.learn(bases[1], method, float(lr or 0), task, int(k), args, INVENTED)
                 assert {name: values[1] for name, values in seeds["1"].items()} == ours
                 assert found["rows"][kind]["shown"][k]["1"]["accuracy"][1] == experiment.shown(task, int(k))
     assert max(map(len, text.splitlines())) <= 80 and "Less loss than in-context, half outside: lora " in text
@@ -184,12 +230,35 @@ def test_quick(done):
     assert (folder / "runs/quick-prompt-or-training.svg").read_text() == experiment.draw(found)
 
 
+def test_a_published_base(tmp_path, done):
+    """--base with GPT-2: every cell, the figures computed again here, and a run is refused."""
+    base, tokens = gpt2(tmp_path / "gpt2")
+    run = lambda *flags: conftest.run("--quick", "--k", 1, 4, 64, "--tasks", 1, "--seeds", 3, "--device", "cpu", *flags,
+                                      script="experiments/prompt_or_training.py", cwd=tmp_path)
+    process = run("--base", "gpt2/")
+    assert process.returncode == 0 and "New dialects of English words" in process.stdout, process.stderr
+    result = json.loads((tmp_path / "runs/quick-prompt-or-training-gpt2.json").read_text())
+    assert result["command"].endswith("--base gpt2") and "dim" not in result["settings"] and result["settings"]["base"] == "gpt2"
+    found, args = result["figures"], lora.Args(steps=3, weight_decay=.01, seed=3)
+    (kind, rows), = found["rows"].items()
+    assert [*rows] == [*experiment.METHODS, "shown"] and [*rows["in-context"]] == ["1", "4"]          # 64 do not fit
+    for method, k in ("in-context", 4), ("lora", 1), ("full", 64):
+        lr = float(experiment.best(found, kind, method, k) or 0)
+        ours = experiment.learn(base, method, lr, experiment.task(kind, experiment.number(3, 0)), k, args, experiment.english(tokens))
+        assert {name: [value] for name, value in ours.items()} == rows[method][str(k)]["3"]
+    assert (tmp_path / "runs/quick-prompt-or-training-gpt2.svg").read_text() == experiment.draw(found)
+    again = run("--base", done[0] / "runs/quick-prompt-or-training-0/base")
+    conftest.refused(again, 1, "is a run, which knows no English", script="prompt_or_training.py")
+
+
 def test_the_same_command_does_nothing_twice(done, monkeypatch):
     folder, found, _ = done
     monkeypatch.chdir(folder)
     monkeypatch.setattr(experiment, "learn", None)
+    monkeypatch.setattr(common, "machine", lambda device: "another machine")
+    before = (folder / "runs/quick-prompt-or-training.json").read_text()
     quick()
-    assert figures() == found
+    assert (folder / "runs/quick-prompt-or-training.json").read_text() == before and figures() == found
 
 
 def test_what_was_stopped_continues(done, tmp_path, monkeypatch):
