@@ -337,5 +337,7 @@ if __name__ == "__main__":
             path.write_text(re.sub(r"^Expect   .*?(?=\n\w)", lambda m: new, path.read_text(), count=1, flags=re.M | re.S))
     for page in PAGES:
         page.write_text(updated(page.read_text())[0])
+        for marker, old, new in updated(page.read_text())[1]:              # words, such as the name of a processor
+            print(f"{page.relative_to(ROOT)}: write {new} after {marker}")
     for name, text in curves().items():
         (ROOT / "results" / name).write_text(text)
