@@ -143,7 +143,7 @@ QUICK = {   # added to a command, so that it takes seconds
                    "--images 500 --vit-dim 8 --vit-heads 2 --vit-depth 1 --tests 12 --shots 0 1",
     "experiments/adapt.py": "--quick --k 1 2 --repeats 1 --base-steps 2 --context 60 --epochs 1"}
 QUICK["experiments/search.py"] = "--quick --seeds 0"
-QUICK["experiments/same_encoder.py"] = "--quick --data shapes --labels 1 --seeds 0 --methods mae"
+QUICK["experiments/same_encoder.py"] = "--quick --data shapes --seconds 1 --labels 1 --seeds 0 --methods mae"
 QUICK["experiments/forgetting.py"] = "--quick --k 4 --seeds 0"
 QUICK["experiments/prompt_or_training.py"] = "--quick --k 1 2 --seeds 0 --tasks 1 --choose 1"
 QUICK["experiments/few_shot.py"] = f"--quick --seeds 0 -- {QUICK['flamingo.py']}"
