@@ -247,6 +247,10 @@ def test_a_published_base(tmp_path, done):
         ours = experiment.learn(base, method, lr, experiment.task(kind, experiment.number(3, 0)), k, args, experiment.english(tokens))
         assert {name: [value] for name, value in ours.items()} == rows[method][str(k)]["3"]
     assert (tmp_path / "runs/quick-prompt-or-training-gpt2.svg").read_text() == experiment.draw(found)
+    _, tokens = gpt2(tmp_path / "short", 5 * experiment.english(tokens).longest - 1)              # 4 fit, but not one more
+    assert run("--base", "short").returncode == 0
+    short = json.loads((tmp_path / "runs/quick-prompt-or-training-short.json").read_text())["figures"]["rows"][kind]
+    assert [*short["in-context"]] == ["1"] and [*short["lora"]] == ["1", "4", "64"]
     again = run("--base", done[0] / "runs/quick-prompt-or-training-0/base")
     conftest.refused(again, 1, "is a run, which knows no English", script="prompt_or_training.py")
 
