@@ -29,7 +29,7 @@ Expect   In the family the prompt and training alike know all that the examples 
          from a few examples on (at 32 it has 72 to 90 % of the endings right, the prompt 45).
 
 Run      python experiments/prompt_or_training.py            three bases, five dialects of a kind
-         python experiments/prompt_or_training.py --base gpt2/    (hours on a CPU)
+         python experiments/prompt_or_training.py --base gpt2/    GPT-2; for a GPU
          python experiments/prompt_or_training.py --quick    hardly trained, and little: seconds
 Writes   one JSON file (--out), after every few trainings, and beside it the curves as an SVG. The
          same command continues it; more of --seeds or --tasks add to it; with other settings it is
@@ -121,9 +121,9 @@ def shown(x, k):
 
 
 class Language(NamedTuple):
-    """How a GPT is told words with their endings (n, 2)."""
-    rows: Callable              # of words and endings: tokens and targets (n, 2, T); targets -100
-    BOS: int                    # are not asked for. BOS, which pads the tokens, too
+    """How a GPT is told words with their endings. The loss ignores targets of -100."""
+    rows: Callable              # words and endings (n, 2) -> tokens and targets (n, 2, T)
+    BOS: int                    # begins each text, and pads the tokens
     longest: int                # the most tokens of a word with its ending
 
 
