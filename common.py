@@ -1,15 +1,17 @@
 """What the seven scripts share: settings, data, the code around a training loop, linear probes and
 fine-tuning, output. It contains no model, loss, mask, augmentation or sampler.
 
-    settings     Args, setup, cli       a dataclass of settings, also used as the command line
-    data         load_images            uint8 images on the device, with their labels
-                 draw, shapes           the embedded images: ten shapes, drawn in a second
-                 scene, paint, caption  scenes of several figures, as images and as words
-                 load_text              documents as bytes; the embedded ones are Python's own
-                 Bytes, Words           tokenizers: one token per byte, or one per word
-    training     adamw, Muon, Run, stage  schedule, autocast, log, checkpoints, exact resume
-    evaluation   k_shot, probe, finetune     accuracies with k labels per class
-    output       save_png, save_curve, table, report
+    settings     Args, setup, cli         a dataclass of settings, also used as the command line
+    the machine  find_device, autocast    device, bfloat16, several processes
+    training     optimizer, Muon, Run     schedule, log, checkpoints, exact resume
+    evaluation   k_shot, probe, finetune  accuracies with k labels per class
+    data         load_images              uint8 images on the device, with their labels
+                 draw, shapes             the embedded images: ten shapes, drawn in a second
+                 scene, paint, caption    scenes of several figures, as images and as words
+                 load_text                documents as bytes; the embedded ones are Python's own
+                 Bytes, Words             tokenizers: one token per byte, or one per word
+    weights      read_weights, published  published weights, under a script's names
+    output       save_png, save_curve     pictures; table, report: what a run prints and keeps
 
 `python common.py` prints a table of all runs under runs/.
 Letters: B batch, C channels, S side of an image in pixels; images are (B, 3, S, S).
@@ -445,6 +447,633 @@ def first(f):
     if processes() > 1 and rank() == 0:
         dist.barrier()
     return found
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+def schedule(step, steps, warmup):
+    """Fraction of the peak learning rate at a step: linear warm-up, then cosine decay to 0."""
+    rise = max(1, round(steps * warmup))
+    if step < rise:
+        return (step + 1) / rise
+    return .5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def adamw(parameters, lr, weight_decay, betas=(.9, .95)):
+    """Fused AdamW over the trainable tensors, with weight decay on matrices only."""
+    parameters = [p for p in parameters if p.requires_grad]
+    groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
+              dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr, betas, fused=True)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the matrices of groups with `parts`, AdamW for the rest.
+
+    Muon (K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) is SGD with momentum,
+    but the update of each matrix is orthogonalised. A few directions dominate a gradient; with all
+    singular values at about 1, a step moves as far in the rare directions. A matrix (d1, d2) counts
+    as `parts` matrices (d1 / parts, d2), such as query, key and value. dtype: as in orthogonalize.
+    """
+
+    def __init__(self, groups, lr, betas, momentum=.95, dtype=torch.float32):
+        super().__init__(groups, lr, betas, fused=True)
+        self.momentum, self.dtype = momentum, dtype
+
+    @torch.no_grad()
+    def step(self):
+        same = {}                          # orthogonalise equal shapes together
+        for group in self.param_groups:
+            for p in group["params"] if group.get("parts") else ():
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:              # AdamW expects a step in it
+                    state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
+                state["momentum"].lerp_(p.grad, 1 - self.momentum)
+                update = p.grad.lerp(state["momentum"], self.momentum)           # Nesterov
+                p.grad = None                                          # so that AdamW skips it
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                for w, u in zip(p.chunk(group["parts"]), update.chunk(group["parts"])):
+                    rate = group["lr"] * max(1., len(u) / u.shape[1]) ** .5
+                    w, u = (w.mT, u.mT) if len(u) > u.shape[1] else (w, u)
+                    same.setdefault(u.shape, []).append((w, u, rate))
+        for weights, updates, rates in (zip(*rows) for rows in same.values()):
+            for w, u, rate in zip(weights, orthogonalize(torch.stack(updates), self.dtype), rates):
+                w.sub_(u, alpha=rate)
+        super().step()
+
+
+def orthogonalize(x, dtype=torch.float32):
+    """Matrices x = U S V^T (n, d1, d2), d1 <= d2 -> approximately U V^T. Five Newton-Schulz steps
+    x <- a x + b (x x^T) x + c (x x^T)^2 x bring most singular values into [0.7, 1.2]."""
+    a, b, c = 3.4445, -4.7750, 2.0315           # a: the growth of small ones per step
+    x = x.to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT                                                          # (n, d1, d1)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.float()
+
+
+def groups(args, named, weight_decay):
+    """Parameter groups for an optimizer, from pairs (name, parameter), without frozen parameters.
+    Only matrices have weight decay. With --optimizer muon, the matrices of the blocks, which have a
+    number in their names (blocks.0.mlp.fc1.weight), get `parts` and --muon-lr."""
+    found = {}
+    for name, p in named:
+        parts = 0
+        if args.optimizer == "muon" and p.ndim == 2 and re.search(r"\.\d+\.", name):
+            parts = 3 if name.endswith("qkv.weight") else 2 if name.endswith("kv.weight") else 1
+        if p.requires_grad:
+            found.setdefault((parts, p.ndim > 1), []).append(p)
+    return [dict(params=params, parts=parts, weight_decay=weight_decay * matrices,
+                 times=args.muon_lr / args.lr if parts and args.lr else 1.)
+            for (parts, matrices), params in found.items()]
+
+
+def optimizer(args, named):
+    """Builds --optimizer from pairs (name, parameter): AdamW, or Muon for the blocks' matrices and
+    AdamW for the rest."""
+    own = groups(args, named, args.weight_decay)
+    if args.optimizer == "muon":
+        return Muon(own, args.lr, betas=(.9, .95), dtype=getattr(torch, precision(args)))
+    return torch.optim.AdamW(own, args.lr, betas=(.9, .95), fused=True)
+
+
+class Run:
+    """The code around a training step, so that the step itself stays visible in the script:
+
+        run = Run(args, model, optimizer)
+        for step in run:                      # sets seed and learning rate; continues a resumed run
+            x = run.batch(data)
+            with run.autocast():
+                loss = distance(model(x), x)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log(loss)                     # for the bar, log.jsonl and the checkpoint
+
+    The random numbers of a step depend only on (seed, step): a run that was killed and resumed ends
+    with the same weights, bit for bit, as an uninterrupted run (on a CPU with the same number of
+    threads; on a GPU with torch.use_deterministic_algorithms(True)). Ctrl-C and other signals to
+    stop save a checkpoint after the step. A loss that is not finite stops the run and keeps the
+    last good checkpoint. uniform: the loss of a uniform guess, printed next to the loss. about:
+    what the model needs to know about its data, such as Images.about() or a vocabulary; it is saved
+    in the checkpoint. Its `fingerprint` of frozen weights, if any, must be equal on resuming.
+    """
+
+    def __init__(self, args, model, optimizer, uniform=None, about=None):
+        self.args, self.model, self.optimizer = args, model, optimizer
+        self.uniform, self.about, self.out = uniform, about or {}, Path(args.out)
+        self.step, self.seconds = 0, 0.          # so far
+        self.saved = None                        # the step of the checkpoint
+        self.pending, self.loss = None, None     # the last loss, on the device and as a number
+        self.epoch, self.order = None, None      # see batch()
+        self.stop = None                         # the signal that stops the run
+        self.parts = processes() * args.accumulate       # per batch
+        require(args.batch % self.parts == 0, f"--batch {args.batch} cannot be divided into "
+                f"{self.parts} parts, for --accumulate and the processes: take a multiple")
+        self.micro, self.weight, self.mean = 0, 1., 0.   # of these parts: see part()
+        self.stops = torch.zeros(())             # number of processes asked to stop
+        self.out.mkdir(parents=True, exist_ok=True)
+        if args.resume and (self.out / "checkpoint.pt").exists():
+            self.load()
+        if args.compile:
+            model.compile()
+
+    def __iter__(self):
+        args, every, last_save = self.args, math.ceil(self.args.steps / 200), time.monotonic()
+        began, log = last_save - self.seconds, self.open_log()
+        line = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        bar = tqdm(total=args.steps, initial=self.step, ncols=80, leave=False, bar_format=line,
+                   disable=not (sys.stderr and sys.stderr.isatty()) or rank() > 0)
+        usual = on_signals(self.interrupt)
+        try:
+            while self.step < args.steps:
+                self.lr = args.lr * schedule(self.step, args.steps, args.warmup)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.lr * group.get("times", 1.)   # times: a group's factor
+                for self.micro in range(args.accumulate):
+                    torch.manual_seed(args.seed * 1_000_003 + self.step)
+                    yield self.step
+                self.step += 1
+                self.seconds, last = time.monotonic() - began, self.step == args.steps
+                bar.update()
+                if last or self.step % every == 0:
+                    self.show(log, bar)
+                stop = self.stops.item() if processes() > 1 else self.stop       # all or none
+                if last or stop or time.monotonic() - last_save > args.save_every:
+                    self.save()
+                    last_save = time.monotonic()
+                if stop:
+                    self.stop = self.stop or signal.SIGTERM
+                    break
+        finally:
+            bar.close()
+            log.close()
+            for number, handler in usual.items():
+                signal.signal(number, handler)
+            torch.manual_seed(args.seed)               # what follows is independent of steps
+        if self.stop:
+            signal.raise_signal(self.stop)
+        if self.saved is None:                         # no steps: the initial or loaded model
+            self.save()
+        if processes() > 1:
+            dist.barrier()                             # all files are written
+        if self.loss is not None:
+            say(f"{self.step} steps in {self.seconds:.0f} s, {self.status()} in the last step.")
+            self.curve()
+
+    def batch(self, data):
+        """The next args.batch rows of data, (B, ...). Each epoch has a new order of the rows."""
+        n, size = len(data), self.args.batch
+        require(size <= n, f"--batch {size} is more than the {n} training examples")
+        if n > 2 ** 23:                        # too many for an order: random rows
+            return data[torch.randint(n, (size,)).to(data.device)]
+        epoch, i = divmod(self.step, n // size)
+        if self.epoch != (epoch, n):
+            g = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
+            self.epoch, self.order = (epoch, n), torch.randperm(n, generator=g).to(data.device)
+        return data[self.order[i * size:(i + 1) * size]]
+
+    def part(self, batch):
+        """The rows of this process and part of --accumulate, from a batch: a tensor (B, ...) or a
+        tuple of them. Each part has its own random numbers from here on. If targets in the last
+        tensor are ignored (-100), parts are weighted by the number of other targets."""
+        if self.parts == 1:
+            return batch
+        i = rank() * self.args.accumulate + self.micro
+        cut = lambda x: tuple(map(cut, x)) if isinstance(x, tuple) else x.chunk(self.parts)[i]
+        before, self.weight = self.weight, 1.
+        target = batch[-1] if isinstance(batch, tuple) else batch
+        if target.dtype == torch.int64:
+            counted = torch.stack([(x != -100).sum() for x in target.chunk(self.parts)])
+            self.weight = (counted[i] / counted.float().mean()).item()
+        for p in self.model.parameters() if self.micro else ():
+            if p.grad is not None:
+                p.grad *= before / self.weight                   # so that reduce() weights all
+        torch.manual_seed((self.args.seed * 1_000_003 + self.step) * 1_009 + i)
+        return cut(batch)
+
+    def reduce(self, loss):
+        """Call after backward(). Returns False until the last part of --accumulate; then averages
+        the gradient over all parts and processes, as DistributedDataParallel does."""
+        if self.parts == 1:
+            return True
+        self.mean = self.mean * (self.micro > 0) + self.weight * loss.detach() / self.parts
+        if self.micro < self.args.accumulate - 1:
+            return False
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        more = torch.stack([self.mean, self.mean.new_tensor(float(self.stop is not None))])
+        flat = torch.cat([*(g.flatten() for g in grads), more])
+        flat[:-2] *= self.weight / self.parts
+        if processes() > 1:
+            dist.all_reduce(flat)
+        self.mean, self.stops = flat[-2], flat[-1]
+        for g, whole in zip(grads, flat.split([*(g.numel() for g in grads), 2])):
+            g.copy_(whole.view_as(g))
+        return True
+
+    @staticmethod
+    def gather(z):
+        """Gathers rows (n, ...) from all processes, with gradients: (processes * n, ...)."""
+        if processes() == 1:
+            return z
+        from torch.distributed.nn.functional import all_gather      # not in all builds of PyTorch
+        return torch.cat(all_gather(z))
+
+    def autocast(self):
+        """Context manager: autocast to the precision of --dtype."""
+        return autocast(self.args)
+
+    def log(self, loss):
+        """Records the loss of this step. The next step reads it, so that a GPU does not wait."""
+        self.check()
+        self.pending = loss.detach() if self.parts == 1 else self.mean
+
+    def check(self):
+        """Reads the loss of the last step. Raises UserError if it is not finite."""
+        if self.pending is not None:
+            self.loss, self.pending = self.pending.item(), None
+            self.finite(math.isfinite(self.loss), f"the loss was {self.loss}")
+
+    def finite(self, condition, what):
+        """Raises UserError if the condition is false."""
+        kept = "no checkpoint was written yet" if self.saved is None else \
+            f"the checkpoint of step {self.saved} is kept"
+        muon = " or --muon-lr" * isinstance(self.optimizer, Muon)
+        require(condition, f"at step {self.step - 1} {what}; {kept}. Try a smaller --lr{muon}")
+
+    def save(self):
+        """Writes checkpoint.pt. Raises UserError if the weights are not finite."""
+        self.check()
+        weights = self.model.state_dict()
+        self.finite(all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad),
+                    "the weights were not finite, though the loss was")
+        state = dict(format=FORMAT, script=script(self.args), args=dataclasses.asdict(self.args),
+                     step=self.step, seconds=self.seconds, about=self.about, model=weights,
+                     kind=type(self.optimizer).__name__, optimizer=self.optimizer.state_dict())
+        kept = "" if self.saved is None else f"; the one of step {self.saved} is kept"
+        with replacing(self.out / "checkpoint.pt", f" at step {self.step}{kept}") as f:
+            torch.save(state, f)
+        self.saved = self.step
+
+    def load(self):
+        """Continues from the checkpoint. Raises UserError if it is of another model."""
+        path, state = self.out / "checkpoint.pt", read_checkpoint(self.out, script(self.args))
+        here, there = ({k: tuple(v.shape) for k, v in weights.items()}
+                       for weights in (self.model.state_dict(), state["model"]))
+        for name in {**here, **there}:
+            a, b = there.get(name, "missing"), here.get(name, "missing")
+            require(a == b, f"{path} does not fit this model: {name} is {a} there and {b} here; "
+                    "leave out the flags that change the model, or start a new run")
+        require(state["about"].get("fingerprint") == self.about.get("fingerprint"),
+                f"{path} is of another base: continue with its own, or start a new run")
+        groups = [{k: v for k, v in group.items() if k != "params"}
+                  for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            fits = state["kind"] == type(self.optimizer).__name__
+        except (ValueError, KeyError, TypeError):
+            fits = False
+        require(fits, f"{path} is of another optimizer: give its --optimizer, or start a new run")
+        self.model.load_state_dict(state["model"])
+        for group, options in zip(self.optimizer.param_groups, groups):
+            group.update(options)                               # of the present flags
+        self.step, self.seconds, self.saved = state["step"], state["seconds"], state["step"]
+        self.args.steps = max(self.args.steps, self.step)       # --steps 0: evaluate, do not train
+        say(f"Continuing from step {self.step} of {path}.")
+
+    def interrupt(self, number, _):
+        """Signal handler: stops the run after this step."""
+        self.stop = number
+        signal.signal(number, interrupt)                       # a second one stops at once
+
+    def open_log(self):
+        """Opens log.jsonl (200 lines per run) and drops lines later than the checkpoint."""
+        if rank():
+            return open(os.devnull, "a")
+        path, kept = self.out / "log.jsonl", ""
+        with contextlib.suppress(ValueError):                  # the last line may be cut off
+            for line in path.read_text().splitlines() if self.step and path.exists() else ():
+                kept += line + "\n" if json.loads(line)["step"] <= self.step else ""
+        with replacing(path) as f:
+            f.write(kept.encode())
+        return open(path, "a", buffering=1)
+
+    def show(self, log, bar):
+        """Writes the last loss to the log, and shows it with the speed in the bar or as a line."""
+        self.check()
+        steps = self.args.steps
+        rate = self.step * self.args.batch / max(self.seconds, 1e-9)
+        log.write(json.dumps(dict(step=self.step, loss=self.loss, lr=self.lr,
+                                  seconds=round(self.seconds, 2))) + "\n")
+        bar.set_postfix_str(f"{self.status()}, {rate:,.0f} ex/s", refresh=False)     # examples
+        if bar.disable and self.step % math.ceil(steps / 10) < math.ceil(steps / 200):
+            say(f"step {self.step}/{steps}  {self.status()}  {rate:,.0f} examples/s")
+
+    def curve(self):
+        """Writes loss.svg, a plot of the losses in log.jsonl."""
+        with contextlib.suppress(OSError, ValueError, KeyError):       # only the plot needs the log
+            rows = [json.loads(row) for row in (self.out / "log.jsonl").read_text().splitlines()]
+            x, y = [row["step"] for row in rows], [row["loss"] for row in rows]
+            save_curve(self.out / "loss.svg", x, y, "loss over training steps")
+
+    def status(self):
+        """The last loss and, if known, the loss of a uniform guess."""
+        uniform = "" if self.uniform is None else f" (uniform guess {self.uniform:.3f})"
+        return f"loss {self.loss:.4f}{uniform}"
+
+
+FORMAT = 2      # of checkpoints; others are refused
+
+
+def read_checkpoint(folder, *scripts, flag="--out"):
+    """Reads the checkpoint in a folder, to the CPU: its script, args, step, seconds, about, model
+    and optimizer. Raises UserError if there is none, or if another script than these wrote it."""
+    path = Path(folder) / "checkpoint.pt"
+    require(path.is_file(), f"there is no {path}: choose another {flag}, or start a new run")
+    try:
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        by, version = state["script"], state.get("format")
+    except Exception as error:                          # torch raises many types for a broken file
+        raise UserError(f"{path} is not a checkpoint that can be read ({type(error).__name__}): "
+                        f"delete it, or choose another {flag}") from None
+    require(by in scripts or not scripts, f"{path} was written by {by}, not by "
+            f"{' or '.join(scripts)}: choose another {flag}")
+    require(version == FORMAT, f"{path} was written by another version of {by} (format {version}, "
+            f"this is {FORMAT}): use that version, or start a new run")
+    kinds = dict(args=dict, model=dict, step=int, seconds=(int, float), about=dict, kind=str,
+                 optimizer=dict)
+    wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+    require(not wrong, f"{path} lacks {', '.join(wrong)}: it is broken, or no checkpoint of a "
+            f"run; choose another {flag}")
+    return state
+
+
+def runs_of(args):
+    """The folders runs/mae, runs/mae-2, ... of this script that hold a run: {number: path}."""
+    runs, pattern = {}, rf"{Path(script(args)).stem}(?:-(\d+))?"
+    for path in Path("runs").glob("*"):
+        match = re.fullmatch(pattern, path.name)
+        if match and (has_run(path) or (path / "settings.json").exists()):
+            runs[int(match[1] or 1)] = path
+    return runs
+
+
+def has_run(out):
+    """Whether a folder contains anything saved by a run or by an earlier stage of it."""
+    names = "checkpoint.pt", "result.json", "*/checkpoint.pt"
+    return any(any(Path(out).glob(name)) for name in names)
+
+
+def claim(args):
+    """Calls claim_once in process 0; the other processes get the folder, and None."""
+    new = None if rank() else claim_once(args)
+    if processes() > 1:
+        out = [args.out]
+        dist.broadcast_object_list(out)
+        args.out = out[0]
+    return new
+
+
+def claim_once(args):
+    """Creates the folder of a new run, --out or the next of runs/mae, runs/mae-2, ..., writes its
+    settings.json and sets args.out. Returns whether the folder is new. Two runs never share one:
+    creating a folder, or a file with mode "x", succeeds only once. Raises UserError."""
+    stem, first, new = Path(script(args)).stem, max(runs_of(args), default=0) + 1, False
+    names = [args.out] if args.out else (
+        f"runs/{stem}-{n}" if n > 1 else f"runs/{stem}" for n in itertools.count(first))
+    try:
+        for out in map(Path, names):
+            with contextlib.suppress(FileExistsError):
+                out.mkdir(parents=True)
+                new = True
+                break
+        args.out = str(out)
+        if not new and has_run(out):
+            raise FileExistsError
+        with open(out / "settings.json", "x") as f:
+            json.dump(dict(script=script(args), args=dataclasses.asdict(args)), f, indent=1)
+        return new
+    except FileExistsError:
+        raise UserError(f"{out} holds a run: --resume --out {out} continues it; or choose another "
+                        "--out") from None
+    except OSError as error:
+        if new:
+            shutil.rmtree(out, ignore_errors=True)
+        raise UserError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
+
+
+def saved_run(args):
+    """The run that --resume continues, in --out or the newest in runs/: (folder, settings)."""
+    runs = runs_of(args)
+    out = Path(args.out or (runs[max(runs)] if runs else "runs"))
+    if (out / "checkpoint.pt").exists():
+        return str(out), read_checkpoint(out, script(args))["args"]
+    path = out / "settings.json"                         # killed before the first checkpoint
+    require(path.exists(), f"there is no run of {script(args)} to resume in {out}: leave out "
+            "--resume to start one")
+    try:
+        state = json.loads(path.read_text())
+        by, settings = state["script"], dict(state["args"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} cannot be read: delete {out} and start a new run") from None
+    require(by == script(args), f"{path} was written by {by}: choose another --out")
+    return str(out), settings
+
+
+def stage(args, name, same, **settings):
+    """An earlier stage of the training, kept in <out>/<name>: returns its Args, and whether it has
+    been completed, there or in a folder next to args.out. It takes the settings that begin with its
+    name (lm_steps: its steps), and `settings`. same: the settings, besides those of the training,
+    that must be equal to reuse it. Raises UserError."""
+    same = (*same, "steps", "batch", "lr", "optimizer", "muon_lr", "warmup", "weight_decay", "clip",
+            "seed", "dtype")
+    own, prefix = Path(args.out, name), f"{name}_"
+    for key in dataclasses.asdict(args):
+        if key.startswith(prefix) and hasattr(args, key.removeprefix(prefix)):
+            settings[key.removeprefix(prefix)] = getattr(args, key)
+    how = dataclasses.replace(args, out=str(own), resume=False, compile=False, **settings)
+    for path in [own, *sorted(Path(args.out).parent.glob(f"*/{name}"))]:
+        try:
+            state = read_checkpoint(path, script(args))
+        except (UserError, OSError):
+            continue
+        differ = [flag(key) for key in same
+                  if state["args"].get(key) != getattr(how, key, None)]
+        if not differ and state["step"] == how.steps:
+            return dataclasses.replace(how, out=str(path)), True
+        if path == own:
+            require(not differ, f"{path} was trained with another {', '.join(differ)}: start a new "
+                    "run")
+            how.resume = True
+    return how, False
+
+
+@contextlib.contextmanager
+def replacing(path, when=""):
+    """Context manager: a file that replaces `path` atomically at the end, so that readers see the
+    complete old file or the complete new one. Raises UserError if it cannot be written."""
+    part = Path(path).with_name(f"{Path(path).name}.part")
+    if rank():                                         # only process 0 writes
+        with open(os.devnull, "wb") as f:
+            yield f
+        return
+    try:
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:           # torch.save wraps a full disk in either,
+        if isinstance(error.__context__, KeyboardInterrupt):      # and hides a second Ctrl-C
+            raise error.__context__ from None
+        why = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"cannot write {path}{when} ({why})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def fingerprint(weights):
+    """A hash of weights {name: tensor on the CPU}: eight hexadecimal digits."""
+    digest = hashlib.sha256()
+    for w in weights.values():
+        digest.update(w.contiguous().numpy())
+    return digest.hexdigest()[:8]
+
+
+# -------------------------------------------------------------------------------- evaluation
+
+
+def evenly(x, n):
+    """n evenly spaced rows of x, or all if there are fewer."""
+    return x[torch.linspace(0, len(x) - 1, min(n, len(x))).long()]
+
+
+def k_shot(labels, k, seed=0):
+    """Indices of k random examples per class (0: all): (k * classes,), on the device of labels.
+    Raises UserError if a class has fewer."""
+    least = labels.unique(return_counts=True)[1].min()
+    require(k <= least, f"--labels {k} is too many: a class has only {least} labelled examples")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order.to(labels.device)
+    return torch.cat([order[labels[order] == c][:k or None] for c in labels.unique()])
+
+
+@torch.no_grad()
+def encode(args, f, images, x, batch=500):
+    """Applies f to all of x in batches, without gradients: (n, C) float. x: uint8 images
+    (n, 3, S, S), which are normalised first; with images=None, anything else."""
+    with autocast(args):
+        h = torch.cat([f(images.normalize(part) if images else part).float()
+                       for part in x.split(batch)])
+    bounded(h.abs().max() < 1e15, "features")
+    return h
+
+
+def bounded(condition, what="loss"):
+    """Raises UserError if the condition is false: the training has diverged."""
+    require(condition, f"the {what} of the model cannot be computed any more: try a smaller --lr")
+
+
+def probe(train, labels, test, test_labels, k=0, seed=0, decay=1e-2):
+    """Accuracy in % of a linear classifier on frozen features: logistic regression on k examples
+    per class (0: all), optimised to convergence with L-BFGS.
+
+    train (n, C), labels (n,), test (m, C), test_labels (m,). Features are standardised over all of
+    train, labelled or not; the loss includes decay / 2 times the sum of the squared weights.
+    """
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    i = k_shot(labels, k, seed)
+    x, y, test = (train[i] - mean) / std, labels[i], (test - mean) / std
+    head = nn.Linear(x.shape[1], int(labels.max()) + 1, device=x.device)
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(x), y) + decay / 2 * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return 100 * (head(test).argmax(1) == test_labels).float().mean().item()
+
+
+def linear_probe(args, f, images):
+    """Accuracies in % of linear probes on the features of a frozen encoder: for the class with each
+    number in args.labels, and for the colour with all labels, if the images have one.
+
+    f maps normalised images (B, 3, S, S) to features (B, C).
+    """
+    train, test = (encode(args, f, images, x) for x in (images.train, images.test))
+    fit = lambda name, k: probe(train, images.train_labels[name], test, images.test_labels[name], k)
+    row = [fit(next(iter(images.names)), k) for k in args.labels]
+    return row + [fit("colour", 0)] if "colour" in images.names else row
+
+
+def linear_probes(args, images, encoders):
+    """linear_probe for {encoder: f}: {encoder: accuracies in %}; empty without labels."""
+    encoders = encoders if images.names else {}
+    return {name: linear_probe(args, f, images)
+            for name, f in progress(encoders.items(), "linear probes")}
+
+
+def best_probe(args, images, rows, name):
+    """'shape 64.8 % from 20 labels per class': a result of linear_probes, for the most --labels."""
+    if not rows:
+        return "no labels"
+    most, what = max(args.labels), next(iter(images.names))
+    how = f"{most} labels per class" if most else "all labels"
+    return f"{what} {rows[name][args.labels.index(most)]:.1f} % from {how}"
+
+
+def label_table(args, images, rows):
+    """A table of chance and {encoder: accuracies in %} for each number in args.labels, and of the
+    colour with all labels, if all rows have one. If one class is much more frequent than others, a
+    row gives the accuracy of always predicting it."""
+    if not images.names:
+        return "Without labels there is nothing to probe or to fine-tune."
+    what, wide = next(iter(images.names)), min(map(len, rows.values()))
+    head = [str(k or "all") for k in args.labels] + ["colour, all"]
+    names = [what] * len(args.labels) + ["colour"] * ("colour" in images.names)
+    chance, ids = [100 / len(images.names[name]) for name in names], images.test_labels
+    most = [100 * (ids[name].bincount().max() / len(ids[name])).item() for name in names]
+    same = {f"always the same {what}": most} if most[0] > 1.15 * chance[0] else {}
+    rows = {"chance": chance, **same, **rows}
+    return table([[f"{what}, accuracy in % by labels per class", *head[:wide]],
+                  *([name, *(f"{x:.1f}" for x in row[:wide])] for name, row in rows.items())])
+
+
+def finetune(args, f, images, x, labels, test_labels, steps, lr, batch=64, seed=0):
+    """Accuracy in % on images.test after training a new linear head and the unfrozen part of f.
+
+    f maps normalised images (B, 3, S, S) to features (B, C) and is changed in place. x
+    (n, 3, S, S), uint8, with labels (n,) are the labelled images; test_labels (m,).
+    """
+    torch.manual_seed(seed)
+    dim = encode(args, f.eval(), images, x[:1]).shape[1]
+    head = nn.Linear(dim, int(labels.max()) + 1)
+    nn.init.zeros_(head.weight)                  # at first all scores are equal
+    norm = nn.BatchNorm1d(dim, affine=False)     # as in MAE, A.1: scales differ widely
+    model = nn.Sequential(f, norm, head).to(x.device).train()
+    optimizer = adamw(model.parameters(), lr, weight_decay=.05)
+    for step in progress(range(steps), "fine-tuning"):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * schedule(step, steps, .1)
+        i = torch.randint(len(x), (min(batch, len(x)),), device=x.device)
+        with autocast(args):
+            loss = F.cross_entropy(model(images.normalize(x[i])), labels[i])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    scores = encode(args, model.eval(), images, images.test)
+    return 100 * (scores.argmax(1) == test_labels).float().mean().item()
 
 
 # -------------------------------------------------------------------------------------- data
@@ -1805,633 +2434,6 @@ def fill_in(model, state, path, config={}, missing=()):
     for layer in model.modules():
         if isinstance(layer, torch.nn.LayerNorm) and eps:
             layer.eps = eps
-
-
-# ---------------------------------------------------------------------------------- training
-
-
-def schedule(step, steps, warmup):
-    """Fraction of the peak learning rate at a step: linear warm-up, then cosine decay to 0."""
-    rise = max(1, round(steps * warmup))
-    if step < rise:
-        return (step + 1) / rise
-    return .5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-def adamw(parameters, lr, weight_decay, betas=(.9, .95)):
-    """Fused AdamW over the trainable tensors, with weight decay on matrices only."""
-    parameters = [p for p in parameters if p.requires_grad]
-    groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
-              dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr, betas, fused=True)
-
-
-class Muon(torch.optim.AdamW):
-    """Muon for the matrices of groups with `parts`, AdamW for the rest.
-
-    Muon (K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) is SGD with momentum,
-    but the update of each matrix is orthogonalised. A few directions dominate a gradient; with all
-    singular values at about 1, a step moves as far in the rare directions. A matrix (d1, d2) counts
-    as `parts` matrices (d1 / parts, d2), such as query, key and value. dtype: as in orthogonalize.
-    """
-
-    def __init__(self, groups, lr, betas, momentum=.95, dtype=torch.float32):
-        super().__init__(groups, lr, betas, fused=True)
-        self.momentum, self.dtype = momentum, dtype
-
-    @torch.no_grad()
-    def step(self):
-        same = {}                          # orthogonalise equal shapes together
-        for group in self.param_groups:
-            for p in group["params"] if group.get("parts") else ():
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:              # AdamW expects a step in it
-                    state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
-                state["momentum"].lerp_(p.grad, 1 - self.momentum)
-                update = p.grad.lerp(state["momentum"], self.momentum)           # Nesterov
-                p.grad = None                                          # so that AdamW skips it
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                for w, u in zip(p.chunk(group["parts"]), update.chunk(group["parts"])):
-                    rate = group["lr"] * max(1., len(u) / u.shape[1]) ** .5
-                    w, u = (w.mT, u.mT) if len(u) > u.shape[1] else (w, u)
-                    same.setdefault(u.shape, []).append((w, u, rate))
-        for weights, updates, rates in (zip(*rows) for rows in same.values()):
-            for w, u, rate in zip(weights, orthogonalize(torch.stack(updates), self.dtype), rates):
-                w.sub_(u, alpha=rate)
-        super().step()
-
-
-def orthogonalize(x, dtype=torch.float32):
-    """Matrices x = U S V^T (n, d1, d2), d1 <= d2 -> approximately U V^T. Five Newton-Schulz steps
-    x <- a x + b (x x^T) x + c (x x^T)^2 x bring most singular values into [0.7, 1.2]."""
-    a, b, c = 3.4445, -4.7750, 2.0315           # a: the growth of small ones per step
-    x = x.to(dtype)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.mT                                                          # (n, d1, d1)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.float()
-
-
-def groups(args, named, weight_decay):
-    """Parameter groups for an optimizer, from pairs (name, parameter), without frozen parameters.
-    Only matrices have weight decay. With --optimizer muon, the matrices of the blocks, which have a
-    number in their names (blocks.0.mlp.fc1.weight), get `parts` and --muon-lr."""
-    found = {}
-    for name, p in named:
-        parts = 0
-        if args.optimizer == "muon" and p.ndim == 2 and re.search(r"\.\d+\.", name):
-            parts = 3 if name.endswith("qkv.weight") else 2 if name.endswith("kv.weight") else 1
-        if p.requires_grad:
-            found.setdefault((parts, p.ndim > 1), []).append(p)
-    return [dict(params=params, parts=parts, weight_decay=weight_decay * matrices,
-                 times=args.muon_lr / args.lr if parts and args.lr else 1.)
-            for (parts, matrices), params in found.items()]
-
-
-def optimizer(args, named):
-    """Builds --optimizer from pairs (name, parameter): AdamW, or Muon for the blocks' matrices and
-    AdamW for the rest."""
-    own = groups(args, named, args.weight_decay)
-    if args.optimizer == "muon":
-        return Muon(own, args.lr, betas=(.9, .95), dtype=getattr(torch, precision(args)))
-    return torch.optim.AdamW(own, args.lr, betas=(.9, .95), fused=True)
-
-
-class Run:
-    """The code around a training step, so that the step itself stays visible in the script:
-
-        run = Run(args, model, optimizer)
-        for step in run:                      # sets seed and learning rate; continues a resumed run
-            x = run.batch(data)
-            with run.autocast():
-                loss = distance(model(x), x)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            run.log(loss)                     # for the bar, log.jsonl and the checkpoint
-
-    The random numbers of a step depend only on (seed, step): a run that was killed and resumed ends
-    with the same weights, bit for bit, as an uninterrupted run (on a CPU with the same number of
-    threads; on a GPU with torch.use_deterministic_algorithms(True)). Ctrl-C and other signals to
-    stop save a checkpoint after the step. A loss that is not finite stops the run and keeps the
-    last good checkpoint. uniform: the loss of a uniform guess, printed next to the loss. about:
-    what the model needs to know about its data, such as Images.about() or a vocabulary; it is saved
-    in the checkpoint. Its `fingerprint` of frozen weights, if any, must be equal on resuming.
-    """
-
-    def __init__(self, args, model, optimizer, uniform=None, about=None):
-        self.args, self.model, self.optimizer = args, model, optimizer
-        self.uniform, self.about, self.out = uniform, about or {}, Path(args.out)
-        self.step, self.seconds = 0, 0.          # so far
-        self.saved = None                        # the step of the checkpoint
-        self.pending, self.loss = None, None     # the last loss, on the device and as a number
-        self.epoch, self.order = None, None      # see batch()
-        self.stop = None                         # the signal that stops the run
-        self.parts = processes() * args.accumulate       # per batch
-        require(args.batch % self.parts == 0, f"--batch {args.batch} cannot be divided into "
-                f"{self.parts} parts, for --accumulate and the processes: take a multiple")
-        self.micro, self.weight, self.mean = 0, 1., 0.   # of these parts: see part()
-        self.stops = torch.zeros(())             # number of processes asked to stop
-        self.out.mkdir(parents=True, exist_ok=True)
-        if args.resume and (self.out / "checkpoint.pt").exists():
-            self.load()
-        if args.compile:
-            model.compile()
-
-    def __iter__(self):
-        args, every, last_save = self.args, math.ceil(self.args.steps / 200), time.monotonic()
-        began, log = last_save - self.seconds, self.open_log()
-        line = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        bar = tqdm(total=args.steps, initial=self.step, ncols=80, leave=False, bar_format=line,
-                   disable=not (sys.stderr and sys.stderr.isatty()) or rank() > 0)
-        usual = on_signals(self.interrupt)
-        try:
-            while self.step < args.steps:
-                self.lr = args.lr * schedule(self.step, args.steps, args.warmup)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.lr * group.get("times", 1.)   # times: a group's factor
-                for self.micro in range(args.accumulate):
-                    torch.manual_seed(args.seed * 1_000_003 + self.step)
-                    yield self.step
-                self.step += 1
-                self.seconds, last = time.monotonic() - began, self.step == args.steps
-                bar.update()
-                if last or self.step % every == 0:
-                    self.show(log, bar)
-                stop = self.stops.item() if processes() > 1 else self.stop       # all or none
-                if last or stop or time.monotonic() - last_save > args.save_every:
-                    self.save()
-                    last_save = time.monotonic()
-                if stop:
-                    self.stop = self.stop or signal.SIGTERM
-                    break
-        finally:
-            bar.close()
-            log.close()
-            for number, handler in usual.items():
-                signal.signal(number, handler)
-            torch.manual_seed(args.seed)               # what follows is independent of steps
-        if self.stop:
-            signal.raise_signal(self.stop)
-        if self.saved is None:                         # no steps: the initial or loaded model
-            self.save()
-        if processes() > 1:
-            dist.barrier()                             # all files are written
-        if self.loss is not None:
-            say(f"{self.step} steps in {self.seconds:.0f} s, {self.status()} in the last step.")
-            self.curve()
-
-    def batch(self, data):
-        """The next args.batch rows of data, (B, ...). Each epoch has a new order of the rows."""
-        n, size = len(data), self.args.batch
-        require(size <= n, f"--batch {size} is more than the {n} training examples")
-        if n > 2 ** 23:                        # too many for an order: random rows
-            return data[torch.randint(n, (size,)).to(data.device)]
-        epoch, i = divmod(self.step, n // size)
-        if self.epoch != (epoch, n):
-            g = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
-            self.epoch, self.order = (epoch, n), torch.randperm(n, generator=g).to(data.device)
-        return data[self.order[i * size:(i + 1) * size]]
-
-    def part(self, batch):
-        """The rows of this process and part of --accumulate, from a batch: a tensor (B, ...) or a
-        tuple of them. Each part has its own random numbers from here on. If targets in the last
-        tensor are ignored (-100), parts are weighted by the number of other targets."""
-        if self.parts == 1:
-            return batch
-        i = rank() * self.args.accumulate + self.micro
-        cut = lambda x: tuple(map(cut, x)) if isinstance(x, tuple) else x.chunk(self.parts)[i]
-        before, self.weight = self.weight, 1.
-        target = batch[-1] if isinstance(batch, tuple) else batch
-        if target.dtype == torch.int64:
-            counted = torch.stack([(x != -100).sum() for x in target.chunk(self.parts)])
-            self.weight = (counted[i] / counted.float().mean()).item()
-        for p in self.model.parameters() if self.micro else ():
-            if p.grad is not None:
-                p.grad *= before / self.weight                   # so that reduce() weights all
-        torch.manual_seed((self.args.seed * 1_000_003 + self.step) * 1_009 + i)
-        return cut(batch)
-
-    def reduce(self, loss):
-        """Call after backward(). Returns False until the last part of --accumulate; then averages
-        the gradient over all parts and processes, as DistributedDataParallel does."""
-        if self.parts == 1:
-            return True
-        self.mean = self.mean * (self.micro > 0) + self.weight * loss.detach() / self.parts
-        if self.micro < self.args.accumulate - 1:
-            return False
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        more = torch.stack([self.mean, self.mean.new_tensor(float(self.stop is not None))])
-        flat = torch.cat([*(g.flatten() for g in grads), more])
-        flat[:-2] *= self.weight / self.parts
-        if processes() > 1:
-            dist.all_reduce(flat)
-        self.mean, self.stops = flat[-2], flat[-1]
-        for g, whole in zip(grads, flat.split([*(g.numel() for g in grads), 2])):
-            g.copy_(whole.view_as(g))
-        return True
-
-    @staticmethod
-    def gather(z):
-        """Gathers rows (n, ...) from all processes, with gradients: (processes * n, ...)."""
-        if processes() == 1:
-            return z
-        from torch.distributed.nn.functional import all_gather      # not in all builds of PyTorch
-        return torch.cat(all_gather(z))
-
-    def autocast(self):
-        """Context manager: autocast to the precision of --dtype."""
-        return autocast(self.args)
-
-    def log(self, loss):
-        """Records the loss of this step. The next step reads it, so that a GPU does not wait."""
-        self.check()
-        self.pending = loss.detach() if self.parts == 1 else self.mean
-
-    def check(self):
-        """Reads the loss of the last step. Raises UserError if it is not finite."""
-        if self.pending is not None:
-            self.loss, self.pending = self.pending.item(), None
-            self.finite(math.isfinite(self.loss), f"the loss was {self.loss}")
-
-    def finite(self, condition, what):
-        """Raises UserError if the condition is false."""
-        kept = "no checkpoint was written yet" if self.saved is None else \
-            f"the checkpoint of step {self.saved} is kept"
-        muon = " or --muon-lr" * isinstance(self.optimizer, Muon)
-        require(condition, f"at step {self.step - 1} {what}; {kept}. Try a smaller --lr{muon}")
-
-    def save(self):
-        """Writes checkpoint.pt. Raises UserError if the weights are not finite."""
-        self.check()
-        weights = self.model.state_dict()
-        self.finite(all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad),
-                    "the weights were not finite, though the loss was")
-        state = dict(format=FORMAT, script=script(self.args), args=dataclasses.asdict(self.args),
-                     step=self.step, seconds=self.seconds, about=self.about, model=weights,
-                     kind=type(self.optimizer).__name__, optimizer=self.optimizer.state_dict())
-        kept = "" if self.saved is None else f"; the one of step {self.saved} is kept"
-        with replacing(self.out / "checkpoint.pt", f" at step {self.step}{kept}") as f:
-            torch.save(state, f)
-        self.saved = self.step
-
-    def load(self):
-        """Continues from the checkpoint. Raises UserError if it is of another model."""
-        path, state = self.out / "checkpoint.pt", read_checkpoint(self.out, script(self.args))
-        here, there = ({k: tuple(v.shape) for k, v in weights.items()}
-                       for weights in (self.model.state_dict(), state["model"]))
-        for name in {**here, **there}:
-            a, b = there.get(name, "missing"), here.get(name, "missing")
-            require(a == b, f"{path} does not fit this model: {name} is {a} there and {b} here; "
-                    "leave out the flags that change the model, or start a new run")
-        require(state["about"].get("fingerprint") == self.about.get("fingerprint"),
-                f"{path} is of another base: continue with its own, or start a new run")
-        groups = [{k: v for k, v in group.items() if k != "params"}
-                  for group in self.optimizer.param_groups]
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            fits = state["kind"] == type(self.optimizer).__name__
-        except (ValueError, KeyError, TypeError):
-            fits = False
-        require(fits, f"{path} is of another optimizer: give its --optimizer, or start a new run")
-        self.model.load_state_dict(state["model"])
-        for group, options in zip(self.optimizer.param_groups, groups):
-            group.update(options)                               # of the present flags
-        self.step, self.seconds, self.saved = state["step"], state["seconds"], state["step"]
-        self.args.steps = max(self.args.steps, self.step)       # --steps 0: evaluate, do not train
-        say(f"Continuing from step {self.step} of {path}.")
-
-    def interrupt(self, number, _):
-        """Signal handler: stops the run after this step."""
-        self.stop = number
-        signal.signal(number, interrupt)                       # a second one stops at once
-
-    def open_log(self):
-        """Opens log.jsonl (200 lines per run) and drops lines later than the checkpoint."""
-        if rank():
-            return open(os.devnull, "a")
-        path, kept = self.out / "log.jsonl", ""
-        with contextlib.suppress(ValueError):                  # the last line may be cut off
-            for line in path.read_text().splitlines() if self.step and path.exists() else ():
-                kept += line + "\n" if json.loads(line)["step"] <= self.step else ""
-        with replacing(path) as f:
-            f.write(kept.encode())
-        return open(path, "a", buffering=1)
-
-    def show(self, log, bar):
-        """Writes the last loss to the log, and shows it with the speed in the bar or as a line."""
-        self.check()
-        steps = self.args.steps
-        rate = self.step * self.args.batch / max(self.seconds, 1e-9)
-        log.write(json.dumps(dict(step=self.step, loss=self.loss, lr=self.lr,
-                                  seconds=round(self.seconds, 2))) + "\n")
-        bar.set_postfix_str(f"{self.status()}, {rate:,.0f} ex/s", refresh=False)     # examples
-        if bar.disable and self.step % math.ceil(steps / 10) < math.ceil(steps / 200):
-            say(f"step {self.step}/{steps}  {self.status()}  {rate:,.0f} examples/s")
-
-    def curve(self):
-        """Writes loss.svg, a plot of the losses in log.jsonl."""
-        with contextlib.suppress(OSError, ValueError, KeyError):       # only the plot needs the log
-            rows = [json.loads(row) for row in (self.out / "log.jsonl").read_text().splitlines()]
-            x, y = [row["step"] for row in rows], [row["loss"] for row in rows]
-            save_curve(self.out / "loss.svg", x, y, "loss over training steps")
-
-    def status(self):
-        """The last loss and, if known, the loss of a uniform guess."""
-        uniform = "" if self.uniform is None else f" (uniform guess {self.uniform:.3f})"
-        return f"loss {self.loss:.4f}{uniform}"
-
-
-FORMAT = 2      # of checkpoints; others are refused
-
-
-def read_checkpoint(folder, *scripts, flag="--out"):
-    """Reads the checkpoint in a folder, to the CPU: its script, args, step, seconds, about, model
-    and optimizer. Raises UserError if there is none, or if another script than these wrote it."""
-    path = Path(folder) / "checkpoint.pt"
-    require(path.is_file(), f"there is no {path}: choose another {flag}, or start a new run")
-    try:
-        state = dict(torch.load(path, map_location="cpu", weights_only=True))
-        by, version = state["script"], state.get("format")
-    except Exception as error:                          # torch raises many types for a broken file
-        raise UserError(f"{path} is not a checkpoint that can be read ({type(error).__name__}): "
-                        f"delete it, or choose another {flag}") from None
-    require(by in scripts or not scripts, f"{path} was written by {by}, not by "
-            f"{' or '.join(scripts)}: choose another {flag}")
-    require(version == FORMAT, f"{path} was written by another version of {by} (format {version}, "
-            f"this is {FORMAT}): use that version, or start a new run")
-    kinds = dict(args=dict, model=dict, step=int, seconds=(int, float), about=dict, kind=str,
-                 optimizer=dict)
-    wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
-    require(not wrong, f"{path} lacks {', '.join(wrong)}: it is broken, or no checkpoint of a "
-            f"run; choose another {flag}")
-    return state
-
-
-def runs_of(args):
-    """The folders runs/mae, runs/mae-2, ... of this script that hold a run: {number: path}."""
-    runs, pattern = {}, rf"{Path(script(args)).stem}(?:-(\d+))?"
-    for path in Path("runs").glob("*"):
-        match = re.fullmatch(pattern, path.name)
-        if match and (has_run(path) or (path / "settings.json").exists()):
-            runs[int(match[1] or 1)] = path
-    return runs
-
-
-def has_run(out):
-    """Whether a folder contains anything saved by a run or by an earlier stage of it."""
-    names = "checkpoint.pt", "result.json", "*/checkpoint.pt"
-    return any(any(Path(out).glob(name)) for name in names)
-
-
-def claim(args):
-    """Calls claim_once in process 0; the other processes get the folder, and None."""
-    new = None if rank() else claim_once(args)
-    if processes() > 1:
-        out = [args.out]
-        dist.broadcast_object_list(out)
-        args.out = out[0]
-    return new
-
-
-def claim_once(args):
-    """Creates the folder of a new run, --out or the next of runs/mae, runs/mae-2, ..., writes its
-    settings.json and sets args.out. Returns whether the folder is new. Two runs never share one:
-    creating a folder, or a file with mode "x", succeeds only once. Raises UserError."""
-    stem, first, new = Path(script(args)).stem, max(runs_of(args), default=0) + 1, False
-    names = [args.out] if args.out else (
-        f"runs/{stem}-{n}" if n > 1 else f"runs/{stem}" for n in itertools.count(first))
-    try:
-        for out in map(Path, names):
-            with contextlib.suppress(FileExistsError):
-                out.mkdir(parents=True)
-                new = True
-                break
-        args.out = str(out)
-        if not new and has_run(out):
-            raise FileExistsError
-        with open(out / "settings.json", "x") as f:
-            json.dump(dict(script=script(args), args=dataclasses.asdict(args)), f, indent=1)
-        return new
-    except FileExistsError:
-        raise UserError(f"{out} holds a run: --resume --out {out} continues it; or choose another "
-                        "--out") from None
-    except OSError as error:
-        if new:
-            shutil.rmtree(out, ignore_errors=True)
-        raise UserError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
-
-
-def saved_run(args):
-    """The run that --resume continues, in --out or the newest in runs/: (folder, settings)."""
-    runs = runs_of(args)
-    out = Path(args.out or (runs[max(runs)] if runs else "runs"))
-    if (out / "checkpoint.pt").exists():
-        return str(out), read_checkpoint(out, script(args))["args"]
-    path = out / "settings.json"                         # killed before the first checkpoint
-    require(path.exists(), f"there is no run of {script(args)} to resume in {out}: leave out "
-            "--resume to start one")
-    try:
-        state = json.loads(path.read_text())
-        by, settings = state["script"], dict(state["args"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} cannot be read: delete {out} and start a new run") from None
-    require(by == script(args), f"{path} was written by {by}: choose another --out")
-    return str(out), settings
-
-
-def stage(args, name, same, **settings):
-    """An earlier stage of the training, kept in <out>/<name>: returns its Args, and whether it has
-    been completed, there or in a folder next to args.out. It takes the settings that begin with its
-    name (lm_steps: its steps), and `settings`. same: the settings, besides those of the training,
-    that must be equal to reuse it. Raises UserError."""
-    same = (*same, "steps", "batch", "lr", "optimizer", "muon_lr", "warmup", "weight_decay", "clip",
-            "seed", "dtype")
-    own, prefix = Path(args.out, name), f"{name}_"
-    for key in dataclasses.asdict(args):
-        if key.startswith(prefix) and hasattr(args, key.removeprefix(prefix)):
-            settings[key.removeprefix(prefix)] = getattr(args, key)
-    how = dataclasses.replace(args, out=str(own), resume=False, compile=False, **settings)
-    for path in [own, *sorted(Path(args.out).parent.glob(f"*/{name}"))]:
-        try:
-            state = read_checkpoint(path, script(args))
-        except (UserError, OSError):
-            continue
-        differ = [flag(key) for key in same
-                  if state["args"].get(key) != getattr(how, key, None)]
-        if not differ and state["step"] == how.steps:
-            return dataclasses.replace(how, out=str(path)), True
-        if path == own:
-            require(not differ, f"{path} was trained with another {', '.join(differ)}: start a new "
-                    "run")
-            how.resume = True
-    return how, False
-
-
-@contextlib.contextmanager
-def replacing(path, when=""):
-    """Context manager: a file that replaces `path` atomically at the end, so that readers see the
-    complete old file or the complete new one. Raises UserError if it cannot be written."""
-    part = Path(path).with_name(f"{Path(path).name}.part")
-    if rank():                                         # only process 0 writes
-        with open(os.devnull, "wb") as f:
-            yield f
-        return
-    try:
-        with open(part, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:           # torch.save wraps a full disk in either,
-        if isinstance(error.__context__, KeyboardInterrupt):      # and hides a second Ctrl-C
-            raise error.__context__ from None
-        why = getattr(error, "strerror", None) or "is the disk full?"
-        raise UserError(f"cannot write {path}{when} ({why})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def fingerprint(weights):
-    """A hash of weights {name: tensor on the CPU}: eight hexadecimal digits."""
-    digest = hashlib.sha256()
-    for w in weights.values():
-        digest.update(w.contiguous().numpy())
-    return digest.hexdigest()[:8]
-
-
-# -------------------------------------------------------------------------------- evaluation
-
-
-def evenly(x, n):
-    """n evenly spaced rows of x, or all if there are fewer."""
-    return x[torch.linspace(0, len(x) - 1, min(n, len(x))).long()]
-
-
-def k_shot(labels, k, seed=0):
-    """Indices of k random examples per class (0: all): (k * classes,), on the device of labels.
-    Raises UserError if a class has fewer."""
-    least = labels.unique(return_counts=True)[1].min()
-    require(k <= least, f"--labels {k} is too many: a class has only {least} labelled examples")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    order = order.to(labels.device)
-    return torch.cat([order[labels[order] == c][:k or None] for c in labels.unique()])
-
-
-@torch.no_grad()
-def encode(args, f, images, x, batch=500):
-    """Applies f to all of x in batches, without gradients: (n, C) float. x: uint8 images
-    (n, 3, S, S), which are normalised first; with images=None, anything else."""
-    with autocast(args):
-        h = torch.cat([f(images.normalize(part) if images else part).float()
-                       for part in x.split(batch)])
-    bounded(h.abs().max() < 1e15, "features")
-    return h
-
-
-def bounded(condition, what="loss"):
-    """Raises UserError if the condition is false: the training has diverged."""
-    require(condition, f"the {what} of the model cannot be computed any more: try a smaller --lr")
-
-
-def probe(train, labels, test, test_labels, k=0, seed=0, decay=1e-2):
-    """Accuracy in % of a linear classifier on frozen features: logistic regression on k examples
-    per class (0: all), optimised to convergence with L-BFGS.
-
-    train (n, C), labels (n,), test (m, C), test_labels (m,). Features are standardised over all of
-    train, labelled or not; the loss includes decay / 2 times the sum of the squared weights.
-    """
-    mean, std = train.mean(0), train.std(0) + 1e-6
-    i = k_shot(labels, k, seed)
-    x, y, test = (train[i] - mean) / std, labels[i], (test - mean) / std
-    head = nn.Linear(x.shape[1], int(labels.max()) + 1, device=x.device)
-    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(head(x), y) + decay / 2 * head.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return 100 * (head(test).argmax(1) == test_labels).float().mean().item()
-
-
-def linear_probe(args, f, images):
-    """Accuracies in % of linear probes on the features of a frozen encoder: for the class with each
-    number in args.labels, and for the colour with all labels, if the images have one.
-
-    f maps normalised images (B, 3, S, S) to features (B, C).
-    """
-    train, test = (encode(args, f, images, x) for x in (images.train, images.test))
-    fit = lambda name, k: probe(train, images.train_labels[name], test, images.test_labels[name], k)
-    row = [fit(next(iter(images.names)), k) for k in args.labels]
-    return row + [fit("colour", 0)] if "colour" in images.names else row
-
-
-def linear_probes(args, images, encoders):
-    """linear_probe for {encoder: f}: {encoder: accuracies in %}; empty without labels."""
-    encoders = encoders if images.names else {}
-    return {name: linear_probe(args, f, images)
-            for name, f in progress(encoders.items(), "linear probes")}
-
-
-def best_probe(args, images, rows, name):
-    """'shape 64.8 % from 20 labels per class': a result of linear_probes, for the most --labels."""
-    if not rows:
-        return "no labels"
-    most, what = max(args.labels), next(iter(images.names))
-    how = f"{most} labels per class" if most else "all labels"
-    return f"{what} {rows[name][args.labels.index(most)]:.1f} % from {how}"
-
-
-def label_table(args, images, rows):
-    """A table of chance and {encoder: accuracies in %} for each number in args.labels, and of the
-    colour with all labels, if all rows have one. If one class is much more frequent than others, a
-    row gives the accuracy of always predicting it."""
-    if not images.names:
-        return "Without labels there is nothing to probe or to fine-tune."
-    what, wide = next(iter(images.names)), min(map(len, rows.values()))
-    head = [str(k or "all") for k in args.labels] + ["colour, all"]
-    names = [what] * len(args.labels) + ["colour"] * ("colour" in images.names)
-    chance, ids = [100 / len(images.names[name]) for name in names], images.test_labels
-    most = [100 * (ids[name].bincount().max() / len(ids[name])).item() for name in names]
-    same = {f"always the same {what}": most} if most[0] > 1.15 * chance[0] else {}
-    rows = {"chance": chance, **same, **rows}
-    return table([[f"{what}, accuracy in % by labels per class", *head[:wide]],
-                  *([name, *(f"{x:.1f}" for x in row[:wide])] for name, row in rows.items())])
-
-
-def finetune(args, f, images, x, labels, test_labels, steps, lr, batch=64, seed=0):
-    """Accuracy in % on images.test after training a new linear head and the unfrozen part of f.
-
-    f maps normalised images (B, 3, S, S) to features (B, C) and is changed in place. x
-    (n, 3, S, S), uint8, with labels (n,) are the labelled images; test_labels (m,).
-    """
-    torch.manual_seed(seed)
-    dim = encode(args, f.eval(), images, x[:1]).shape[1]
-    head = nn.Linear(dim, int(labels.max()) + 1)
-    nn.init.zeros_(head.weight)                  # at first all scores are equal
-    norm = nn.BatchNorm1d(dim, affine=False)     # as in MAE, A.1: scales differ widely
-    model = nn.Sequential(f, norm, head).to(x.device).train()
-    optimizer = adamw(model.parameters(), lr, weight_decay=.05)
-    for step in progress(range(steps), "fine-tuning"):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * schedule(step, steps, .1)
-        i = torch.randint(len(x), (min(batch, len(x)),), device=x.device)
-        with autocast(args):
-            loss = F.cross_entropy(model(images.normalize(x[i])), labels[i])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    scores = encode(args, model.eval(), images, images.test)
-    return 100 * (scores.argmax(1) == test_labels).float().mean().item()
 
 
 # ------------------------------------------------------------------------------------ output

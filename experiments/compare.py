@@ -24,13 +24,12 @@ import torch
 from torch import nn
 
 import repeat                                             # first: it finds the scripts
-import autoencoder, common, mae, shared, simclr
+import autoencoder, common, curves, mae, shared, simclr
 
 # script: its module, what its encoder is, its name in tables, steps on a CPU: minutes for each
 METHODS = {"simclr": (simclr, "ResNet", "SimCLR", 2000),
            "autoencoder": (autoencoder, "encoder", "autoencoder", 3000),
            "mae": (mae, "ViT", "MAE", 4000)}
-COLOURS = ["#9a6700", "#cf222e", "#8250df"], ["#d29922", "#ff7b72", "#bc8cff"]   # light, dark
 QUICK = ("--data shapes --seeds 1 --labels 1 20 0 --steps 100 --tune-steps 50 "
          "--out runs/compare-quick")
 
@@ -156,71 +155,23 @@ def tables(args, images, seeds):
         for who, row in seeds[0]["attributes"].items()]
 
 
-WIDE, HIGH, LEFT, TOP, GAP = 300, 240, 44, 34, 60          # of a panel of the curves
-
-
-def height(value):
-    """y of an accuracy in %."""
-    return TOP + HIGH * (1 - value / 100)
-
-
-def text(x, y, words, anchor="middle"):
-    """Words as SVG."""
-    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{words}</text>'
-
-
-def axes(left, title, ticks, chance):
-    """The frame of a panel as SVG: ticks are pairs of x and words."""
-    yield text(left + WIDE / 2, TOP - 14, title)
-    for value in 0, 20, 40, 60, 80, 100:
-        yield text(left - 6, height(value) + 4, value, "end")
-        yield f'<path class="g" d="M{left} {height(value):.1f}h{WIDE}"/>'
-    yield (f'<path class="g" stroke-dasharray="2 3" '
-           f'd="M{left} {height(chance):.1f}h{WIDE}"/>')
-    yield text(left + WIDE, height(chance) + 12, "chance", "end")
-    for x, words in ticks:
-        yield text(x, TOP + HIGH + 18, words)
-    yield text(left + WIDE / 2, TOP + HIGH + 36, "labelled images per class")
-
-
-def legend():
-    """Which line is which, as SVG."""
-    x = LEFT
-    for m, (_, kind, method, _) in enumerate(METHODS.values()):
-        for words, dash in (method, ""), (f"untrained {kind}", ' stroke-dasharray="5 4"'):
-            yield f'<path class="c{m}" stroke-width="2"{dash} d="M{x} 350h22"/>'
-            yield text(x + 27, 354, words, "start")
-            x += 40 + 6.6 * len(words)
-
-
 def draw(labels, seeds, chance, most):
-    """The curves as an SVG, linear probe and fine-tuning beside each other; a text that a browser
-    shows on a light and on a dark ground. most: labelled images per class where k is 0, all."""
-    counts = [k or most for k in labels]
-    order = sorted(range(len(counts)), key=lambda i: counts[i])
-    first, last = np.log(min(counts)), np.log(max(max(counts), min(counts) + 1))
-    light, dark = COLOURS
-    rules = [f".c{i}{{stroke:{c};fill:{c}}}" for i, c in enumerate(light)]
-    rules += ["@media (prefers-color-scheme:dark){"] + [
-        f".c{i}{{stroke:{c};fill:{c}}}" for i, c in enumerate(dark)] + ["}"]
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 366" font-size="12" '
-             'font-family="sans-serif">', "<style>text{fill:#808080;stroke:none}.g{stroke:#808080;"
-             f"stroke-width:.5;fill:none}}{''.join(rules)}path{{fill:none!important}}</style>"]
-    for panel, (part, title) in enumerate((("linear", "linear probe, accuracy in %"),
-                                           ("tune", "fine-tuned, accuracy in %"))):
-        left = LEFT + panel * (WIDE + GAP)
-        xs = [left + WIDE * (np.log(counts[i]) - first) / (last - first) for i in order]
-        parts += axes(left, title, zip(xs, (counts[i] if labels[i] else "all" for i in order)),
-                      chance)
-        for m, (_, kind, method, _) in enumerate(METHODS.values()):
-            for who, dash in (f"untrained {kind}", ' stroke-dasharray="5 4"'), (method, ""):
-                ys = [height(np.mean([found[part][who][i] for found in seeds])) for i in order]
-                line = "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(xs, ys))
-                parts.append(f'<path class="c{m}" stroke-width="2"{dash} d="M{line}"/>')
-                if not dash:
-                    parts += [f'<circle class="c{m}" r="3" cx="{x:.1f}" cy="{y:.1f}"/>'
-                              for x, y in zip(xs, ys)]
-    return "\n".join([*parts, *legend(), "</svg>"]) + "\n"
+    """The curves as an SVG, linear probe and fine-tuning beside each other. most: labelled images
+    per class where k is 0, all."""
+    counts, style, panels = [k or most for k in labels], {}, []
+    for colour, (_, kind, method, _) in enumerate(METHODS.values()):
+        style |= {method: (colour, 0), f"untrained {kind}": (colour, 1)}
+    for part, title in ("linear", "linear probe"), ("tune", "fine-tuned"):
+        lines = {}
+        for who in style:
+            found = np.array([seed[part][who] for seed in seeds])
+            spread = found.std(0, ddof=1) if len(seeds) > 1 else 0 * found[0]
+            lines[who] = sorted(zip(counts, found.mean(0).tolist(), spread.tolist()))
+        lines["chance"] = [(k, chance, 0.) for k in sorted(counts)]
+        panels.append(dict(title=title, x="labelled images per class", y="accuracy in %",
+                           lines=lines))
+    return curves.draw(panels, log2=True, y_ends=(0, 100), style=style | {"chance": (5, 2)},
+                       ticks={most: "all"} if 0 in labels else {})
 
 
 def command(args, data):
@@ -286,9 +237,9 @@ def compare(args, data):
                f"per class{over}")
     for rows in tables(args, images, seeds):
         common.say(f"\n{common.table(rows)}")
-    curves = Path(args.out) / f"compare-{Path(data).stem}.svg"
-    curves.write_text(draw(args.labels, seeds, 100 / len(images.names[what]), most))
-    common.say(f"\nCurves: {curves}")
+    picture = Path(args.out) / f"compare-{Path(data).stem}.svg"
+    picture.write_text(draw(args.labels, seeds, 100 / len(images.names[what]), most))
+    common.say(f"\nCurves: {picture}")
 
 
 def main(args):

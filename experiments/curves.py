@@ -49,73 +49,83 @@ def text(x, y, words, anchor="middle", more=""):
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{words}</text>'
 
 
-def frame(left, panel, x_axis, y_axis):
-    """Title, grid, ticks and names of the axes of a panel that begins at `left`."""
+def frame(left, panel, x_axis, y_axis, names):
+    """Title, grid, ticks and names of the axes of a panel that begins at `left`. names: of ticks of
+    the x axis."""
     (across, x_ticks), (up, y_ticks) = x_axis, y_axis
     yield text(left + WIDE / 2, TOP - 12, panel["title"])
+    digits = max(len(f"{value:g}".partition(".")[2]) for value in y_ticks)
     for value in y_ticks:
         y = TOP + HIGH * (1 - up(value))
         yield f'<path class="g" d="M{left} {y:.1f}h{WIDE}"/>'
-        yield text(left - 6, y + 4, f"{value:g}", "end")
+        yield text(left - 6, y + 4, f"{value:.{digits}f}", "end")
     for value in x_ticks:
         x = left + WIDE * across(value)
         yield f'<path class="g" d="M{x:.1f} {TOP + HIGH}v5"/>'
-        yield text(x, TOP + HIGH + 18, f"{value:g}")
+        yield text(x, TOP + HIGH + 18, names.get(value, f"{value:g}"))
     yield f'<path class="g" d="M{left} {TOP}v{HIGH}h{WIDE}"/>'
     yield text(left + WIDE / 2, TOP + HIGH + 38, panel["x"])
     x, y = left - 38, TOP + HIGH / 2
     yield text(x, y, panel["y"], more=f' transform="rotate(-90 {x} {y:.0f})"')
 
 
-def style(i):
-    """The attributes of the i-th line: its class, which has the colour, and its dashes."""
-    dashes = DASHES[i // len(LIGHT) % len(DASHES)]
-    return f'class="c{i % len(LIGHT)}"' + (f' stroke-dasharray="{dashes}"' if dashes else "")
+def styles(n):
+    """Colours and dashes of n lines: the colours in turn, and then again, dashed."""
+    return [(i % len(LIGHT), i // len(LIGHT) % len(DASHES)) for i in range(n)]
 
 
-def curve(left, i, points, across, up):
-    """The i-th line, of points (x, mean, standard deviation), over its band."""
+def attributes(style):
+    """The attributes of a line: its class, which has the colour, and its dashes."""
+    colour, dashes = style
+    return f'class="c{colour}"' + f' stroke-dasharray="{DASHES[dashes]}"' * (dashes > 0)
+
+
+def curve(left, style, points, across, up):
+    """A line of points (x, mean, standard deviation), over its band."""
     x = [left + WIDE * across(p[0]) for p in points]
     height = lambda values: [TOP + HIGH * (1 - up(value)) for value in values]
     path = lambda x, y: "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y))
     mean = height(p[1] for p in points)
     if any(p[2] for p in points):
         above, below = (height(p[1] + sign * p[2] for p in points) for sign in (1, -1))
-        yield (f'<path class="c{i % len(LIGHT)} b" d="M{path(x + x[::-1], above + below[::-1])}'
+        yield (f'<path class="c{style[0]} b" d="M{path(x + x[::-1], above + below[::-1])}'
                'Z"/>')
-    yield f'<path {style(i)} stroke-width="2" d="M{path(x, mean)}"/>'
+    yield f'<path {attributes(style)} stroke-width="2" d="M{path(x, mean)}"/>'
     for a, b in zip(x, mean):
-        yield f'<circle class="c{i % len(LIGHT)} f" r="2.5" cx="{a:.1f}" cy="{b:.1f}"/>'
+        yield f'<circle class="c{style[0]} f" r="2.5" cx="{a:.1f}" cy="{b:.1f}"/>'
 
 
-def legend(names, width):
-    """Which line is which, in rows of at most `width` pixels: the SVG, and how high it is."""
+def legend(lines, width):
+    """Which of the lines {name: style} is which, in rows of at most `width` pixels: the SVG, and
+    how high it is."""
     parts, x, y = [], LEFT, TOP + HIGH + 64
-    for i, name in enumerate(names):
+    for name, style in lines.items():
         long = 40 + LETTER * len(name)
         if x > LEFT and x + long > width:
             x, y = LEFT, y + 20
-        parts.append(f'<path {style(i)} stroke-width="2" d="M{x:.0f} {y - 4}h22"/>')
+        parts.append(f'<path {attributes(style)} stroke-width="2" d="M{x:.0f} {y - 4}h22"/>')
         parts.append(text(x + 27, y, name, "start"))
         x += long
     return parts, y + 12
 
 
-def draw(panels, log2=False, y_ends=(None, None)):
+def draw(panels, log2=False, y_ends=(None, None), ticks={}, style=None):
     """A chart as the text of an SVG file.
 
     panels, side by side with the same axes: [dict(title, x, y: what the axes show, in words, lines=
     {name: [(x, mean, standard deviation), ...]})]. A name has the same colour in each panel. log2:
     of the x axis, see axis(); y_ends: the lowest and the highest y, or None for those of the lines.
+    ticks: {x: its name, instead of the number}; style: {name: (index of a colour, of DASHES)}.
     """
     all = [point for panel in panels for points in panel["lines"].values() for point in points]
     x_axis = axis([p[0] for p in all], log2)
     y_axis = axis([p[1] + sign * p[2] for p in all for sign in (1, -1)], False, *y_ends)
     names = list(dict.fromkeys(name for panel in panels for name in panel["lines"]))
+    style = style or dict(zip(names, styles(len(names))))
     width = LEFT + len(panels) * (WIDE + GAP) - GAP + 16
     rules = lambda colours: "".join(f".c{i}{{stroke:{c}}}.f.c{i},.b.c{i}{{fill:{c}}}"
                                     for i, c in enumerate(colours))
-    key, height = legend(names, width)
+    key, height = legend({name: style[name] for name in names}, width)
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
              'font-size="12" font-family="sans-serif">',
              "<style>path{fill:none}text{fill:#808080}.g{stroke:#808080;stroke-width:.5}"
@@ -123,7 +133,7 @@ def draw(panels, log2=False, y_ends=(None, None)):
              f"{rules(LIGHT)}@media(prefers-color-scheme:dark){{{rules(DARK)}}}</style>"]
     for n, panel in enumerate(panels):
         left = LEFT + n * (WIDE + GAP)
-        parts += frame(left, panel, x_axis, y_axis)
+        parts += frame(left, panel, x_axis, y_axis, ticks)
         for name, points in panel["lines"].items():
-            parts += curve(left, names.index(name), points, x_axis[0], y_axis[0])
+            parts += curve(left, style[name], points, x_axis[0], y_axis[0])
     return "\n".join([*parts, *key, "</svg>"]) + "\n"

@@ -204,7 +204,7 @@ def draw(figures, times):
                 new, old = (np.array([row[seed][what] for seed in seeds])
                             for what in ("new", "old"))
                 spread = old.std(0, ddof=1) if len(seeds) > 1 else 0 * old[0]
-                lines[method] = [*zip(new.mean(0), old.mean(0), spread)]
+                lines[shared.NAMES[method]] = [*zip(new.mean(0), old.mean(0), spread)]
         panels.append(dict(title=f"{f'{x:g} times ' * (x != 1)}the usual learning rate",
                            x="loss on new text (training goes to the left)",
                            y="loss on old text", lines=lines))

@@ -54,6 +54,9 @@ CLASSES, WORDS, ENDINGS = 16, 128, 4              # words of all classes togethe
 BOS = WORDS + CLASSES * ENDINGS                   # tokens: words, endings, BOS
 KINDS = ["of the family", "half outside"]
 WITH_BASE = "of English words"                    # the kind of task with --base
+LABELS = shared.NAMES | {                         # in the picture
+    "of the family": "as in pre-training", "half outside": "half of each unlike pre-training",
+    "in-context": "in the prompt", "the base": "no examples", "shown": "what the examples show"}
 RATES = dict(lora=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), ia3=(1e-2, 3e-2, 1e-1, 3e-1, 1.),
              bitfit=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), full=(1e-4, 3e-4, 1e-3, 3e-3))
 GPT2_RATES = dict(lora=(1e-4, 3e-4, 1e-3, 3e-3), ia3=(3e-3, 1e-2, 3e-2, 1e-1),
@@ -458,10 +461,10 @@ def draw(figures):
         lines = {}
         for method in ["in-context", *RATES, "the base", "shown"]:
             found = [(k, means(figures, kind, method, k)) for k in figures["k"]]
-            lines[method] = [(k, np.mean(x), np.std(x, ddof=1) if len(x) > 1 else 0.)
-                             for k, x in found if x]
-        panels.append(dict(title=f"new dialects {kind}", x="examples k", lines=lines,
-                           y="endings of other words, % right"))
+            lines[LABELS[method]] = [(k, np.mean(x), np.std(x, ddof=1) if len(x) > 1 else 0.)
+                                     for k, x in found if x]
+        panels.append(dict(title=f"new dialects, {LABELS.get(kind, kind)}", x="examples k",
+                           y="endings of other words, % right", lines=lines))
     return curves.draw(panels, log2=True, y_ends=(0, 100))
 
 

@@ -1,5 +1,5 @@
 """What several experiments share: the flags of lora.py beside their own, files of figures that are
-continued, lora.py's training as a function, and how a mean is written."""
+continued, lora.py's training as a function, the names of its methods, and how a mean is written."""
 import contextlib
 import copy
 import io
@@ -17,6 +17,8 @@ import common, lora                                                            #
 
 
 WHERE = "machine", "threads", "versions"          # of figures: where they were measured first
+NAMES = dict(lora="LoRA", ia3="(IA)³", bitfit="BitFit", first="first two blocks",
+             middle="middle two blocks", last="last two blocks", full="full fine-tuning")
 
 
 def parse(parser, argv, quick, without):

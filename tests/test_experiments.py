@@ -124,21 +124,25 @@ def test_tables_are_means_and_fit_80_columns():
 
 
 def test_the_curves_are_where_the_figures_are():
-    rows = {name: [10., 50., 100.] for name in ("untrained ResNet", "SimCLR", "untrained encoder",
-                                                "autoencoder", "untrained ViT", "MAE")}
-    text = compare.draw([1, 10, 0], [dict(linear=rows, tune=rows)], 10., 100)
+    names = "untrained ResNet", "SimCLR", "untrained encoder", "autoencoder", "untrained ViT", "MAE"
+    seeds = [{part: {name: [10. + s, 50., 100.] for name in names} for part in ("linear", "tune")} for s in (-5, 5)]
+    text = compare.draw([1, 10, 0], seeds, 10., 100)
     picture = ElementTree.fromstring(text)
-    curves = [node.get("d") for node in picture.iter()
-              if node.get("stroke-width") == "2" and "L" in node.get("d", "")]
-    assert len(curves) == 12                                    # two panels of six
-    points = np.array([[list(map(float, point.split())) for point in curve[1:].split("L")]
-                       for curve in curves])
+    curves = [node for node in picture.iter() if node.get("stroke-width") == "2" and "L" in node.get("d", "")]
+    assert len(curves) == 14                                    # two panels of six, and chance
+    points = np.array([[list(map(float, point.split())) for point in node.get("d")[1:].split("L")] for node in curves])
     width = np.ptp(points[0, :, 0])
     assert np.allclose(np.diff(points[:, :, 0], axis=1), width / 2, atol=.1)   # 1, 10, 100: even
     rise = points[:, 0, 1] - points[:, :, 1].T
+    rise = rise[:, [i for i in range(14) if i % 7 != 6]]
     assert np.allclose(rise[2] / rise[1], 90 / 40, atol=.02)    # y falls from 10 over 50 to 100 %
+    assert np.allclose(points[6::7, :, 1], points[0, 0, 1], atol=.1)           # chance: 10 %
+    dashed = [bool(node.get("stroke-dasharray")) for node in curves]
+    assert dashed == [False, True, False, True, False, True, True] * 2          # the untrained, and chance
+    assert [node.get("class") for node in curves[:6]] == ["c0", "c0", "c1", "c1", "c2", "c2"]
     words = [node.text for node in picture.iter() if node.text and node.tag.endswith("text")]
-    assert {"1", "10", "all", "SimCLR", "untrained ViT", "fine-tuned, accuracy in %"} <= set(words)
+    assert {"1", "10", "all", "SimCLR", "untrained ViT", "chance", "fine-tuned", "accuracy in %"} <= set(words)
+    assert "100" in words and words.count("all") == 2
 
 
 @pytest.mark.parametrize("flags, words", [
