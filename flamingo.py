@@ -31,7 +31,7 @@ Expect   captions of new scenes: 99.8 ± 0.3, 97.8 ± 0.1 and 90.0 ± 0.6 % exac
          beside other jobs; Intel(R) Xeon(R) Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
 Differs  A toy world of eight shapes in eight colours, with 54 tokens. Few-shot learning is trained:
          of the documents with images 40 % teach new words by examples (--new-words) and 10 % are
-         unasked questions, of the LM's 80 %. The paper trains on web pages instead. Its LM is
+         unasked questions; of the LM's, 70 % and 10 %. The paper trains on web pages. Its LM is
          Chinchilla and its vision encoder an NFNet. Here both are trained first: the LM on texts of
          this world in which words stand for the images (sometimes a bare <image> token, whose
          embedding is 0); the ViT with CLIP's loss, in batches of similar colours. Muon trains the
