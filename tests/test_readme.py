@@ -195,6 +195,9 @@ def quick(script, folder, *flags):
     if script == "experiments/repeat.py":
         at = flags.index("--") if "--" in flags else len(flags)
         flags, added = flags[:at], ["--seeds", 0, "--quick", "--", *flags[at + 1:], *QUICK[flags[0]].split()]
+    if script == "experiments/while_training.py":
+        at = flags.index("--")
+        flags, added = flags[:at], ["--at", 1, 2, "--labels", 1, *flags[at:], *QUICK[flags[0]].split()]
     done = run(*flags, *added, script=script, most=300, cwd=folder, before=forking)
     assert done.returncode == 0, done.stderr
 
