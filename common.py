@@ -1025,7 +1025,8 @@ def linear_probes(args, images, encoders):
 
 
 def best_probe(args, images, rows, name):
-    """'shape 64.8 % from 20 labels per class': a result of linear_probes, for the most --labels."""
+    """'shape 64.8 % from 20 labels per class': a result of linear_probes, for the largest number in
+    --labels."""
     if not rows:
         return "no labels"
     most, what = max(args.labels), next(iter(images.names))
@@ -1285,7 +1286,7 @@ def caption(figures):
 
 def question(rng, figures, about=None):
     """A question about a figure of a scene: (about, question, answer). about: colour, shape, number
-    or side; None: a random one. The caption always contains the answer; therefore `side` is only
+    or side; None: a random one. The caption always implies the answer; therefore `side` is only
     asked for one figure or two in a row, and gives (None, None, None) otherwise."""
     abouts = ABOUT if len(figures) == 1 or len(figures) == 2 and figures[0].row == figures[1].row \
         else ABOUT[:3]
@@ -1868,9 +1869,9 @@ def read_folder(path, size, skip_broken=False):
     Prints a summary.
 
     Its subfolders are classes if there are at least two and no pictures next to them; otherwise
-    there are no labels, and y is None. train/ and test/ (or val, valid, validation) contain the two
-    parts; without them every fifth picture (of each class) is a test picture. Raises UserError for
-    a picture that cannot be read, unless skip_broken.
+    there is a single class, "", and y is 0. train/ and test/ (or val, valid, validation) contain
+    the two parts; without them every fifth picture (of each class) is a test picture. Raises
+    UserError for a picture that cannot be read, unless skip_broken.
     """
     try:
         from PIL import Image
@@ -1995,8 +1996,8 @@ def boundary(raw, at):
 
 def manual():
     """The manual that help() shows, without its tables: {topic: bytes}. Many topics repeat others
-    word for word. Each paragraph is kept once, in the longest topic, so that no text is used for
-    training AND validation."""
+    word for word. Each paragraph of more than 40 characters is kept once, in the longest topic, so
+    that it is not used for training AND validation."""
     try:
         from pydoc_data.topics import topics
     except ImportError:

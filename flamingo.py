@@ -41,7 +41,7 @@ Differs  A toy world of eight shapes in eight colours, with 54 tokens. Few-shot 
          video.
 
 Try      --gate-start 0.5, or inf (no gates): what does the loss in log.jsonl do in the first steps?
-         --attend all; --every 4 (one gated layer); --latents 0; --no-freeze: what gets worse?
+         --attend all; --every 6 (one gated layer); --latents 0; --no-freeze: what gets worse?
          --optimizer adamw, or --lm-steps 200: are new words still learned?
 """
 import math
@@ -613,9 +613,9 @@ def normalize(images, mean=(.2, .2, .2), std=(.2, .2, .2)):
 
 # -------------------------------------------------------------------- the LM and the vision encoder
 # Documents come from common.py. A new word means a kind of figure, a different one per document:
-#     the LM       a large ring on the left . what colour is it ? red <end> ...
+#     the LM       a large red ring on the left . what colour is it ? red <end> ...
 #     new words    blue moon dax <end> red ring wug <end> red ring wug <end> ...
-#     Flamingo     <image> what colour is it ? red <end> <image> there is a large ring ... <end> ...
+#     Flamingo     <image> what colour is it ? red <end> <image> there is a large red ring ... <end>
 #     new words    <image> dag <end> <image> kox <end> <image> kox <end> <image> dag <end> ...
 #     an unasked question        <image> red <end> <image> blue <end> <image> green <end> ...
 

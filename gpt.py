@@ -61,7 +61,7 @@ class Args(common.Args):
     optimizer: Literal["muon", "adamw"] = "muon"   # Muon for the blocks' matrices, or AdamW for all
     muon_lr: float = 0.02           # peak learning rate of Muon, in (0, inf)
     weight_decay: float = 0.1       # weight decay, on matrices only
-    weights: str = ""               # folder of a published GPT-2; it is trained only with --steps N
+    weights: str = ""               # folder of a published GPT-2; trained with --data and --steps N
     data: str = "pydocs"            # pydocs, pycode, shakespeare, a path; images: shapes, mnist ...
     context: int = 256              # tokens per window, BOS included, 2 or more (images: side^2)
     dim: int = 384                  # channels
@@ -302,7 +302,7 @@ def load_gpt2(args, path, flag="--weights", dropout=0.):
 
 def pixels(args):
     """Images as sequences of grey pixels: train (n, S^2) and validation (m, S^2), uint8. They are
-    loaded at twice the size and averaged to smooth the edges."""
+    averaged down, to smooth the edges; the embedded ones are drawn at twice the size."""
     size = args.image_size
     images = common.load_images(dataclasses.replace(args, image_size=2 * size))
 
@@ -383,6 +383,7 @@ def main(args):
         model, tokens = load_gpt2(args, args.weights, dropout=args.dropout)
     prompt = None if images else prompt_tokens(args, tokens)
     if args.weights and not args.data:                              # no data: generate only
+        common.require(not args.steps, "--steps trains --weights on a text: give its --data, too")
         common.say(write(args, model.to(args.device).eval(), prompt, tokens))
         return model
     train, val = pixels(args) if images else windows(args, tokens)             # (n, T), (m, T)

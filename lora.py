@@ -88,7 +88,7 @@ class Args(common.Args):
     depth: int = 6                  # base: blocks
     heads: int = 6                  # base: attention heads
     prompt: str = "def "            # text that the samples continue
-    length: int = 150               # tokens to sample
+    length: int = 150               # tokens to sample, or as many as the context holds
     temperature: float = 0.8        # divides the logits; 1: as trained, in (0, inf)
 
     cpu = dict(base_steps=2400, base_batch=8, base_lr=3e-3, base_dropout=0., context=128, dim=128,
@@ -248,7 +248,7 @@ def adapt(model, method, targets=("qkv", "proj", "fc1", "fc2"), rank=3, alpha=No
     elif method == "bitfit":
         for name, p in model.named_parameters():
             p.requires_grad_(name.endswith("bias"))
-    elif method in ("first", "middle", "last"):                     # these overlap in < 4 blocks
+    elif method in ("first", "middle", "last"):                     # these overlap in < 6 blocks
         last = max(0, len(model.blocks) - 2)
         i = {"first": 0, "middle": last // 2, "last": last}[method]
         model.blocks[i:i + 2].requires_grad_(True)
@@ -583,9 +583,9 @@ def load_base(args, folder):
     of the published weights that it started from (weights, "" if none)."""
     if args.uses_published:
         model, _ = load_gpt2(args, args.base, "--base")
-        return model.to(args.device).eval(), dict(
-            base=args.base, fingerprint=common.fingerprint(model.state_dict()),
-            old=args.old or "pydocs", weights=args.base)
+        about = dict(base=args.base, fingerprint=common.fingerprint(model.state_dict()),
+                     old=args.old or "pydocs", weights=args.base)
+        return model.to(args.device).eval(), about
     read = lambda folder: common.read_checkpoint(folder, "gpt.py", "lora.py", flag="--base")
     folder = read(folder)["about"].get("base", folder)    # lora.py: the base of that run
     state = read(folder)
@@ -718,7 +718,8 @@ def main(args):
     given = in_a_row(examples, tokens.BOS)                          # (n,)
     if len(given) + val.shape[2] <= context:
         rows[f"{args.k} examples in the prompt (in-context)"] = start | dict(
-            new=evaluate(args, model, *val.unbind(1), given, tokens.BOS), bytes=given.numel())
+            new=evaluate(args, model, *val.unbind(1), given, tokens.BOS),
+            bytes=tokens.sizes[given.cpu()].sum().item())
 
     torch.manual_seed(args.seed)
     adapt_base(args, model)                             # in place: freezes the base, adds A and B

@@ -72,13 +72,15 @@ def new_result(own, args, about, model):
         dtype=common.precision(args), methods=own.methods, k=own.k, repeats=own.repeats,
         search=own.search)
     depth, dim = len(model.blocks), model.pos_embed.weight.shape[1]
-    state = common.read_checkpoint(about["base"])
+    state = dict(step=0, seconds=0.) if args.uses_published else \
+        common.read_checkpoint(about["base"])
     base = f"{depth} x {dim} GPT of {about['old']}, step {state['step']}, {about['fingerprint']}"
     command = common.command(dataclasses.replace(args, k=lora.Args.k)).split(" ")[2:]
     command = ["python experiments/adapt.py", *["--search"] * own.search, "--k", *own.k, *command]
     figures = dict(base=base, base_seconds=state["seconds"], old=about["old"],
                    parameters=sum(p.numel() for p in model.parameters()), rows={},
-                   counts=[n for n in (1, 2, 3, 4, 8, 16, 32) if n <= dim], energy={})
+                   counts=[n for n in (1, 2, 3, 4, 8, 16, 32) if n <= dim], energy={},
+                   energy_k=0)
     return shared.new_result(command, figures, settings, args.device)
 
 
@@ -200,7 +202,8 @@ def main(own):
         if method == "in-context":
             given = lora.in_a_row(examples, tokens.BOS)
             new = lora.evaluate(how, base, *val.unbind(1), given, tokens.BOS)
-            found = dict(new=new, old=start[1], trained=0, bytes=given.numel(), seconds=0.)
+            found = dict(new=new, old=start[1], trained=0, seconds=0.,
+                         bytes=tokens.sizes[given.cpu()].sum().item())
         else:
             how.method = method
             lora.recipe(how)
@@ -209,8 +212,10 @@ def main(own):
             except common.UserError as error:                                   # it diverged
                 raise common.UserError(f"{method}, k = {k}: {error}") from None
             result["seconds"] += found["seconds"] * how.steps
-            if method in ("lora", "full") and (k, repeat, own.search) == (max(own.k), 0, False):
+            if method in ("lora", "full") and (repeat, own.search) == (0, False) and \
+                    k == max(*own.k, figures["energy_k"]):
                 figures["energy"][method] = energies(how, model, base, figures["counts"])
+                figures["energy_k"] = k
         for name, value in found.items():
             row.setdefault(name, []).append(value)
         keep(own.out, result)
@@ -227,7 +232,7 @@ def report(own, figures, table):
         rows = [[f"{method}, {name}", *(f"{100 * x:.0f}" for x in row)]
                 for method, names in figures["energy"].items() for name, row in names.items()]
         common.say("\nCumulative energy of the singular values of what was added to a matrix, in "
-                   f"%, at k = {max(own.k)}:\n\n"
+                   f"%, at k = {figures['energy_k']}:\n\n"
                    + common.table([["largest", *map(str, figures["counts"])], *rows]))
     common.say(f"\nBase: {figures['base']}. Losses in nats per token on new text "
                f"({Path(own.args.data).name}) and old text ({Path(figures['old']).name}):\n\n"

@@ -134,7 +134,7 @@ def peak(side, dtype, fused):
     """In a process of its own: prints the most memory it had, in MB, and what it had before the
     model."""
     status = Path("/proc/self/status")
-    high = lambda: int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1000
+    high = lambda: int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e6
     if side == "theirs":
         import peft
         import transformers

@@ -70,7 +70,7 @@ def methods(args, model, passages):
     """{method: a function (k, seed) -> accuracy in %}; the seed chooses k passages per class."""
     vocab = len(model.mlm_bias)
     torch.manual_seed(args.seed)
-    untrained = bert.build(args, vocab).eval()           # the weights that the run started with
+    untrained = bert.build(args, vocab).eval()           # random, as without --weights
     bag = lambda x: x.new_zeros(len(x), vocab).scatter_add_(1, x, torch.ones_like(x))
     cls = lambda m: lambda x: m.encode(x, torch.zeros_like(x[:, :1]))[:, 0]
     mean = lambda x: model.encode(x)[:, 1:-1].mean(1)                      # without [CLS], [SEP]

@@ -46,7 +46,8 @@ def options(argv=None):
     parser = common.Parser(
         prog="forgetting.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
         usage="%(prog)s [--flag value ...]", epilog="The other flags are those of lora.py (see "
-        "python lora.py --help), without --method, --lr, --warmup, --seed and --resume.")
+        "python lora.py --help), without --method, --lr, --warmup, --seed, --base and "
+        "--resume.")
     add = parser.add_argument
     add("--methods", nargs="+", choices=METHODS, default=USUAL, metavar="NAME",
         help=f"any of {' '.join(METHODS)} [{' '.join(USUAL)}]")
@@ -57,7 +58,8 @@ def options(argv=None):
     add("--quick", action="store_true", help=" ".join(QUICK))
     add("--out", metavar="FILE", help="file of the figures [results/forgetting.json; with --quick "
         "runs/quick-forgetting.json]")
-    own, given = shared.parse(parser, argv, QUICK, ["method", "lr", "warmup", "seed", "resume"])
+    own, given = shared.parse(parser, argv, QUICK, ["method", "lr", "warmup", "seed", "base",
+                                                     "resume"])
     own.seeds = own.seeds or [0, 1, 2][:2 if own.quick else 3]
     for name in "methods", "times", "seeds":
         values = getattr(own, name)

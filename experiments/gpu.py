@@ -8,7 +8,8 @@ a  correctness. Each script, with its sizes for a GPU: 50 steps, in which the lo
    its evaluation; the same again, but killed in the midst of a step (and of the trainings that come
    before) and resumed, has to end with the same weights (with deterministic kernels); logits with
    the KV cache are those without, and loss and gradients of a batch those of a CPU in float64: both
-   within 1e-4, in float32 without TF32. Beside that: the CPU's own float32, and bfloat16.
+   within 1e-4 (the latter or three times the error of a CPU's float32), in float32 without TF32.
+   Beside that: the CPU's own float32, and bfloat16.
 b  plain commands. Each script as `python mae.py` runs it: seconds of training (and of those that
    come before), peak memory, images or tokens per second, and what came out.
 c  speed beside transformers, peft and torchvision, in bfloat16, with the same weights, in turns, as
@@ -411,7 +412,8 @@ def mae(own, seconds):
 
 
 def shakespeare(own, seconds):
-    """gpt.py's plain settings, which are nanoGPT's for this text; the loss on its last tenth."""
+    """gpt.py's plain settings, with Muon, at the sizes that nanoGPT has for this text; the loss on
+    its last tenth."""
     text = Path(own.text or Path(common.Args.data_dir, "tinyshakespeare.txt"))
     if not text.exists() and not own.quick:
         raise Skip(f"there is no Shakespeare: --text FILE (or {text})")

@@ -7,7 +7,7 @@ of which a tenth validates; for flamingo.py other seeds, hence other scenes and 
 Run      python experiments/search.py bert.py --try "--muon-lr 0.01" "--weight-decay 0.3"
          python experiments/search.py gpt.py --quick
 Writes   a run per row and seed in --out; all their figures in results/search-<script>.json. What is
-         done is not done again, so more of --try or --seeds add to it.
+         done is not done again; the file has the rows and seeds of the last command.
 """
 import contextlib
 import io

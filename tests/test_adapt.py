@@ -150,6 +150,16 @@ def test_quick(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_the_energies_are_of_the_largest_k(done, tmp_path):
+    """A later command with a smaller k does not change them, nor call them its own."""
+    folder, flags, found, text = done
+    assert found["energy_k"] == 3 and "of what was added to a matrix, in %, at k = 3:" in " ".join(text.split())
+    (tmp_path / "a.json").write_text((folder / "a.json").read_text())
+    process = adapt_py(folder, *flags, "--out", tmp_path / "a.json", "--k", 2, "--repeats", 1)
+    assert process.returncode == 0 and "in %, at k = 3:" in " ".join(process.stdout.split()), process.stderr
+    assert figures(tmp_path)["energy"] == found["energy"] and "2" in figures(tmp_path)["rows"]["lora"]
+
+
 def test_cumulative_energy():
     torch.manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(n, 5))[0] for n in (9, 5))

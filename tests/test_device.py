@@ -26,6 +26,7 @@ from torch import nn
 import bert
 import common
 import gpt
+import lora
 import mae
 import simclr
 
@@ -451,21 +452,23 @@ def test_published_weights(tiny, tmp_path, capsys):
              (gpt, "gpt2", dict(data="x.txt", steps=2, context=12, length=6)),
              (bert, "bert", dict(fill="the <mask> runs away.")),
              (mae, "mae.pth", dict(data=tiny, image_size=8, labels=(2,), tune_steps=2, steps=1)),
-             (simclr, "resnet.pth", dict(data=tiny, labels=(1,), steps=1))]
+             (simclr, "resnet.pth", dict(data=tiny, labels=(1,), steps=1)),
+             (lora, "gpt2", dict(data="x.txt", old=tmp_path / "x.txt", k=4, example=8, epochs=1, length=6))]
 
     def run(device):
         for script, weights, more in asked:
             if "data" in more:
                 more["data"] = tmp_path / more["data"]
             how = dict(device=device, dtype="float32", batch=8, out=f"{weights}-{len(more)}")
-            model = script.main(script.Args(weights=tmp_path / weights, **how | more))
+            how["base" if script is lora else "weights"] = tmp_path / weights
+            model = script.main(script.Args(**how | more))
             there = {x.device.type for x in [*model.parameters(), *model.buffers()]}
             assert there == {device}
         text = capsys.readouterr().out.splitlines()
         return ([line for line in text if "/s" not in line and " steps in " not in line],
                 [figures(path) for path in sorted(Path().glob("*/result.json"))])
     one, two = on_both(run, tmp_path)
-    assert one == two and len(one[1]) == 3 and "the [1] runs away." in one[0]
+    assert one == two and len(one[1]) == 4 and "the [1] runs away." in one[0]
 
 
 # ----------------------------------------------------------------------------------- mistakes

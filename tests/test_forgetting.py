@@ -133,6 +133,7 @@ def test_figures_of_other_settings_are_never_overwritten(done, tmp_path):
     refuse(1, "--out", broken, words=["x.json is no file of forgetting.py"])
     refuse(2, "--lr", 1, words=["--lr cannot be used here"])
     refuse(2, "--seed", 1, words=["--seed cannot be used here"])
+    refuse(2, "--base", "gpt2/", words=["--base cannot be used here"])
     refuse(2, "--seeds", 1, 1, words=["--seeds: each once"])
     refuse(2, "--times", 0, words=["--times must be above 0"])
     refuse(2, "--methods", "adapters", words=["invalid choice"])

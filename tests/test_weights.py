@@ -282,6 +282,7 @@ def test_gpt2_loads_writes_and_trains(gpt2, tmp_path):
     new = gpt.sample_text(model, tokens.encode("the queen"), 6, tokens.BOS, stop=tokens.BOS, temperature=0)
     text = tokens.decode(torch.cat([tokens.encode("the queen"), new]))
     assert done.returncode == 0 and text in done.stdout and "--steps 0" in done.stdout and not out.exists(), done.stderr
+    refused(run(*flags, "--steps", 2, script="gpt.py"), 1, "--steps trains --weights on a text: give its --data, too", script="gpt.py")
     (tmp_path / "x.txt").write_text("in the queue abc 12 \n\n" * 99)
     done = run(*flags, "--data", tmp_path / "x.txt", "--steps", 2, "--context", 12, script="gpt.py")
     assert done.returncode == 0 and f"uniform guess {np.log(tokens.vocab):.3f}" in done.stdout, done.stderr
@@ -404,6 +405,18 @@ def test_examples_of_lines_and_of_pairs(gpt2, tmp_path):
     assert lora.in_a_row(rows[:1], tokens.BOS).tolist() == [newline, *ids(texts[0] + "\n")]
     with pytest.raises(UserError, match="line 2 of x.tsv has no tab"):
         lora.lines(lora.Args(data="x.tsv"), [b"a\tb", b"a b"], common.Bytes())
+
+
+def test_all_methods_adapt_a_gpt2(gpt2, tmp_path):
+    """experiments/adapt.py --base gpt2/; what examples in the prompt take is counted in bytes, not in tokens."""
+    (tmp_path / "x.txt").write_text("in the queue abc 12\n" * 99)
+    flags = ["--base", gpt2[1], "--data", tmp_path / "x.txt", "--old", tmp_path / "x.txt", "--k", 1, 2, "--example", 8, "--device", "cpu"]
+    done = run(*flags, "--repeats", 1, "--epochs", 1, "--out", tmp_path / "a.json", script="experiments/adapt.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "a.json").read_text())["figures"]["rows"]
+    tokens = common.BPE.load(gpt2[1])
+    x = torch.cat([tokens.encode("\n"), tokens.encode("in the queue abc 12\n")])[:9]               # a newline, and 8 tokens
+    assert rows["in-context"]["2"]["bytes"] == [2 * len(tokens.decode(x).encode())] and len(tokens.decode(x).encode()) > 9
 
 
 def test_lora_adapts_a_gpt2_and_gives_it_back(gpt2, tmp_path):
