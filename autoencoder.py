@@ -2,7 +2,7 @@
 
 Paper    Hinton & Salakhutdinov 2006, "Reducing the Dimensionality of Data with Neural Networks".
          variational: Kingma & Welling 2013, arXiv 1312.6114. sparse: Makhzani & Frey 2013, arXiv
-         1312.5663. --corrupt: Vincent et al. 2008, "Extracting and Composing Robust Features"
+         1312.5663. --corrupt: Vincent et al. 2008, "Extracting and Composing Robust Features ..."
 
 Idea     One would think that z has to hold what matters in an image to reconstruct it. To prevent
          a plain copy, something limits z: few dimensions (narrow), noise (variational), few nonzero
@@ -177,7 +177,7 @@ class Decoder(nn.Module):
 
 
 def distance(prediction, target, kl=0., beta=0.):
-    """C. Mean squared error over all pixel values (B, 3, S, S), plus the KL (B,) times beta."""
+    """C. Mean squared error over P pixel values (B, 3, S, S), plus the KL (B,) times beta / P."""
     penalty = beta * torch.as_tensor(kl).mean() / target[0].numel()
     return F.mse_loss(prediction.float(), target) + penalty
 
@@ -220,7 +220,7 @@ def build(args, image_size):
 
 @torch.no_grad()
 def reconstruct(args, model, images):
-    """Writes reconstructions.png, and interpolations.png: ten steps from one image to another.
+    """Writes reconstructions.png, and interpolations.png: ten latents from one image to another.
     Returns the mean squared error on test images that are corrupted as in training."""
     torch.manual_seed(args.seed)
     error = 0.

@@ -65,7 +65,7 @@ class Args(common.Args):
     muon_lr: float = 0.02           # peak learning rate of Muon, in (0, inf)
     weight_decay: float = 0.1       # weight decay, on matrices only (BERT, app. A.2: 0.01)
     weights: str = ""               # folder of a published BERT; it is trained only with --steps N
-    data: str = "pydocs"            # pydocs, pycode, shakespeare, a file or a folder of .txt files
+    data: str = "pydocs"            # pydocs, pycode, shakespeare, a file, a folder of .txt or .md
     vocab: int = 8192               # maximum vocabulary size, special tokens included, 6 or more
     context: int = 128              # tokens per window, [CLS] and [SEP] included, 4 or more
     dim: int = 256                  # channels
@@ -150,7 +150,7 @@ class Classifier(nn.Module):
     """BERT with a new linear layer on pool(), for fine-tuning: texts (B, T) -> scores (B, classes).
 
     A BatchNorm between them, as in MAE's probes (MAE, A.1), makes the scale of pool() irrelevant.
-    At first all classes get the same score.
+    At first all texts get the same scores.
     """
 
     def __init__(self, bert, classes):

@@ -91,7 +91,7 @@ class Args:
     warmup: float = 0.05         # fraction of steps in which the learning rate rises, in [0, 1]
     weight_decay: float = 0.05   # weight decay, on matrices only
     clip: float = 1.0            # maximum gradient norm, in (0, inf]; inf: no clipping
-    seed: int = 0                # seed of all random numbers, in [0, 1e9]
+    seed: int = 0                # seed of the training (not of the choice of labels), in [0, 1e9]
     data: str = "shapes"         # shapes, cifar10, fashion-mnist, mnist, an .npz file or a folder
     data_dir: str = os.environ.get("DATA_DIR", "data")   # folder for downloads ($DATA_DIR)
     out: str = ""                # folder for the results [runs/<script>, runs/<script>-2, ...]
@@ -236,7 +236,8 @@ def script(args):
 
 def resolve(args):
     """A copy of the settings with device, folder and sizes filled in. By increasing priority: the
-    default, the value for a CPU, that of a resumed run, and a given value. Raises UserError."""
+    default, that for a CPU or for published weights, that of a resumed run, and a given value.
+    Raises UserError."""
     usual = {f.name: f.default for f in dataclasses.fields(args)}
     given = {name: getattr(args, name) for name in usual
              if name in args.given or getattr(args, name) != usual[name]}
@@ -474,7 +475,7 @@ class Muon(torch.optim.AdamW):
     Muon (K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) is SGD with momentum,
     but the update of each matrix is orthogonalised. A few directions dominate a gradient; with all
     singular values at about 1, a step moves as far in the rare directions. A matrix (d1, d2) counts
-    as `parts` matrices (d1 / parts, d2), such as query, key and value. dtype: as in orthogonalize.
+    as `parts` matrices (d1 / parts, d2), such as query, key and value. dtype: of orthogonalize.
     """
 
     def __init__(self, groups, lr, betas, momentum=.95, dtype=torch.float32):
@@ -651,7 +652,7 @@ class Run:
         target = batch[-1] if isinstance(batch, tuple) else batch
         if target.dtype == torch.int64:
             counted = torch.stack([(x != -100).sum() for x in target.chunk(self.parts)])
-            self.weight = (counted[i] / counted.float().mean()).item()
+            self.weight = (counted[i].clamp(min=1) / counted.float().mean().clamp(min=1e-6)).item()
         for p in self.model.parameters() if self.micro else ():
             if p.grad is not None:
                 p.grad *= before / self.weight                   # so that reduce() weights all
@@ -753,7 +754,7 @@ class Run:
         signal.signal(number, interrupt)                       # a second one stops at once
 
     def open_log(self):
-        """Opens log.jsonl (200 lines per run) and drops lines later than the checkpoint."""
+        """Opens log.jsonl (at most 200 lines per run) and drops lines later than the checkpoint."""
         if rank():
             return open(os.devnull, "a")
         path, kept = self.out / "log.jsonl", ""
@@ -1060,7 +1061,7 @@ def finetune(args, f, images, x, labels, test_labels, steps, lr, batch=64, seed=
     torch.manual_seed(seed)
     dim = encode(args, f.eval(), images, x[:1]).shape[1]
     head = nn.Linear(dim, int(labels.max()) + 1)
-    nn.init.zeros_(head.weight)                  # at first all scores are equal
+    nn.init.zeros_(head.weight)                  # at first all images get the same scores
     norm = nn.BatchNorm1d(dim, affine=False)     # as in MAE, A.1: scales differ widely
     model = nn.Sequential(f, norm, head).to(x.device).train()
     optimizer = adamw(model.parameters(), lr, weight_decay=.05)

@@ -447,8 +447,9 @@ def main(args):
     for name in ("MAE", "untrained ViT") if rows else ():
         summary += f", {name} {rows[f'{name}, {how}'][-1]:.1f} %"
     common.report(run, summary, dict(error=error, labels=args.labels, accuracy=rows))
+    constant = "" if args.norm_pix or args.weights else " (a constant prediction: about 1)"
     common.say(f"\n{common.label_table(args, images, rows)}\n\nMean squared error on masked "
-               f"patches of new images: {error:.3f} (a constant prediction: about 1).\nPicture: "
+               f"patches of new images: {error:.3f}{constant}.\nPicture: "
                f"{args.out}/reconstructions.png (masked | reconstructed | original)")
     return model
 

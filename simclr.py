@@ -71,7 +71,7 @@ class Args(common.Args):
     jitter: float = 1.0             # strength of the jitter in brightness, contrast, saturation
     hue: float = 0.5                # maximum change of the hue, in [0, 0.5]; 1 is a full circle
     blur: bool = False              # blur half of the views (SimCLR, app. A; not for CIFAR-10)
-    weights: str = ""               # .pth of a ResNet-18 of torchvision; it trains with --steps N
+    weights: str = ""               # .pth of torchvision's ResNet-18 (photos: --image-size 224)
     skip_broken: bool = False       # skip the pictures of a folder that cannot be read
     image_size: int = 32            # side in pixels; pictures of a folder are cropped to squares
     depth: Literal[10, 18] = 18     # layers of the ResNet
@@ -80,7 +80,7 @@ class Args(common.Args):
     labels: tuple[int, ...] = (1, 5, 20, 0)   # labelled images per class, 0 or more (0: all)
 
     cpu = dict(steps=800, batch=64, depth=10, width=16)
-    published = dict(steps=0, batch=64, labels=(1, 5, 20))
+    published = dict(steps=0, batch=64, lr=1e-4, labels=(1, 5, 20))
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -187,7 +187,7 @@ def triplet(z1, z2, margin=.5, square=True):
 
 def similarity(z1, z2, temperature=1.):
     """Similarity matrix (2 N, 2 N): the cosine of each pair of the 2 N rows of z1 and z2 (N, dim),
-    divided by the temperature. Raises ValueError if N is 1, because there are no negatives then.
+    divided by the temperature. Raises ValueError if N is below 2 (there are no negatives then).
 
     Computed in float32 (TF32 on GPUs that have it) or better: bfloat16's 8 bits are not enough.
     """
@@ -208,10 +208,10 @@ def augment(x, crop_scale=.08, jitter_strength=1., hue=.2, blurred=False):
     jitter_strength: of brightness, contrast and saturation; hue: its maximum change, where 1 is a
     full circle; blurred: blur half of the views. The defaults, except for the blur, are the paper's
     for ImageNet. Every image gets its own random numbers. To add a transform, add a line. Raises
-    ValueError for other images.
+    ValueError for images of another shape or type.
     """
-    if x.shape[1:] != (3, x.shape[-1], x.shape[-1]) or not x.is_floating_point():
-        raise ValueError("augment takes images (B, 3, S, S) of floats in [0, 1], not "
+    if x.shape[1:] != (3, x.shape[-1], x.shape[-1]) or x.dtype != torch.float32:
+        raise ValueError("augment takes images (B, 3, S, S) of float32 in [0, 1], not "
                          f"{tuple(x.shape)} of {x.dtype}")
     B, u = len(x), torch.rand(12, len(x), device=x.device)
     between = lambda u, low, high: low + (high - low) * u
@@ -361,7 +361,9 @@ def main(args):
     if args.weights:
         images.imagenet()
     model = load_published(args) if args.weights else build(args, images.size)
-    untrained = copy.deepcopy(model).eval()
+    untrained = copy.deepcopy(model)
+    if args.weights:                       # the same network with random weights
+        untrained = SimCLR(args.depth, args.width, args.dim, model.encoder.conv1.kernel_size[0])
     optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)
     uniform = math.log(2 * args.batch - 1) if args.loss == "ntxent" else None
     run = common.Run(args, model, optimizer, uniform=uniform, about=images.about())
@@ -384,14 +386,16 @@ def main(args):
 
     model.eval()
     same = neighbours(args, model, images, k)
+    name = "SimCLR" if run.step or not args.weights else "published ResNet"
     rows = common.linear_probes(args, images, {
-        "raw pixels": nn.Flatten(), "untrained ResNet": untrained.encoder, "SimCLR": model.encoder})
-    common.report(run, common.best_probe(args, images, rows, "SimCLR"),
+        "raw pixels": nn.Flatten(), "untrained ResNet": untrained.to(args.device).eval().encoder,
+        name: model.encoder})
+    common.report(run, common.best_probe(args, images, rows, name),
                   dict(neighbours=same, labels=args.labels, accuracy=rows))
     common.say("\n" + common.label_table(args, images, rows))
     if rows:
         common.say(f"\nOf the {k} nearest neighbours of a test image, {same[0]:.0f} % are of its "
-                   f"class by SimCLR's features and {same[1]:.0f} % by raw pixels.")
+                   f"class by the features and {same[1]:.0f} % by raw pixels.")
     common.say(f"Picture: {args.out}/neighbours.png (image | nearest by features || "
                "image | nearest by pixels)")
     return model

@@ -216,9 +216,10 @@ def test_blur_equals_a_convolution_with_the_whole_kernel():
     assert torch.equal(simclr.blur(x[..., :1, :1], sigma), x[..., :1, :1])              # one pixel has no neighbours
 
 
-@pytest.mark.parametrize("x", [torch.rand(2, 3, 8, 6), torch.rand(2, 1, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)])
+@pytest.mark.parametrize("x", [torch.rand(2, 3, 8, 6), torch.rand(2, 1, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+                               torch.rand(2, 3, 8, 8, dtype=torch.float64)])
 def test_augment_refuses_other_images(x):
-    with pytest.raises(ValueError, match=r"augment takes images \(B, 3, S, S\) of floats in \[0, 1\], not \(2, "):
+    with pytest.raises(ValueError, match=r"augment takes images \(B, 3, S, S\) of float32 in \[0, 1\], not \(2, "):
         simclr.augment(x)
 
 

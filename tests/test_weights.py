@@ -553,7 +553,7 @@ def test_published_models_join_in_flamingo(gpt2, tiny, tmp_path):
     assert done.returncode == 0 and torch.load(tmp_path / "lora/checkpoint.pt")["about"]["weights"] == str(folder), done.stderr
 
 
-def test_a_resnet_loads_by_torchvisions_names(tiny, tmp_path):
+def test_a_resnet_loads_by_torchvisions_names(tiny, tmp_path, monkeypatch):
     model = random_weights(simclr.ResNet(18, 8, stem=7, classes=10))
     own = simclr.ResNet(18, 8, stem=7).eval()
     own.load_state_dict({name: x for name, x in model.state_dict().items() if "fc." not in name})
@@ -565,4 +565,11 @@ def test_a_resnet_loads_by_torchvisions_names(tiny, tmp_path):
         torch.testing.assert_close(found.encoder(x), own(x), rtol=1e-4, atol=1e-5)
     assert (args.depth, args.width) == (18, 8)
     done = run("--weights", tmp_path / "resnet.pth", "--data", tiny, "--labels", 1, "--device", "cpu", "--out", tmp_path / "run", script="simclr.py")
-    assert done.returncode == 0 and "SimCLR" in done.stdout and (tmp_path / "run/neighbours.png").exists(), done.stderr
+    assert done.returncode == 0 and "published ResNet" in done.stdout and (tmp_path / "run/neighbours.png").exists(), done.stderr
+    encoders = []
+    monkeypatch.setattr(common, "linear_probes", lambda args, images, found: encoders.append(found) or {name: [0.] for name in found})
+    model = simclr.main(simclr.Args(weights=str(tmp_path / "resnet.pth"), data=str(tiny), labels=(1,), device="cpu", out=str(tmp_path / "b")))
+    assert [*encoders[0]] == ["raw pixels", "untrained ResNet", "published ResNet"] and encoders[0]["published ResNet"] is model.encoder
+    untrained = encoders[0]["untrained ResNet"]
+    assert untrained.conv1.weight.shape == model.encoder.conv1.weight.shape and not untrained.training
+    assert not any(torch.equal(a, b) for a, b in zip(untrained.parameters(), model.encoder.parameters()) if a.ndim > 1)
