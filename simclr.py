@@ -311,7 +311,8 @@ def blur(x, sigma):
 
 def build(args, image_size):
     """Builds the SimCLR of these settings, on the device. It takes images of any size."""
-    model = SimCLR(args.depth, args.width, args.dim).to(args.device)
+    stem = 7 if args.weights else 3                          # torchvision's, or for small images
+    model = SimCLR(args.depth, args.width, args.dim, stem).to(args.device)
     return model.to(memory_format=torch.channels_last)       # for faster convolutions
 
 

@@ -566,6 +566,8 @@ def test_a_resnet_loads_by_torchvisions_names(tiny, tmp_path, monkeypatch):
     assert (args.depth, args.width) == (18, 8)
     done = run("--weights", tmp_path / "resnet.pth", "--data", tiny, "--labels", 1, "--device", "cpu", "--out", tmp_path / "run", script="simclr.py")
     assert done.returncode == 0 and "published ResNet" in done.stdout and (tmp_path / "run/neighbours.png").exists(), done.stderr
+    state = common.read_checkpoint(tmp_path / "run")                            # as README loads a model
+    simclr.build(simclr.Args(**state["args"]), 32).load_state_dict(state["model"])
     encoders = []
     monkeypatch.setattr(common, "linear_probes", lambda args, images, found: encoders.append(found) or {name: [0.] for name in found})
     model = simclr.main(simclr.Args(weights=str(tmp_path / "resnet.pth"), data=str(tiny), labels=(1,), device="cpu", out=str(tmp_path / "b")))
