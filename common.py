@@ -475,7 +475,7 @@ class Muon(torch.optim.AdamW):
     Muon (K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) is SGD with momentum,
     but the update of each matrix is orthogonalised. A few directions dominate a gradient; with all
     singular values at about 1, a step moves as far in the rare directions. A matrix (d1, d2) counts
-    as `parts` matrices (d1 / parts, d2), such as query, key and value. dtype: of orthogonalize.
+    as `parts` matrices (d1 / parts, d2), such as query, key and value. dtype: of this computation.
     """
 
     def __init__(self, groups, lr, betas, momentum=.95, dtype=torch.float32):

@@ -71,7 +71,7 @@ class Args(common.Args):
     jitter: float = 1.0             # strength of the jitter in brightness, contrast, saturation
     hue: float = 0.5                # maximum change of the hue, in [0, 0.5]; 1 is a full circle
     blur: bool = False              # blur half of the views (SimCLR, app. A; not for CIFAR-10)
-    weights: str = ""               # .pth of torchvision's ResNet-18 (photos: --image-size 224)
+    weights: str = ""               # .pth of torchvision's ResNet-18 (photos: --image-size 128)
     skip_broken: bool = False       # skip the pictures of a folder that cannot be read
     image_size: int = 32            # side in pixels; pictures of a folder are cropped to squares
     depth: Literal[10, 18] = 18     # layers of the ResNet
@@ -362,9 +362,7 @@ def main(args):
     if args.weights:
         images.imagenet()
     model = load_published(args) if args.weights else build(args, images.size)
-    untrained = copy.deepcopy(model)
-    if args.weights:                       # the same network with random weights
-        untrained = SimCLR(args.depth, args.width, args.dim, model.encoder.conv1.kernel_size[0])
+    untrained = build(args, images.size) if args.weights else copy.deepcopy(model)
     optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)
     uniform = math.log(2 * args.batch - 1) if args.loss == "ntxent" else None
     run = common.Run(args, model, optimizer, uniform=uniform, about=images.about())
@@ -389,7 +387,7 @@ def main(args):
     same = neighbours(args, model, images, k)
     name = "SimCLR" if run.step or not args.weights else "published ResNet"
     rows = common.linear_probes(args, images, {
-        "raw pixels": nn.Flatten(), "untrained ResNet": untrained.to(args.device).eval().encoder,
+        "raw pixels": nn.Flatten(), "untrained ResNet": untrained.eval().encoder,
         name: model.encoder})
     common.report(run, common.best_probe(args, images, rows, name),
                   dict(neighbours=same, labels=args.labels, accuracy=rows))
