@@ -5,24 +5,25 @@ Paper    Hinton & Salakhutdinov 2006, "Reducing the Dimensionality of Data with 
          1312.5663. --corrupt: Vincent et al. 2008, "Extracting and Composing Robust Features ..."
 
 Idea     One would think that z has to hold what matters in an image to reconstruct it. To prevent
-         a plain copy, something limits z: few dimensions (narrow), noise (variational), few nonzero
-         dimensions (sparse), or a linear decoder (weak). But z first keeps what lowers the squared
-         error most, large areas and colours, and not what the image is OF.
+         a plain copy, something is in the way: few dimensions (narrow; "undercomplete"), noise
+         (variational), few nonzero dimensions (sparse) or a linear decoder (weak). Variational and
+         weak have few dimensions, too. With --corrupt it is a denoising autoencoder. But z first
+         keeps what lowers the squared error most, large areas and colours, not what an image shows.
 
 Loss     L = 1 / P ( || x - decode(z) ||^2 + beta KL(q(z | x~) || N(0, I)) )
          x~ is x or, with --corrupt, x with some pixels set to 0; P is the number of pixel values.
-         z is encode(x~), of which sparse keeps the k largest values. Only variational has the KL
+         z is encode(x~); for sparse, encode keeps the k largest values. Only variational has the KL
          and samples z from q(z | x~) = N(mean, variance); beta is twice the variance of a Gaussian
          decoder (VAE with unit variance: 2). Pixels have mean 0 and variance 1, so predicting the
          mean costs about 1.
 
 Flow     images (B, 3, S, S)
          A. mask      set some pixels (or none) to 0     -> inputs x~ (B, 3, S, S), target x
-         B. predict   encoder      three convolutions    -> h (B, 4 width (S / 8)^2)
-                      to_latent    linear                -> z (B, latent)    none, sparse: h itself
-                      bottleneck   noise, or top-k       -> z (B, latent)
-                      from_latent  linear                -> (B, 4 width, S / 8, S / 8)
-                      decoder      three convolutions up -> (B, 3, S, S)     weak: one linear layer
+         B. predict   encoder      three convolutions    -> h (B, 4 width s^2), s = S / 8
+                      to_latent    linear                -> z (B, Z)      none, sparse: h itself
+                      bottleneck   noise, or top-k       -> z (B, Z)
+                      from_latent  linear                -> (B, 4 width, s, s)
+                      decoder      three convolutions up -> (B, 3, S, S)  weak: one linear layer
          C. compare   mean squared error on all pixels
 
 Data     drawn images of 32 x 32 pixels: one of ten shapes, in one of eight colours, anywhere
@@ -68,8 +69,8 @@ class Args(common.Args):
     latent: int = 64                # dimensions of z (narrow, variational, weak)
     k: int = 64                     # sparse: dimensions kept, of 4 x width x (image_size / 8)^2
     noise: float = 1.0              # variational: scale of the noise in z (the KL assumes 1)
-    beta: float = 0.1               # variational: weight of the KL; the squared error is summed
-    corrupt: float = 0.0            # fraction of the input's pixels to set to 0, in [0, 1)
+    beta: float = 0.1               # variational: weight of the KL, beside the sum of the squares
+    corrupt: float = 0.0            # probability of setting an input pixel to 0, in [0, 1)
     skip_broken: bool = False       # skip the pictures of a folder that cannot be read
     image_size: int = 32            # side in pixels; pictures of a folder are cropped to squares
     width: int = 48                 # channels of the first convolution, doubled in each next
@@ -79,7 +80,8 @@ class Args(common.Args):
 
 
 # ------------------------------------------------------------------------------------- the model
-# B batch, C channels, S side of an image in pixels, s = S / 8 rounded up.
+# B batch, S side of an image in pixels, s = S / 8 rounded up; Z dimensions of z: latent, or
+# 4 width s^2 for none and sparse.
 
 
 class Autoencoder(nn.Module):
@@ -96,8 +98,8 @@ class Autoencoder(nn.Module):
         self.bottleneck, self.k, self.noise = bottleneck, k, noise
         self.image_size = image_size
         if bottleneck in ("none", "sparse"):
-            # z is the features. With width 48 it is as large as the image: a copy would fit.
-            latent = 0
+            latent = 0          # no to_latent and from_latent: z is the features h. With width 48
+                                # these are as many numbers as the image has: a copy would fit.
         self.encoder = Encoder(image_size, width, latent)
         if bottleneck == "sparse" and k > self.encoder.features_dim:
             raise ValueError(f"top-k with k = {k} is more than the {self.encoder.features_dim} "
@@ -111,36 +113,38 @@ class Autoencoder(nn.Module):
             self.log_var = nn.Linear(self.encoder.features_dim, latent)
 
     def forward(self, x):
-        """B. Images (B, 3, S, S) -> reconstructions (B, 3, S, S), and the KL (B,) or 0. Raises
-        ValueError for images of another size."""
+        """B. Images (B, 3, S, S) -> reconstructions (B, 3, S, S), and the KL (B,) or None.
+        Raises ValueError for images of another size."""
         if x.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images of {' x '.join(map(str, x.shape[1:]))}, and this model is "
                              f"for 3 x {self.image_size} x {self.image_size}")
-        h, kl = self.encoder.features(x), 0.
-        z = self.encoder.to_latent(h)                                # (B, latent)
-        if self.bottleneck == "variational":
-            mean, log_var = z.float(), self.log_var(h).float()
-            z, kl = mean, kl_divergence(mean, log_var)
-            if self.training:            # reparameterised: gradients reach mean and log_var
-                z = mean + self.noise * (log_var / 2).exp() * torch.randn_like(mean)
+        h = self.encoder.features(x)                                 # (B, 4 width s^2)
+        z, kl = self.encoder.to_latent(h), None                      # (B, Z)
         if self.bottleneck == "sparse":
             z = top_k(z, self.k)
+        if self.bottleneck == "variational":                         # q(z | x) = N(mean, variance)
+            mean, log_var = z.float(), self.log_var(h).float()       # (B, latent) each
+            kl = kl_divergence(mean, log_var)                        # (B,)
+            z = mean
+            if self.training:      # the reparameterisation trick: gradients reach mean and log_var
+                z = mean + self.noise * (log_var / 2).exp() * torch.randn_like(mean)
         return self.decoder(z), kl
 
     def encode(self, x):
-        """Images -> the decoder's input z, without noise (variational: the mean): (B, latent)."""
+        """Images -> the decoder's input z, without noise (variational: the mean): (B, Z)."""
         z = self.encoder(x)
         return top_k(z, self.k) if self.bottleneck == "sparse" else z
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, S, S) -> z (B, latent), or (B, 4 width s^2) if latent is 0."""
+    """Images (B, 3, S, S) -> (B, latent), or the features (B, 4 width s^2) if latent is 0."""
 
     def __init__(self, image_size, width, latent):
         super().__init__()
-        conv = lambda i, o: nn.Conv2d(i, o, 3, 2, 1)                 # halves the side, rounding up
-        self.conv1, self.conv2 = conv(3, width), conv(width, 2 * width)
-        self.conv3 = conv(2 * width, 4 * width)
+        # Each convolution halves the side, rounding up.
+        self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(width, 2 * width, kernel_size=3, stride=2, padding=1)
+        self.conv3 = nn.Conv2d(2 * width, 4 * width, kernel_size=3, stride=2, padding=1)
         self.features_dim = 4 * width * math.ceil(image_size / 8) ** 2
         self.to_latent = nn.Linear(self.features_dim, latent) if latent else nn.Identity()
 
@@ -155,39 +159,41 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Mirrors the encoder: z (B, latent) -> images (B, 3, S, S)."""
+    """Mirrors the encoder: z (B, Z) -> images (B, 3, S, S)."""
 
     def __init__(self, image_size, width, latent):
         super().__init__()
-        self.size, self.side = image_size, math.ceil(image_size / 8)
-        up = lambda i, o: nn.ConvTranspose2d(i, o, 4, 2, 1)          # doubles the side
-        features_dim = 4 * width * self.side ** 2
+        self.image_size, self.s = image_size, math.ceil(image_size / 8)
+        features_dim = 4 * width * self.s ** 2
         self.from_latent = nn.Linear(latent, features_dim) if latent else nn.Identity()
-        self.conv1, self.conv2 = up(4 * width, 2 * width), up(2 * width, width)
-        self.conv3 = up(width, 3)
+        # Each transposed convolution doubles the side.
+        self.conv1 = nn.ConvTranspose2d(4 * width, 2 * width, kernel_size=4, stride=2, padding=1)
+        self.conv2 = nn.ConvTranspose2d(2 * width, width, kernel_size=4, stride=2, padding=1)
+        self.conv3 = nn.ConvTranspose2d(width, 3, kernel_size=4, stride=2, padding=1)
 
     def forward(self, z):
-        x = F.relu(self.from_latent(z)).unflatten(1, (-1, self.side, self.side))
+        x = F.relu(self.from_latent(z)).unflatten(1, (-1, self.s, self.s))   # (B, 4 width, s, s)
         x = F.relu(self.conv1(x))                                    # (B, 2 width, 2 s, 2 s)
         x = F.relu(self.conv2(x))                                    # (B, width, 4 s, 4 s)
-        return self.conv3(x)[..., :self.size, :self.size]            # crop, for example 32 to 28
+        return self.conv3(x)[..., :self.image_size, :self.image_size]    # crop, such as 32 to 28
 
 
 # ------------------------------------------------------------------------------------ the method
 
 
-def distance(prediction, target, kl=0., beta=0.):
-    """C. Mean squared error over P pixel values (B, 3, S, S), plus the KL (B,) times beta / P."""
-    penalty = beta * torch.as_tensor(kl).mean() / target[0].numel()
-    return F.mse_loss(prediction.float(), target) + penalty
+def distance(prediction, target, kl=None, beta=0.):
+    """C. Mean squared error over the P pixel values of each image (B, 3, S, S), plus, with a KL
+    (B,), beta / P times its mean."""
+    loss = F.mse_loss(prediction.float(), target)
+    return loss if kl is None else loss + beta * kl.mean() / target[0].numel()
 
 
 def mask(x, corrupt=0.):
-    """A. Images x (B, 3, S, S) -> inputs (B, 3, S, S), where the fraction `corrupt` of the pixels
-    is set to 0 (the mean), and the target, x itself."""
+    """A. Images x (B, 3, S, S) -> inputs (B, 3, S, S), in which each pixel is set to 0 (the mean)
+    with probability `corrupt`, and the target, x itself."""
     if not corrupt:
         return x, x
-    return x.masked_fill(torch.rand_like(x[:, :1]) < corrupt, 0.), x
+    return x.masked_fill(torch.rand_like(x[:, :1]) < corrupt, 0.), x     # one number per pixel
 
 
 def kl_divergence(mean, log_var):
@@ -197,15 +203,15 @@ def kl_divergence(mean, log_var):
 
 
 def top_k(z, k):
-    """Keeps the k largest values in each row of z (B, latent) and sets the others to 0."""
-    ids = z.topk(k, 1).indices
-    return torch.zeros_like(z).scatter(1, ids, z.gather(1, ids))
+    """Keeps the k largest values in each row of z (B, Z) and sets the others to 0."""
+    values, ids = z.topk(k, dim=1)
+    return torch.zeros_like(z).scatter(1, ids, values)
 
 
 def interpolate(model, a, b, n):
     """Decodes n latents on the line from images a to b, (B, 3, S, S) each: (B, n, 3, S, S)."""
-    weight = torch.linspace(0, 1, n, device=a.device)[:, None]
-    z = torch.lerp(model.encode(a)[:, None], model.encode(b)[:, None], weight)   # (B, n, latent)
+    weight = torch.linspace(0, 1, n, device=a.device)[:, None]                   # (n, 1)
+    z = torch.lerp(model.encode(a)[:, None], model.encode(b)[:, None], weight)   # (B, n, Z)
     return model.decoder(z.flatten(0, 1)).unflatten(0, (len(a), n))
 
 
@@ -229,7 +235,7 @@ def reconstruct(args, model, images):
         error += distance(model(inputs)[0], target).item() * len(part) / len(images.test)
 
     inputs, x = mask(images.normalize(images.test[:24]), args.corrupt)
-    groups = [inputs] * (args.corrupt > 0) + [model(inputs)[0], x]
+    groups = [inputs, model(inputs)[0], x] if args.corrupt else [model(inputs)[0], x]
     sheet = torch.stack(groups, 1).flatten(0, 1)
     common.save_png(f"{args.out}/reconstructions.png", images.denormalize(sheet), 12, len(groups))
     n = max(1, min(8, len(x) // 2))
@@ -253,7 +259,8 @@ def main(args):
     for step in run:                       # sets the seed and the learning rate of this step
         x = images.normalize(run.batch(images.train))
         with run.autocast():
-            inputs, target = run.part(mask(x, args.corrupt))                 # A. mask
+            inputs, target = mask(x, args.corrupt)                           # A. mask
+            inputs, target = run.part((inputs, target))                      # this process's part
             prediction, kl = model(inputs)                                   # B. predict
             loss = distance(prediction, target, kl, args.beta)               # C. compare
         loss.backward()
@@ -274,9 +281,8 @@ def main(args):
                   dict(error=error, labels=args.labels, accuracy=rows))
     common.say(f"\n{common.label_table(args, images, rows)}\n\nMean squared error on new images: "
                f"{error:.3f} (a constant prediction: about 1).\nPictures: "
-               f"{args.out}/reconstructions.png "
-               f"({'corrupted | ' * (args.corrupt > 0)}reconstructed | original), "
-               f"{args.out}/interpolations.png")
+               f"{args.out}/reconstructions.png ({'corrupted | ' if args.corrupt else ''}"
+               f"reconstructed | original), {args.out}/interpolations.png")
     return model
 
 

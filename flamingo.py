@@ -17,9 +17,17 @@ Flow     tokens x (B, 1 + T) with <image> tokens, images (B, M, 3, S, S)
          0. encode    frozen ViT, once per image         -> features (B, M, N, E)
          A. mask      shift by one                       -> inputs (B, T), target (B, T)
          B. predict   once per image: resample N tokens to R latents, project to keys and values
-                      LM blocks, a gated layer before every n-th -> logits (B, T, V)
+                      LM blocks, a gated layer before one in n of them -> logits (B, T, V)
          C. compare   cross-entropy; <image> is never a target
          sample       with a cache of the LM's keys and values, as in gpt.py
+
+Data     drawn scenes of one to three figures, and documents about them (common.py). <end> ends each
+         text. A new word means a kind of figure, a different one in each document.
+         the LM       a large red ring on the left . what colour is it ? red <end> ...
+         new words    blue moon dax <end> red ring wug <end> red ring wug <end> ...
+         Flamingo     <image> what colour is it ? red <end> <image> there is a large red ring ...
+         new words    <image> dag <end> <image> kox <end> <image> kox <end> <image> dag <end> ...
+         an unasked question        <image> red <end> <image> blue <end> <image> green <end> ...
 
 Run      python flamingo.py
 Expect   captions of new scenes: 99.8 ± 0.3, 97.8 ± 0.1 and 90.0 ± 0.6 % exactly right, for 1, 2 and
@@ -70,16 +78,16 @@ class Args(common.Args):
     weight_decay: float = 0.1       # weight decay, on matrices outside the resampler (B.1.2)
     data: str = "scenes"            # images for --prompt: scenes, or an .npz with an array `images`
     images: int = 40_000            # training images, two thirds with a single figure, 500 or more
-    tests: int = 1000               # test images, as many of unseen kinds, and episodes; 12 or more
+    tests: int = 1000               # test images; also of unseen kinds, and episodes; 12 or more
     new_words: float = 0.4          # fraction of the documents about new words, in [0, 1]
     image_size: int = 32            # side of the images in pixels
     context: int = 96               # tokens per document, 41 or more
-    every: int = 1                  # put a gated layer before every n-th block (table 3)
+    every: int = 1                  # a gated layer before the first of every n blocks (table 3)
     latents: int = 8                # latents per image (paper: 64), 0 or more; 0: no resampler
     resampler_depth: int = 2        # layers of the resampler (paper: 6)
     attend: Literal["last", "all"] = "last"    # attend to the last image before a token, or to all
     gate_start: float = 0.          # initial gates, before tanh, in [0, inf]; inf: no gates
-    gate_lr: float = 10.            # learning rate of the gates, as a multiple of --lr
+    gate_lr: float = 10.            # factor: the gates have this multiple of the learning rate
     freeze: bool = True             # keep the LM frozen (--no-freeze: train it, too)
     lm: str = ""                    # LM: folder of a gpt.py run or this script's LM [trains one]
     lm_steps: int = 10_000          # LM: training steps
@@ -107,7 +115,8 @@ class Args(common.Args):
 
 # ------------------------------------------------------------------------------------- the model
 # B batch, M images, N visual tokens per image (cls and patches), R latents per image, E channels of
-# both; T new tokens, L keys, C channels of the LM, H heads, D = C / H, V vocabulary size.
+# visual tokens and latents; T new tokens, L keys, C channels of the LM, H heads, D = C / H, V
+# vocabulary size.
 
 
 class Flamingo(nn.Module):
@@ -115,19 +124,21 @@ class Flamingo(nn.Module):
     images -> logits (B, T, V).
 
     Images are encoded once by the frozen ViT (`encode`), then projected (`project`). image: the
-    <image> token; attend: "last" or "all", as in media_mask; start: the gates' initial value.
+    <image> token; every: a gated layer stands before blocks 0, every, 2 every, ...; attend: "last"
+    or "all", as in media_mask; gate_start: the gates' initial value.
     """
 
-    def __init__(self, lm, vit, patch, image, every=1, latents=8, depth=1, attend="last", start=0.):
+    def __init__(self, lm, vit, patch, image, every=1, latents=8, depth=1, attend="last",
+                 gate_start=0.):
         super().__init__()
         self.lm, self.vit, self.patch = lm, vit.requires_grad_(False), patch
         self.image, self.every, self.attend = image, every, attend
         C, heads = lm.pos_embed.weight.shape[1], lm.blocks[0].attn.heads
         E, vit_heads = len(vit.norm.weight), vit.blocks[0].attn.heads
         self.resampler = Resampler(E, depth, vit_heads, latents) if latents else nn.LayerNorm(E)
-        self.gated = nn.ModuleList(GatedCrossAttention(C, E, heads, start)
+        self.gated = nn.ModuleList(GatedCrossAttention(C, E, heads, gate_start)
                                    for _ in lm.blocks[::every])
-        self.train()
+        self.train()                       # the frozen parts in evaluation mode: see below
 
     @torch.no_grad()
     def encode(self, images):
@@ -139,7 +150,7 @@ class Flamingo(nn.Module):
         Without a resampler, R is N."""
         B, M, N, E = features.shape
         latents = self.resampler(features.flatten(0, 1)).view(B, -1, E)     # (B, M R, E)
-        return [layer.attn.keys_values(latents).unflatten(3, (M, -1))       # forward() needs M, R
+        return [layer.attn.keys_values(latents).unflatten(3, (M, -1))       # M R -> M, R
                 for layer in self.gated]
 
     def forward(self, tokens, media=None, cache=None, images_before=0):
@@ -151,8 +162,9 @@ class Flamingo(nn.Module):
         if end > context:
             raise ValueError(f"{end} tokens are more than the context of {context}")
         if media is not None:
+            M, R = media[0].shape[3:5]
             so_far = images_before + (tokens == self.image).cumsum(1)       # (B, T)
-            visible = media_mask(so_far, *media[0].shape[3:5], self.attend)
+            visible = media_mask(so_far, M, R, self.attend)                 # (B, 1, T, M R)
         x = lm.token_embed(tokens) + lm.pos_embed.weight[start:end]         # (B, T, C)
         for i, block in enumerate(lm.blocks):
             if media is not None and i % self.every == 0:
@@ -170,11 +182,15 @@ class Flamingo(nn.Module):
 
 
 def media_mask(so_far, M, R, attend="last"):
-    """Which of M images, with R latents each, every token attends to: the last image before it, or
-    all before it. so_far (B, T): the number of <image> tokens up to and including each token ->
-    (B, 1, T, M R) bool. A token before the first image attends to none."""
+    """Which of M images, with R latents each, every token attends to: the last image so far, or all
+    so far; an <image> token attends to its own. so_far (B, T): the number of <image> tokens up to
+    and including each token -> (B, 1, T, M R) bool. A token before the first image attends to none.
+    """
     number = torch.arange(1, M + 1, device=so_far.device)                   # of the images
-    visible = so_far[:, :, None] == number if attend == "last" else so_far[:, :, None] >= number
+    if attend == "last":
+        visible = so_far[:, :, None] == number                              # (B, T, M)
+    else:
+        visible = so_far[:, :, None] >= number
     return visible[:, None].repeat_interleave(R, 3)
 
 
@@ -183,14 +199,14 @@ class GatedCrossAttention(nn.Module):
     and values (2, B, H, L, D), visible (B, 1, T, L) -> (B, T, C). For a token that sees no image,
     the attention adds exactly 0, but the feed-forward layer still applies."""
 
-    def __init__(self, dim, source_dim, heads, start=0.):
+    def __init__(self, dim, source_dim, heads, gate_start=0.):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.attn = CrossAttention(dim, source_dim, heads)
         self.mlp = FeedForward(dim)
-        trained = math.isfinite(start)               # tanh(inf) = 1: no gates
-        self.attn_gate = nn.Parameter(torch.tensor([start]), requires_grad=trained)
-        self.mlp_gate = nn.Parameter(torch.tensor([start]), requires_grad=trained)
+        gate, trained = torch.tensor([float(gate_start)]), math.isfinite(gate_start)
+        self.attn_gate = nn.Parameter(gate.clone(), requires_grad=trained)
+        self.mlp_gate = nn.Parameter(gate, requires_grad=trained)      # tanh(inf) = 1: no gates
 
     def forward(self, x, keys_values, visible):
         # While the gates are 0, x is unchanged, and only the gates have a gradient. Once they have
@@ -255,11 +271,12 @@ class CrossAttention(nn.Module):
         """visible (B, 1, T, L) bool: the keys that each token attends to; None: all."""
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.heads, -1).transpose(1, 2)            # (B, H, T, D)
+        k, v = keys_values                                                  # (B, H, L, D) each
         if visible is None:
-            x = F.scaled_dot_product_attention(q, *keys_values)
+            x = F.scaled_dot_product_attention(q, k, v)
         else:                  # softmax over no keys is nan: use all keys there, then zero it
             none = ~visible.any(-1, keepdim=True)                           # (B, 1, T, 1)
-            x = F.scaled_dot_product_attention(q, *keys_values, visible | none)
+            x = F.scaled_dot_product_attention(q, k, v, visible | none)
             x = x.masked_fill(none, 0.)
         return self.proj(x.transpose(1, 2).reshape(B, T, C))
 
@@ -376,8 +393,10 @@ def sincos_pos_embed(rows, columns, dim):
     frequency = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) * 4 / dim)
     angle = torch.arange(max(rows, columns))[:, None] * frequency           # (side, dim / 4)
     code = torch.cat([angle.sin(), angle.cos()], 1)                         # (side, dim / 2)
-    column, row = code[:columns].repeat(rows, 1), code[:rows].repeat_interleave(columns, 0)
-    return F.pad(torch.cat([column, row], 1), (0, 0, 1, 0)).float()[None]
+    column = code[:columns].repeat(rows, 1)                                 # 0 1 2 0 1 2 ...
+    row = code[:rows].repeat_interleave(columns, 0)                         # 0 0 0 1 1 1 ...
+    patches = torch.cat([column, row], 1).float()                           # (N, dim)
+    return torch.cat([torch.zeros(1, dim), patches])[None]
 
 
 def gather(x, ids):
@@ -474,14 +493,13 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)    # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)                                       # each (B, H, L, D)
-        L, visible = k.shape[2], None
-        # A single new token attends to all L keys and needs no mask. Of several new tokens, the
-        # last one attends to L keys, the one before it to L - 1, and so on.
-        if 1 < T < L:
-            visible = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
+        # The T new tokens are the last of all L. Each attends to the cached ones and to the new
+        # ones up to itself. is_causal is a triangle at the top left: right if nothing is cached.
+        L, attn_mask = k.shape[2], None
+        if 1 < T < L:                    # True: attends. A single new token attends to all L.
+            attn_mask = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
         x = F.scaled_dot_product_attention(              # softmax(q k^T / sqrt(D) + mask) v
-            q, k, v, visible, self.dropout if self.training else 0.,
-            is_causal=cache is None or 1 < T == L)
+            q, k, v, attn_mask, self.dropout if self.training else 0., is_causal=T == L)
         x = self.proj(x.transpose(1, 2).reshape(B, T, C))
         return F.dropout(x, self.dropout, self.training)
 
@@ -511,10 +529,14 @@ class Cache:
 
     def append(self, k, v):
         """Appends keys and values of T new tokens (B, H, T, D); returns all L, (B, H, L, D)."""
-        start, self.length = self.length, self.length + k.shape[2]
+        start = self.length
+        self.length += k.shape[2]
         self.k[:, :, start:self.length] = k
         self.v[:, :, start:self.length] = v
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
+
+
+# Only for the training of the ViT; Flamingo does not use the text encoder.
 
 
 class CLIP(nn.Module):
@@ -525,7 +547,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.vit, self.patch, self.vocab = vit, patch, vocab
         self.image_proj, self.text_proj = nn.Linear(dim, 64), nn.Linear(16 * vocab, 64)
-        self.scale = nn.Parameter(torch.tensor(math.log(10.)))
+        self.scale = nn.Parameter(torch.tensor(math.log(10.)))    # log(1 / temperature), learned
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -579,15 +601,16 @@ def sample(model, prompts, media, n, end, temperature=0.):
     if most > context:
         raise ValueError(f"a prompt of {most} tokens is longer than the context of {context}")
     text = torch.full((len(prompts), min(most + n, context)), end, device=device)
-    for row, prompt in zip(text, prompts):
-        row[:len(prompt)] = torch.as_tensor(prompt)
-    ends = torch.tensor(lengths, device=device)
-    given = torch.arange(text.shape[1], device=device) < ends[:, None]      # the prompts
+    given = torch.zeros_like(text, dtype=torch.bool)                # True in the prompts
+    for i, prompt in enumerate(prompts):
+        text[i, :len(prompt)] = torch.as_tensor(prompt)
+        given[i, :len(prompt)] = True
     count = int(((text == model.image) & given).sum(1).max())
     if media is not None and count > media[0].shape[3]:
         raise ValueError(f"a prompt has {count} <image> tokens, and there are "
                          f"{media[0].shape[3]} images")
-    cache, start, done = model.lm.new_cache(len(prompts)), 0, torch.zeros_like(ends, dtype=bool)
+    cache, start = model.lm.new_cache(len(prompts)), 0
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for t in range(min(lengths), text.shape[1]):
         images_before = (text[:, :start] == model.image).sum(1, keepdim=True)
         logits = model(text[:, start:t], media, cache, images_before)[:, -1].float()     # (B, V)
@@ -612,41 +635,36 @@ def normalize(images, mean=(.2, .2, .2), std=(.2, .2, .2)):
 
 
 # -------------------------------------------------------------------- the LM and the vision encoder
-# Documents come from common.py. A new word means a kind of figure, a different one per document:
-#     the LM       a large red ring on the left . what colour is it ? red <end> ...
-#     new words    blue moon dax <end> red ring wug <end> red ring wug <end> ...
-#     Flamingo     <image> what colour is it ? red <end> <image> there is a large red ring ... <end>
-#     new words    <image> dag <end> <image> kox <end> <image> kox <end> <image> dag <end> ...
-#     an unasked question        <image> red <end> <image> blue <end> <image> green <end> ...
 
 LM = "lm_new_words", "context", "dim", "depth", "heads"                     # these define the LM
 VIT = "images", "image_size", "patch", "vit_dim", "vit_depth", "vit_heads"  # and these the ViT
 
 
-def train_lm(args, tokens):
+def train_lm(args, tokenizer):
     """Trains a GPT on the language of the toy world, text only. Returns the folder of the run."""
     lm_args, done = common.stage(args, "lm", LM)
     if done:
         return lm_args.out
     torch.manual_seed(args.seed)
-    model = GPT(tokens.vocab, args.context, args.dim, args.depth, args.heads)
+    model = GPT(tokenizer.vocab, args.context, args.dim, args.depth, args.heads)
     with torch.no_grad():
-        for p in model.parameters():             # GPT-2's std of 0.02 is for 768 channels
+        for p in model.parameters():             # narrow models learn sooner with larger weights
             p *= math.sqrt(768 / args.dim) if p.ndim > 1 else 1.
-        model.token_embed.weight[tokens.image] = 0
-    # The embedding of <image> stays 0, so that only the gated layers contribute at that token.
-    image = torch.tensor(tokens.image, device=args.device)
+        model.token_embed.weight[tokenizer.image] = 0
+    # The embedding of <image> stays 0: the gated layers alone say what the image shows.
+    image = torch.tensor(tokenizer.image, device=args.device)
     model.token_embed.weight.register_hook(lambda gradient: gradient.index_fill(0, image, 0.))
     model.to(args.device)
     common.say(f"First the LM: training on text only. It is kept in {lm_args.out}.")
     n = min(lm_args.steps * lm_args.batch, 60_000)
-    x = common.text_documents(args.seed, tokens, n, args.context, args.lm_new_words)
+    x = common.text_documents(args.seed, tokenizer, n, args.context, args.lm_new_words)
     x = x.to(args.device)                                                   # (n, 1 + T)
     optimizer = common.optimizer(lm_args, model.named_parameters())
-    run = common.Run(lm_args, model, optimizer, uniform=math.log(tokens.vocab))
+    run = common.Run(lm_args, model, optimizer, uniform=math.log(tokenizer.vocab))
     for step in run:
         with run.autocast():
-            inputs, target = run.part(mask(run.batch(x), tokens.image))             # A. mask
+            inputs, target = mask(run.batch(x), tokenizer.image)                    # A. mask
+            inputs, target = run.part((inputs, target))                     # this process's part
             prediction = model(inputs)                                              # B. predict
             loss = distance(prediction, target)                                     # C. compare
         loss.backward()
@@ -664,25 +682,24 @@ def build_vit(args):
     return ViT(args.image_size, args.patch, args.vit_dim, args.vit_depth, args.vit_heads)
 
 
-def train_vit(args, tokens, scenes, images):
+def train_vit(args, tokenizer, scenes, images):
     """Trains a ViT to match images (n, 3, S, S) and captions. Returns the folder of the run."""
     vit_args, done = common.stage(args, "vit", VIT)
     if done:
         return vit_args.out
     torch.manual_seed(args.seed)
-    model = CLIP(build_vit(args), tokens.vocab, args.vit_dim, args.patch).to(args.device)
+    model = CLIP(build_vit(args), tokenizer.vocab, args.vit_dim, args.patch).to(args.device)
     common.say("Then the ViT: training to match images and captions. "
                f"It is kept in {vit_args.out}.")
-    words, alike = scenes.captions(tokens).to(args.device), scenes.alike()
+    words, alike = scenes.captions(tokenizer).to(args.device), scenes.alike()
     optimizer = common.optimizer(vit_args, model.named_parameters())
     run = common.Run(vit_args, model, optimizer, uniform=math.log(vit_args.batch),
                      about=dict(mean=(.2, .2, .2), std=(.2, .2, .2)))
     for step in run:
-        i = run.batch(torch.arange(len(images), device=args.device))
-        # Hard negatives in three steps of four: scenes of 1, 2 or 3 figures, sorted by colour, so
-        # that neighbours differ only in shapes, sizes and places.
-        if step % 4:
-            own = alike[step % 4 - 1]
+        if step % 4 == 0:
+            i = run.batch(torch.arange(len(images), device=args.device))
+        else:        # hard negatives: scenes of 1, 2 or 3 figures, sorted by colour, so that those
+            own = alike[step % 4 - 1]        # of a batch differ only in shapes, sizes and places
             start = torch.randint(max(1, len(own) - vit_args.batch + 1), (1,)).item()
             i = own[start:start + vit_args.batch].to(args.device)
         with run.autocast():
@@ -702,20 +719,20 @@ def load_lm(args, folder):
     state = common.read_checkpoint(folder, "gpt.py", common.script(args), flag="--lm")
     saved, weights = state["args"], state["model"]
     common.require("token_embed.weight" in weights, f"{folder} holds no LM: try --lm {folder}/lm")
-    text = None if state["script"] != "gpt.py" else common.Bytes()
+    text = common.Bytes() if state["script"] == "gpt.py" else None
     if saved.get("weights"):                  # GPT-2: shorten the context, add the token <image>
         text, embed = common.BPE.load(saved["weights"]), weights["token_embed.weight"]
         weights["token_embed.weight"] = torch.cat([embed, embed.mean(0, keepdim=True)])
         weights["pos_embed.weight"] = weights["pos_embed.weight"][:args.context]
-    tokens = common.SceneTokens(text)
+    tokenizer = common.SceneTokens(text)
     vocab, context = (len(weights[f"{name}_embed.weight"]) for name in ("token", "pos"))
-    common.require(not tokens.text or not common.is_images(saved["data"]), f"the LM in {folder} "
+    common.require(not (tokenizer.text and common.is_images(saved["data"])), f"the LM in {folder} "
                    f"was trained on images ({saved['data']}), not on text: take another --lm")
-    common.require(vocab == tokens.vocab and context > 40, f"the LM in {folder} has {vocab} tokens "
-                   f"and a context of {context}, and {tokens.vocab} and at least 41 are needed")
+    common.require(vocab == tokenizer.vocab and context > 40, f"the LM in {folder} has {vocab} "
+                   f"tokens and a context of {context}; {tokenizer.vocab} and 41 are needed")
     lm = GPT(vocab, context, saved["dim"], saved["depth"], saved["heads"])    # without dropout
     lm.load_state_dict(weights)
-    return lm.requires_grad_(not args.freeze), tokens
+    return lm.requires_grad_(not args.freeze), tokenizer
 
 
 def load_vit(args, folder):
@@ -724,9 +741,9 @@ def load_vit(args, folder):
     saved, own = state["args"], state["script"] == common.script(args)
     prefix = "vit." if own else "encoder."
     weights = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
-    alone = not own or "text_proj.weight" in state["model"]    # a Flamingo has a vit., too
-    alone = alone and {"mean", "std"} <= state["about"].keys()
-    common.require(weights and alone, f"{folder} holds no ViT: try --vit {folder}/vit")
+    is_vit = not own or "text_proj.weight" in state["model"]    # a whole Flamingo has a vit., too
+    is_vit = is_vit and {"mean", "std"} <= state["about"].keys()
+    common.require(weights and is_vit, f"{folder} holds no ViT: try --vit {folder}/vit")
     vit = ViT(args.image_size, saved["patch"], saved["dim"], saved["depth"], saved["heads"])
     vit.load_state_dict(weights)
     return vit, saved["patch"], {name: state["about"][name] for name in ("mean", "std")}
@@ -743,37 +760,37 @@ def encode(args, model, images, statistics):
                           for x in images.split(500)])
 
 
-def answers(args, model, tokens, asked, features=None):
+def answers(args, model, tokenizer, asked, features=None):
     """Answers a list of common.Query: a list of texts. features (n, N, E); None: the LM alone."""
     texts, context = [], len(model.lm.pos_embed.weight)
     for part in (asked[i:i + 250] for i in range(0, len(asked), 250)):
-        prompts, media = [tokens.encode(f"<end> {q.prompt}") for q in part], None
+        prompts, media = [tokenizer.encode(f"<end> {q.prompt}") for q in part], None
         with torch.inference_mode(), common.autocast(args):
             if features is None:
-                prompts = [[t for t in prompt if t != tokens.image] for prompt in prompts]
+                prompts = [[t for t in prompt if t != tokenizer.image] for prompt in prompts]
             else:
                 most = max(1, *(len(q.images) for q in part))
                 ids = torch.tensor([q.images + [0] * (most - len(q.images)) for q in part])
                 media = model.project(features[ids.to(features.device)].float())
-            texts += [tokens.decode(row).strip() for row in
-                      sample(model, prompts, media, context, tokens.end)]
+            texts += [tokenizer.decode(row).strip() for row in
+                      sample(model, prompts, media, context, tokenizer.end)]
     return texts
 
 
-def evaluate(args, model, tokens, asked, features):
+def evaluate(args, model, tokenizer, asked, features):
     """{(row, column): % of answers exactly right}; row "LM alone": all queries, without images."""
     right, alone = {}, [q for q in asked if q.group[1] in common.SORTS]
-    for q, text in zip(asked, answers(args, model, tokens, asked, features)):
+    for q, text in zip(asked, answers(args, model, tokenizer, asked, features)):
         right.setdefault(q.group, []).append(text == q.answer)
-    for q, text in zip(alone, answers(args, model, tokens, alone)):
+    for q, text in zip(alone, answers(args, model, tokenizer, alone)):
         right.setdefault(("LM alone", q.group[1]), []).append(text == q.answer)
     return {group: 100 * sum(found) / len(found) for group, found in right.items()}
 
 
-def own_prompt(args, tokens, context, own):
+def own_prompt(args, tokenizer, context, own):
     """--prompt as a list of common.Query on the first images. UserError if it does not fit."""
-    prompt, n = tokens.encode(f"<end> {args.prompt}"), args.tests if own is None else len(own)
-    count = prompt.count(tokens.image)
+    prompt, n = tokenizer.encode(f"<end> {args.prompt}"), args.tests if own is None else len(own)
+    count = prompt.count(tokenizer.image)
     common.require(count <= n, f"--prompt has {count} <image> tokens, and there are {n} images of "
                    f"--data {args.data}")
     common.require(len(prompt) < context, f"--prompt has {len(prompt)} tokens, and the context of "
@@ -781,15 +798,19 @@ def own_prompt(args, tokens, context, own):
     return [common.Query((), args.prompt, list(range(count)))] if args.prompt else []
 
 
-def describe(args, model, tokens, asked, features, images):
+def describe(args, model, tokenizer, asked, features, images):
     """Writes scenes.png, twelve test images. Returns the model's text about each, as lines."""
     common.save_png(f"{args.out}/scenes.png", images[:12].float() / 255, 6)
-    of = lambda i: [q for q in asked if q.images == [i]][::1 + i % 3][:2]    # a caption, a question
-    chosen = [("" if j else i + 1, q) for i in range(12) for j, q in enumerate(of(i))]
-    texts = answers(args, model, tokens, [q for _, q in chosen], features)
-    return [f"{i:>2}  {q.prompt.removeprefix('<image> ')} {text}"
-            + f"\n    WRONG, should be: {q.answer}" * (text != q.answer)
-            for (i, q), text in zip(chosen, texts)]
+    chosen = []                                  # (number, query): a caption and a question each
+    for i in range(12):
+        about = [q for q in asked if q.images == [i]]                # the caption is the first
+        chosen += [(i + 1, q) for q in about[:1]] + [("", q) for q in about[1 + i % 3:][:1]]
+    texts, lines = answers(args, model, tokenizer, [q for _, q in chosen], features), []
+    for (i, q), text in zip(chosen, texts):
+        lines.append(f"{i:>2}  {q.prompt.removeprefix('<image> ')} {text}")
+        if text != q.answer:
+            lines[-1] += f"\n    WRONG, should be: {q.answer}"
+    return lines
 
 
 def tables(args, model, right):
@@ -809,21 +830,21 @@ def tables(args, model, right):
         f"tanh of the gates (attention, feed-forward) of each layer: {gates}"])
 
 
-def show(args, run, model, tokens, own, statistics):
+def show(args, run, model, tokenizer, own, statistics):
     """Evaluates the model and prints the results. Without training: only answers --prompt."""
     asked, scenes = common.queries(args.seed, args.tests, args.shots)
     images = common.paint(scenes, args.seed + 1_000_000, args.image_size, args.device)
     context, mine = len(model.lm.pos_embed.weight), []
-    for q in own_prompt(args, tokens, context, own):
+    for q in own_prompt(args, tokenizer, context, own):
         features = encode(args, model, images[:args.tests] if own is None else own, statistics)
-        mine = [f"{q.prompt} -> {answers(args, model, tokens, [q], features)[0]}"]
+        mine = [f"{q.prompt} -> {answers(args, model, tokenizer, [q], features)[0]}"]
     if mine and run.loss is None:
         return common.say(mine[0])
-    fits = lambda q: len(tokens.encode(f"<end> {q.prompt} {q.answer} <end>")) <= context
-    asked = [q for q in asked if not q.group[0].endswith("of 3") and fits(q)]
+    fits = lambda q: len(tokenizer.encode(f"<end> {q.prompt} {q.answer} <end>")) <= context
+    asked = [q for q in asked if not q.group[0].endswith("of 3") and fits(q)]   # see few_shot.py
     features = encode(args, model, images, statistics)
-    lines = describe(args, model, tokens, asked, features, images)
-    right = evaluate(args, model, tokens, asked, features)
+    lines = describe(args, model, tokenizer, asked, features, images)
+    right = evaluate(args, model, tokenizer, asked, features)
     lines += ["", *mine] if mine else []
     captions = right.get(("caption", "1 figure"), math.nan)             # with bytes, none may fit
     common.report(run, f"captions of one figure {captions:.1f} %",
@@ -838,11 +859,13 @@ def show(args, run, model, tokens, own, statistics):
 def build_optimizer(args, model):
     """The resampler has no weight decay (Flamingo, B.1.2). Gates have --gate-lr times the learning
     rate: an Adam step changes a number by about the rate, too little for a gate."""
-    rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    gates = [rest.pop(name) for name in [*rest] if name.endswith("gate")]
-    resampler = {name: rest.pop(name) for name in [*rest] if name.startswith("resampler")}
-    optimizer = common.optimizer(args, rest.items())
-    for group in common.groups(args, resampler.items(), weight_decay=0.):
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    gates = [p for name, p in named if name.endswith("gate")]
+    resampler = [(name, p) for name, p in named if name.startswith("resampler")]
+    rest = [(name, p) for name, p in named if not name.startswith("resampler")
+            and not name.endswith("gate")]
+    optimizer = common.optimizer(args, rest)
+    for group in common.groups(args, resampler, weight_decay=0.):
         optimizer.add_param_group(group)
     if gates:
         optimizer.add_param_group(dict(params=gates, weight_decay=0., times=args.gate_lr))
@@ -876,25 +899,25 @@ def main(args):
     own = check(args, words)
     scenes = common.Scenes(args.seed, args.images, common.SEEN)
     images = common.paint(scenes.all, args.seed, args.image_size, args.device)
-    lm, tokens = load_lm(args, args.lm or train_lm(args, words))
+    lm, tokenizer = load_lm(args, args.lm or train_lm(args, words))
     context = len(lm.pos_embed.weight)
-    own_prompt(args, tokens, context, own)                             # fail early if it is wrong
+    own_prompt(args, tokenizer, context, own)                          # fail early if it is wrong
     vit, patch, statistics = load_vit(args, args.vit or train_vit(args, words, scenes, images))
     torch.manual_seed(args.seed)
-    model = Flamingo(lm, vit, patch, tokens.image, args.every, args.latents, args.resampler_depth,
-                     args.attend, args.gate_start).to(args.device)
+    model = Flamingo(lm, vit, patch, tokenizer.image, args.every, args.latents,
+                     args.resampler_depth, args.attend, args.gate_start).to(args.device)
     optimizer = build_optimizer(args, model)
     run = common.Run(args, model, optimizer)
     if run.step < args.steps:                        # else only --prompt or evaluation
         common.say("Last the multimodal training: the resampler and the gated layers.")
         features = encode(args, model, images, statistics)                         # (n, N, E)
         n = min(args.steps * args.batch, 60_000)
-        x, ids = common.image_documents(args.seed, tokens, scenes, n, context, args.new_words)
+        x, ids = common.image_documents(args.seed, tokenizer, scenes, n, context, args.new_words)
         x, ids = x.to(args.device), ids.to(args.device)                 # (n, 1 + T), (n, M)
     for step in run:                       # sets the seed and the learning rate of this step
         i = run.batch(torch.arange(len(x), device=args.device))         # (B,)
         with run.autocast():
-            inputs, target = mask(x[i], tokens.image)                   # A. mask
+            inputs, target = mask(x[i], tokenizer.image)                # A. mask
             inputs, image_ids, target = run.part((inputs, ids[i], target))
             media = model.project(features[image_ids].float())          # of (B, M, N, E)
             prediction = model(inputs, media)                           # B. predict: (B, T, V)
@@ -908,7 +931,7 @@ def main(args):
         run.log(loss)
 
     model.eval()
-    show(args, run, model, tokens, own, statistics)
+    show(args, run, model, tokenizer, own, statistics)
     return model
 
 

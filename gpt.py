@@ -10,9 +10,9 @@ Idea     Predict each token from the tokens before it. (This is a masked autoenc
          cache stores them: only the new token passes through the layers, and attends to the cache.
 
 Loss     L = -1 / T sum_t log p(x_t | BOS, x_1 ... x_{t-1}), in nats per token. A uniform guess
-         costs ln 257. Bits per byte is the loss summed over all tokens, the BOS after each document
-         included, divided by ln 2 and by the number of bytes. The windows do not overlap, so the
-         first tokens of each window have little context.
+         costs ln 257. Bits per byte is the loss summed over all tokens, BOS included, divided by
+         ln 2 and by the number of bytes. The windows do not overlap, so the first tokens of each
+         window have little context.
 
 Flow     tokens x (B, T): the bytes of a text, or the pixels of a small grey image, row by row. Each
          document of a text begins with BOS, so BOS is also the target where a document ends.
@@ -28,9 +28,9 @@ Expect   1.347 ± 0.003 nats per token on new text, 1.95 ± 0.00 bits per byte (
 Differs  A token is a byte (257 with BOS), not one of 50,257 subwords (byte-pair encoding). Every
          window begins with BOS, even in the middle of a document. The last layers of the residual
          branches start with smaller weights, as in the paper but not in OpenAI's code. Muon trains
-         the matrices of the blocks (with orthogonalised steps: common.py) and AdamW the rest; the
-         paper uses Adam for all. A pixel is one of 256 greys, in the paper one of 512 colours.
-         --weights loads the published GPT-2 in any size, with its tokenizer.
+         the matrices of the blocks (with orthogonalised steps: common.py) and AdamW the rest;
+         OpenAI used Adam. A pixel is one of 256 greys, in the paper one of 512 colours. --weights
+         loads the published GPT-2 in any size, with its tokenizer.
 
 Try      --steps 0 --resume --temperature 0, 0.5, 1, 2: at which temperature does the text repeat
          itself, and at which does it fall apart?
@@ -63,7 +63,7 @@ class Args(common.Args):
     weight_decay: float = 0.1       # weight decay, on matrices only
     weights: str = ""               # folder of a published GPT-2; trained with --data and --steps N
     data: str = "pydocs"            # pydocs, pycode, shakespeare, a path; images: shapes, mnist ...
-    context: int = 256              # tokens per window, BOS included, 2 or more (images: side^2)
+    context: int = 256              # tokens that the model reads, 2 or more (of images: side^2)
     dim: int = 384                  # channels
     depth: int = 6                  # blocks
     heads: int = 6                  # attention heads
@@ -103,8 +103,8 @@ class GPT(nn.Module):
         # start smaller, since the outputs of all branches add up.
         for name, p in self.named_parameters():
             if p.ndim > 1:
-                last = name.endswith(("proj.weight", "fc2.weight"))
-                std = .02 / math.sqrt(2 * depth) if last else .02
+                ends_branch = name.endswith(("proj.weight", "fc2.weight"))
+                std = .02 / math.sqrt(2 * depth) if ends_branch else .02
                 nn.init.normal_(p, std=.01 if name == "pos_embed.weight" else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -161,14 +161,13 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)    # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)                                       # each (B, H, L, D)
-        L, visible = k.shape[2], None
-        # A single new token attends to all L keys and needs no mask. Of several new tokens, the
-        # last one attends to L keys, the one before it to L - 1, and so on.
-        if 1 < T < L:
-            visible = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
+        # The T new tokens are the last of all L. Each attends to the cached ones and to the new
+        # ones up to itself. is_causal is a triangle at the top left: right if nothing is cached.
+        L, attn_mask = k.shape[2], None
+        if 1 < T < L:                    # True: attends. A single new token attends to all L.
+            attn_mask = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
         x = F.scaled_dot_product_attention(              # softmax(q k^T / sqrt(D) + mask) v
-            q, k, v, visible, self.dropout if self.training else 0.,
-            is_causal=cache is None or 1 < T == L)
+            q, k, v, attn_mask, self.dropout if self.training else 0., is_causal=T == L)
         x = self.proj(x.transpose(1, 2).reshape(B, T, C))
         return F.dropout(x, self.dropout, self.training)
 
@@ -198,7 +197,8 @@ class Cache:
 
     def append(self, k, v):
         """Appends keys and values of T new tokens (B, H, T, D); returns all L, (B, H, L, D)."""
-        start, self.length = self.length, self.length + k.shape[2]
+        start = self.length
+        self.length += k.shape[2]
         self.k[:, :, start:self.length] = k
         self.v[:, :, start:self.length] = v
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
@@ -218,7 +218,7 @@ def mask(x, bos):
     For h e l l o the inputs are BOS h e l l. The shift and causal attention together mask x_t and
     all tokens after it in the prediction of x_t.
     """
-    return F.pad(x[:, :-1], (1, 0), value=bos), x
+    return torch.cat([torch.full_like(x[:, :1], bos), x[:, :-1]], 1), x
 
 
 @torch.inference_mode()
@@ -250,8 +250,9 @@ def distribution(logits, temperature=1., top_k=0, top_p=1.):
     if top_p < 1:
         values, ids = (p / p.sum(1, keepdim=True)).sort(stable=True, dim=1, descending=True)
         before = values.cumsum(1) - values                       # total of the more likely tokens
-        before[:, 0] = -1.                                       # always keep the most likely
-        values = values.masked_fill(before > top_p - 1e-6, 0.)   # 1e-6: rounding errors of the sum
+        drop = before > top_p - 1e-6                             # 1e-6: rounding errors of the sum
+        drop[:, 0] = False                                       # always keep the most likely
+        values = values.masked_fill(drop, 0.)
         p = torch.zeros_like(p).scatter(1, ids, values)
     return p / p.sum(1, keepdim=True)
 
@@ -269,7 +270,7 @@ def sample_text(model, prompt, n, bos, stop=None, **how):
             window = F.pad(window[-(context // 2):], (1, 0), value=bos)
         new = sample(model, window[None], min(n - len(text), context + 1 - len(window)), **how)[0]
         if stop is not None and (new == stop).any():
-            return torch.cat([text, new[:int((new == stop).nonzero()[0])]])
+            return torch.cat([text, new[:(new == stop).nonzero()[0, 0]]])
         text, window = torch.cat([text, new]), torch.cat([window, new])
     return text
 
@@ -292,12 +293,12 @@ def load_gpt2(args, path, flag="--weights", dropout=0.):
     state, config = common.published(path, "GPT-2", NAMES, "pos_embed.weight", flag)
     state = {name: x.T if x.ndim == 2 and "embed" not in name else x
              for name, x in state.items()}                              # theirs are (in, out)
-    tokens, (context, args.dim) = common.BPE.load(path), state["pos_embed.weight"].shape
+    tokenizer, (context, args.dim) = common.BPE.load(path), state["pos_embed.weight"].shape
     args.depth = sum(name.endswith("qkv.weight") for name in state)
     args.heads = config.get("n_head", args.dim // 64)
-    model = GPT(tokens.vocab, context, args.dim, args.depth, args.heads, dropout)
+    model = GPT(tokenizer.vocab, context, args.dim, args.depth, args.heads, dropout)
     common.fill_in(model, state, path, config)
-    return model, tokens
+    return model, tokenizer
 
 
 def pixels(args):
@@ -313,11 +314,11 @@ def pixels(args):
             for x in (images.train, images.test[:2000])]
 
 
-def windows(args, tokens=BYTES):
+def windows(args, tokenizer=BYTES):
     """Windows of --context tokens of a text: training windows start at every token, (n, context);
     validation windows do not overlap, (m, context)."""
     text, T = common.load_text(args.data, args.data_dir), args.context
-    train, val = (tokens.stream(part).to(args.device) for part in (text.train, text.val))
+    train, val = (tokenizer.stream(part).to(args.device) for part in (text.train, text.val))
     common.require(len(val) >= T <= len(train), f"the last tenth of --data {args.data} has "
                    f"{len(val)} tokens, the rest {len(train)}, and --context {T} needs as many in "
                    "both: take a longer text or a shorter context")
@@ -325,11 +326,11 @@ def windows(args, tokens=BYTES):
 
 
 @torch.no_grad()
-def evaluate(args, model, val, tokens=BYTES):
+def evaluate(args, model, val, tokenizer=BYTES):
     """Loss on the validation tokens (m, T): (nats per token, bits per byte)."""
-    nats, count, sizes = 0., 0, tokens.sizes.to(val.device)     # count: bytes
+    nats, count, sizes = 0., 0, tokenizer.sizes.to(val.device)     # count: bytes
     for x in common.progress(val.split(max(1, 8192 // val.shape[1])), "evaluating"):
-        inputs, target = mask(x.long(), tokens.BOS)
+        inputs, target = mask(x.long(), tokenizer.BOS)
         with common.autocast(args):
             nats += distance(model(inputs), target).item() * x.numel()
         count += sizes[target].sum().item()
@@ -342,19 +343,20 @@ def sampling(args):
     return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
 
 
-def prompt_tokens(args, tokens=BYTES):
+def prompt_tokens(args, tokenizer=BYTES):
     """--prompt as tokens (n,). Raises UserError if BOS and the prompt exceed --context."""
-    prompt = tokens.encode(args.prompt.encode(errors="surrogateescape")).to(args.device)
+    prompt = tokenizer.encode(args.prompt.encode(errors="surrogateescape")).to(args.device)
     common.require(len(prompt) < args.context, f"--prompt has {len(prompt)} tokens, and --context "
                    f"{args.context} holds {args.context - 1} beside BOS: shorten it")
     return prompt
 
 
-def write(args, model, prompt, tokens=BYTES):
+def write(args, model, prompt, tokenizer=BYTES):
     """The prompt and what the model generates after it, up to --length or the next BOS."""
     torch.manual_seed(args.seed)
-    new = sample_text(model, prompt, args.length, tokens.BOS, stop=tokens.BOS, **sampling(args))
-    return tokens.decode(torch.cat([prompt, new]))
+    bos = tokenizer.BOS
+    new = sample_text(model, prompt, args.length, bos, stop=bos, **sampling(args))
+    return tokenizer.decode(torch.cat([prompt, new]))
 
 
 def complete(args, model, val):
@@ -369,7 +371,7 @@ def complete(args, model, val):
     upper = F.pad(given, (0, size ** 2 - half), value=128)
     sheet = torch.cat([upper[:, None], both, val[:12, None].long()], 1).view(-1, 1, size, size)
     common.save_png(f"{args.out}/completions.png", sheet.expand(-1, 3, -1, -1) / 255, 12, group=4,
-                    zoom=-(-84 // size))
+                    zoom=math.ceil(84 / size))
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -377,25 +379,27 @@ def complete(args, model, val):
 
 @common.setup
 def main(args):
-    images, model, tokens = common.is_images(args.data), None, BYTES
+    images, model, tokenizer = common.is_images(args.data), None, BYTES
     if args.weights:
         common.require(not images, f"--weights are of a text model, not for --data {args.data}")
-        model, tokens = load_gpt2(args, args.weights, dropout=args.dropout)
-    prompt = None if images else prompt_tokens(args, tokens)
+        model, tokenizer = load_gpt2(args, args.weights, dropout=args.dropout)
+    prompt = None if images else prompt_tokens(args, tokenizer)
     if args.weights and not args.data:                              # no data: generate only
         common.require(not args.steps, "--steps trains --weights on a text: give its --data, too")
-        common.say(write(args, model.to(args.device).eval(), prompt, tokens))
+        common.say(write(args, model.to(args.device).eval(), prompt, tokenizer))
         return model
-    train, val = pixels(args) if images else windows(args, tokens)             # (n, T), (m, T)
-    val = common.evenly(val, max(1, (2 ** 14 if args.weights else 2 ** 18) // val.shape[1]))
-    model = model or GPT(tokens.vocab, train.shape[1], args.dim, args.depth, args.heads,
+    train, val = pixels(args) if images else windows(args, tokenizer)          # (n, T), (m, T)
+    most = 2 ** 14 if args.weights else 2 ** 18                 # tokens to evaluate, evenly spaced
+    val = common.evenly(val, max(1, most // val.shape[1]))
+    model = model or GPT(tokenizer.vocab, train.shape[1], args.dim, args.depth, args.heads,
                          args.dropout)
     model.to(args.device)
     optimizer = common.optimizer(args, model.named_parameters())
-    run = common.Run(args, model, optimizer, uniform=math.log(tokens.vocab))
+    run = common.Run(args, model, optimizer, uniform=math.log(tokenizer.vocab))
     for step in run:                       # sets the seed and the learning rate of this step
         with run.autocast():
-            inputs, target = run.part(mask(run.batch(train).long(), tokens.BOS))    # A. mask
+            inputs, target = mask(run.batch(train).long(), tokenizer.BOS)           # A. mask
+            inputs, target = run.part((inputs, target))                     # this process's part
             prediction = model(inputs)                                              # B. predict
             loss = distance(prediction, target)                                     # C. compare
         loss.backward()
@@ -407,8 +411,8 @@ def main(args):
         run.log(loss)
 
     model.eval()
-    nats, bits = evaluate(args, model, val, tokens)
-    text = complete(args, model, val) if images else write(args, model, prompt, tokens)
+    nats, bits = evaluate(args, model, val, tokenizer)
+    text = complete(args, model, val) if images else write(args, model, prompt, tokenizer)
     what, unit = ("images", "pixel") if images else ("text", "byte")
     common.report(run, f"{nats:.3f} nats per token, {bits:.3f} bits per {unit}",
                   dict(loss=nats, bits=bits, uniform=run.uniform, text=text))

@@ -379,14 +379,13 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)    # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)                                       # each (B, H, L, D)
-        L, visible = k.shape[2], None
-        # A single new token attends to all L keys and needs no mask. Of several new tokens, the
-        # last one attends to L keys, the one before it to L - 1, and so on.
-        if 1 < T < L:
-            visible = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
+        # The T new tokens are the last of all L. Each attends to the cached ones and to the new
+        # ones up to itself. is_causal is a triangle at the top left: right if nothing is cached.
+        L, attn_mask = k.shape[2], None
+        if 1 < T < L:                    # True: attends. A single new token attends to all L.
+            attn_mask = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
         x = F.scaled_dot_product_attention(              # softmax(q k^T / sqrt(D) + mask) v
-            q, k, v, visible, self.dropout if self.training else 0.,
-            is_causal=cache is None or 1 < T == L)
+            q, k, v, attn_mask, self.dropout if self.training else 0., is_causal=T == L)
         x = self.proj(x.transpose(1, 2).reshape(B, T, C))
         return F.dropout(x, self.dropout, self.training)
 
@@ -416,7 +415,8 @@ class Cache:
 
     def append(self, k, v):
         """Appends keys and values of T new tokens (B, H, T, D); returns all L, (B, H, L, D)."""
-        start, self.length = self.length, self.length + k.shape[2]
+        start = self.length
+        self.length += k.shape[2]
         self.k[:, :, start:self.length] = k
         self.v[:, :, start:self.length] = v
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
@@ -467,26 +467,26 @@ BYTES = common.Bytes()
 IGNORE = -100                                 # a target that the loss ignores
 
 
-def windows(args, name, T, tokens=BYTES):
+def windows(args, name, T, tokenizer=BYTES):
     """Windows of T tokens of a text: training windows start at every token, (n, T); validation
     windows do not overlap, (m, T)."""
     text = common.load_text(name, args.data_dir, flag="--old")
-    train, val = (tokens.stream(part).to(args.device) for part in (text.train, text.val))
+    train, val = (tokenizer.stream(part).to(args.device) for part in (text.train, text.val))
     common.require(len(val) >= T <= len(train), f"the last tenth of --old {name} has {len(val)} "
                    f"tokens, the rest {len(train)}, and a context of {T} needs as many in both: "
                    "take a longer text or a shorter --context")
     return train.unfold(0, T, 1), val.unfold(0, T, T)
 
 
-def load_examples(args, tokens=BYTES):
+def load_examples(args, tokenizer=BYTES):
     """Training and validation examples of the new text: tokens and targets, (n, 2, 1 + T) and
     (m, 2, 1 + T), each with the newline before it."""
     text = common.load_text(args.data, args.data_dir)
-    if tokens is BYTES and not args.data.endswith(".tsv"):
+    if tokenizer is BYTES and not args.data.endswith(".tsv"):
         train, val = (line_starts(args, documents) for documents in (text.train, text.val))
     else:
         whole = [a + b for a, b in zip(text.train, text.val)]
-        rows = lines(args, [line for raw in whole for line in raw.splitlines()], tokens)
+        rows = lines(args, [line for raw in whole for line in raw.splitlines()], tokenizer)
         train, val = rows[:len(rows) * 9 // 10], rows[len(rows) * 9 // 10:]
     common.require(args.k <= len(train) and len(val), f"--k {args.k} is more than the {len(train)} "
                    f"examples of {args.example} tokens that --data {args.data} has ({len(val)} in "
@@ -505,21 +505,21 @@ def line_starts(args, documents):
     return torch.stack([rows, F.pad(rows[:, 1:], (1, 0), value=IGNORE)], 1)
 
 
-def lines(args, texts, tokens):
+def lines(args, texts, tokenizer):
     """Examples of whole lines, cut at --example tokens or padded with BOS, which is ignored in the
     loss, and so is the text before the first tab in a .tsv. At most 20,000 of them."""
     pairs, T = args.data.endswith(".tsv"), args.example
-    newline, rows = tokens.encode("\n"), []
+    newline, rows = tokenizer.encode("\n"), []
     for i in torch.linspace(0, len(texts) - 1, min(len(texts), 20_000)).long().tolist():
         line, number = texts[i], i + 1
         before, tab, after = line.partition(b"\t") if pairs else (b"", b"", line)
         common.require(tab or not pairs or not line.strip(), f"line {number} of {args.data} has no "
                        "tab: each line is a pair, with a tab between its texts")
-        given, counted = tokens.encode(before + tab), tokens.encode(after + b"\n")
+        given, counted = tokenizer.encode(before + tab), tokenizer.encode(after + b"\n")
         if after.strip() and len(given) < T:
             x = torch.cat([newline, given, counted])[:T + 1]
             target = torch.cat([torch.full_like(x[:1 + len(given)], IGNORE), x[1 + len(given):]])
-            rows.append(torch.stack([F.pad(x, (0, T + 1 - len(x)), value=tokens.BOS),
+            rows.append(torch.stack([F.pad(x, (0, T + 1 - len(x)), value=tokenizer.BOS),
                                      F.pad(target, (0, T + 1 - len(x)), value=IGNORE)]))
     return torch.stack(rows).to(args.device) if rows else torch.zeros(0, 2, T + 1)
 
@@ -535,11 +535,11 @@ def in_a_row(examples, bos):
     return examples[:, 0][examples[:, 0] != bos]
 
 
-def to_test(args, val, old, context, tokens=BYTES):
+def to_test(args, val, old, context, tokenizer=BYTES):
     """Subsets of the validation examples and of the old text's validation windows; they are smaller
     for published weights."""
     m, n = (100, 20) if args.uses_published else (400, 100)
-    _, windows_of_old = windows(args, old, min(context, 256), tokens)
+    _, windows_of_old = windows(args, old, min(context, 256), tokenizer)
     return common.evenly(val, m), common.evenly(windows_of_old, n)
 
 
@@ -564,7 +564,8 @@ def pretrain(args):
     run = common.Run(base_args, model, optimizer, uniform=math.log(BYTES.vocab))
     for step in run:
         with run.autocast():
-            inputs, target = run.part(mask(run.batch(train).long(), BYTES.BOS))     # A. mask
+            inputs, target = mask(run.batch(train).long(), BYTES.BOS)               # A. mask
+            inputs, target = run.part((inputs, target))                     # this process's part
             prediction = model(inputs)                                              # B. predict
             loss = distance(prediction, target)                                     # C. compare
         loss.backward()
@@ -611,12 +612,12 @@ def load_gpt2(args, path, flag="--weights", dropout=0.):
     state, config = common.published(path, "GPT-2", NAMES, "pos_embed.weight", flag)
     state = {name: x.T if x.ndim == 2 and "embed" not in name else x
              for name, x in state.items()}                              # theirs are (in, out)
-    tokens, (context, args.dim) = common.BPE.load(path), state["pos_embed.weight"].shape
+    tokenizer, (context, args.dim) = common.BPE.load(path), state["pos_embed.weight"].shape
     args.depth = sum(name.endswith("qkv.weight") for name in state)
     args.heads = config.get("n_head", args.dim // 64)
-    model = GPT(tokens.vocab, context, args.dim, args.depth, args.heads, dropout)
+    model = GPT(tokenizer.vocab, context, args.dim, args.depth, args.heads, dropout)
     common.fill_in(model, state, path, config)
-    return model, tokens
+    return model, tokenizer
 
 
 def publish(model):
@@ -663,14 +664,14 @@ def losses(args, model, val, old, bos=BYTES.BOS):
                 old=evaluate(args, model, old, bos=bos))
 
 
-def write(args, model, tokens=BYTES):
+def write(args, model, tokenizer=BYTES):
     """--prompt and the text that the model generates after a newline and the prompt."""
-    prompt = tokens.encode("\n".encode() + args.prompt.encode(errors="surrogateescape"))
-    start = F.pad(prompt, (1, 0), value=tokens.BOS).to(args.device)
+    prompt = tokenizer.encode("\n".encode() + args.prompt.encode(errors="surrogateescape"))
+    start = F.pad(prompt, (1, 0), value=tokenizer.BOS).to(args.device)
     n = max(1, min(args.length, len(model.pos_embed.weight) - len(start)))
     torch.manual_seed(args.seed)
     new = sample(model, start[None], n, args.temperature)[0]
-    return tokens.decode(torch.cat([start[1:], new])).removeprefix("\n")
+    return tokenizer.decode(torch.cat([start[1:], new])).removeprefix("\n")
 
 
 def save_adapter(args, model, about):
@@ -707,19 +708,19 @@ def report(run, about, rows, texts, count):
 def main(args):
     recipe(args)
     base = load_base(args, args.base) if args.base else None        # fail early if it is wrong
-    tokens = common.BPE.load(base[1]["weights"]) if base and base[1]["weights"] else BYTES
-    train, val = load_examples(args, tokens)                        # (n, 2, 1 + T), (m, 2, 1 + T)
+    tokenizer = common.BPE.load(base[1]["weights"]) if base and base[1]["weights"] else BYTES
+    train, val = load_examples(args, tokenizer)                    # (n, 2, 1 + T), (m, 2, 1 + T)
     model, about = base or load_base(args, pretrain(args))
     count, context = sum(p.numel() for p in model.parameters()), len(model.pos_embed.weight)
-    val, old = to_test(args, val, about["old"], context, tokens)
+    val, old = to_test(args, val, about["old"], context, tokenizer)
     examples = choose(train, args.k, args.seed)                     # (k, 2, 1 + T)
-    start = losses(args, model, val, old, tokens.BOS) | dict(trained=0, bytes=0)
-    rows, texts = {"the base": start}, {"the base": write(args, model, tokens)}
-    given = in_a_row(examples, tokens.BOS)                          # (n,)
+    start = losses(args, model, val, old, tokenizer.BOS) | dict(trained=0, bytes=0)
+    rows, texts = {"the base": start}, {"the base": write(args, model, tokenizer)}
+    given = in_a_row(examples, tokenizer.BOS)                          # (n,)
     if len(given) + val.shape[2] <= context:
         rows[f"{args.k} examples in the prompt (in-context)"] = start | dict(
-            new=evaluate(args, model, *val.unbind(1), given, tokens.BOS),
-            bytes=tokens.sizes[given.cpu()].sum().item())
+            new=evaluate(args, model, *val.unbind(1), given, tokenizer.BOS),
+            bytes=tokenizer.sizes[given.cpu()].sum().item())
 
     torch.manual_seed(args.seed)
     adapt_base(args, model)                             # in place: freezes the base, adds A and B
@@ -730,7 +731,7 @@ def main(args):
     for step in run:                       # sets the seed and the learning rate of this step
         with run.autocast():
             x, target = run.part(run.batch(examples).unbind(1)) # (B, 1 + T) each
-            inputs, _ = mask(x, tokens.BOS)                     # A. mask
+            inputs, _ = mask(x, tokenizer.BOS)                     # A. mask
             prediction = model(inputs)                          # B. predict
             loss = distance(prediction, target)                 # C. compare, without the newline
         loss.backward()
@@ -742,10 +743,10 @@ def main(args):
         run.log(loss)
 
     model.eval()
-    rows[args.method] = losses(args, model, val, old, tokens.BOS) | dict(
+    rows[args.method] = losses(args, model, val, old, tokenizer.BOS) | dict(
         trained=sum(p.numel() for p in adapter_state(model).values()),
         bytes=common.first(lambda: save_adapter(args, model, about).stat().st_size))
-    texts[args.method] = write(args, model, tokens)
+    texts[args.method] = write(args, model, tokenizer)
     report(run, about, rows, texts, count)
     return model
 

@@ -11,7 +11,7 @@ Idea     An autoencoder that sees everything it has to reconstruct can copy. So 
 
 Loss     L = 1 / (|M| P) sum_{i in M} || x_i - decode(encode(x_V), M)_i ||^2
          The sum is over the masked patches M; V are the visible patches, P is the number of pixel
-         values per patch. With --norm-pix, each x_i is normalised by its own mean and variance.
+         values per patch. With --norm-pix, each x_i is normalised to mean 0 and variance 1.
          Pixels have mean 0 and variance 1, so predicting the mean everywhere costs about 1.
 
 Flow     images (B, 3, S, S)
@@ -91,13 +91,15 @@ class Args(common.Args):
 
 
 # ------------------------------------------------------------------------------------- the model
-# B batch, N patches, n visible patches, P = 3 p^2 pixel values per patch, C channels.
+# B batch, N patches, n visible patches, P = 3 p^2 pixel values per patch; C channels of the
+# encoder, C' of the decoder.
 
 
 class MAE(nn.Module):
     """A ViT encodes the visible patches; a smaller decoder predicts the masked ones (MAE, fig. 1).
 
-    image_size: the side in pixels, or (height, width).
+    ids_shuffle (B, N), from random_masking below: the positions of the visible patches, and then
+    those of the masked ones. image_size: the side in pixels, or (height, width).
     """
 
     def __init__(self, image_size, patch, dim, depth, heads, decoder_dim, decoder_depth,
@@ -119,9 +121,9 @@ class MAE(nn.Module):
 
     def forward(self, visible, ids_shuffle):
         """B. Visible patches (B, n, P), ids_shuffle (B, N) -> masked patches (B, N - n, P)."""
-        n, N, expected = visible.shape[1], ids_shuffle.shape[1], math.prod(self.encoder.grid)
-        if N != expected:
-            raise ValueError(f"{N} patches per image, and this model is for {expected}")
+        n, N = visible.shape[1], math.prod(self.encoder.grid)
+        if ids_shuffle.shape[1] != N:
+            raise ValueError(f"{ids_shuffle.shape[1]} patches per image, and this model is for {N}")
         latent = self.encoder(visible, ids_shuffle[:, :n])                  # (B, 1 + n, C)
         x = self.append_mask_tokens(self.decoder_embed(latent), ids_shuffle)
         x = x + self.decoder_pos_embed                                      # (B, 1 + N, C')
@@ -130,13 +132,14 @@ class MAE(nn.Module):
         x = gather(x, 1 + ids_shuffle[:, n:])        # the masked patches; token 0 is cls
         return self.decoder_pred(self.decoder_norm(x))                      # (B, N - n, P)
 
-    def append_mask_tokens(self, latent, ids_shuffle):
+    def append_mask_tokens(self, x, ids_shuffle):
         """cls and visible tokens (B, 1 + n, C') -> cls and all N tokens in order (B, 1 + N, C')."""
-        cls, visible = latent.tensor_split([1], 1)
-        count = ids_shuffle.shape[1] - visible.shape[1]
-        mask_tokens = self.mask_token.to(visible.dtype)             # bfloat16 under autocast
-        mask_tokens = mask_tokens.expand(visible.shape[0], count, -1)
-        return torch.cat([cls, unshuffle(torch.cat([visible, mask_tokens], 1), ids_shuffle)], 1)
+        cls, visible = x[:, :1], x[:, 1:]
+        B, n, _ = visible.shape
+        mask_tokens = self.mask_token.to(x.dtype)                   # bfloat16 under autocast
+        mask_tokens = mask_tokens.expand(B, ids_shuffle.shape[1] - n, -1)
+        tokens = unshuffle(torch.cat([visible, mask_tokens], 1), ids_shuffle)
+        return torch.cat([cls, tokens], 1)
 
 
 class ViT(nn.Module):
@@ -189,8 +192,10 @@ def sincos_pos_embed(rows, columns, dim):
     frequency = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) * 4 / dim)
     angle = torch.arange(max(rows, columns))[:, None] * frequency           # (side, dim / 4)
     code = torch.cat([angle.sin(), angle.cos()], 1)                         # (side, dim / 2)
-    column, row = code[:columns].repeat(rows, 1), code[:rows].repeat_interleave(columns, 0)
-    return F.pad(torch.cat([column, row], 1), (0, 0, 1, 0)).float()[None]
+    column = code[:columns].repeat(rows, 1)                                 # 0 1 2 0 1 2 ...
+    row = code[:rows].repeat_interleave(columns, 0)                         # 0 0 0 1 1 1 ...
+    patches = torch.cat([column, row], 1).float()                           # (N, dim)
+    return torch.cat([torch.zeros(1, dim), patches])[None]
 
 
 # The Transformer. T tokens, H heads, D = C / H.
@@ -277,8 +282,8 @@ def random_masking(patches, ratio):
 def unshuffle(tokens, ids_shuffle):
     """Moves shuffled tokens (B, N, C) back to their positions in the image. For example,
     unshuffle(torch.cat([visible, masked], 1), ids_shuffle) undoes random_masking."""
-    ids = ids_shuffle[:, :, None].expand_as(tokens)
-    return torch.empty_like(tokens).scatter_(1, ids, tokens)     # out[b, ids[b, i]] = tokens[b, i]
+    ids_restore = ids_shuffle.argsort(1)                           # the inverse permutation
+    return gather(tokens, ids_restore)
 
 
 def gather(x, ids):
@@ -292,21 +297,22 @@ def patchify(x, p):
     if H % p or W % p:
         raise ValueError(f"a patch of {p} pixels does not divide images of {H} x {W} pixels")
     h, w = H // p, W // p                                          # patches: N = h w
-    return x.reshape(B, C, h, p, w, p).permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, p * p * C)
+    x = x.reshape(B, C, h, p, w, p).permute(0, 2, 4, 3, 5, 1)      # (B, h, w, p, p, C)
+    return x.reshape(B, h * w, p * p * C)
 
 
 def unpatchify(patches, p, rows=None):
     """Inverse of patchify: (B, N, P) -> (B, C, H, W), with `rows` rows of patches; None: square."""
     B, N, P = patches.shape
     h, C = rows or math.isqrt(N), P // p ** 2
-    if N % h or rows is None and h * h != N:
+    if N % h or (rows is None and h * h != N):
         raise ValueError(f"{N} patches are not {h} rows")
-    x = patches.reshape(B, h, N // h, p, p, C).permute(0, 5, 1, 3, 2, 4)
+    x = patches.reshape(B, h, N // h, p, p, C).permute(0, 5, 1, 3, 2, 4)     # (B, C, h, p, w, p)
     return x.reshape(B, C, h * p, N // h * p)
 
 
 def normalize_patches(patches):
-    """Normalises each patch of (B, n, P) to mean 0, variance 1 (--norm-pix; MAE, sec. 4.1)."""
+    """Normalises each patch of (B, n, P) to mean 0, variance 1 (--norm-pix; MAE, sec. 3)."""
     mean, var = patches.mean(2, keepdim=True), patches.var(2, keepdim=True)
     return (patches - mean) / (var + 1e-6).sqrt()
 
@@ -346,11 +352,12 @@ def load_published(args, image_size):
     state["encoder.patch_embed.weight"] = kernel.flatten(1)                     # (C, P)
     args.dim, args.patch = kernel.shape[:2]
     args.heads = config.get("num_attention_heads", min(16, args.dim // 64) or 1)
-    args.decoder_dim = len(state.get("decoder_embed.weight", range(512)))
+    blocks = lambda part: sum(f"{part}blocks" in name for name in state) // 12     # tensors each
+    args.depth, args.decoder_dim, args.decoder_depth = blocks("encoder."), 512, 8  # as in the paper
+    if "decoder_embed.weight" in state:
+        args.decoder_dim = len(state["decoder_embed.weight"])
+        args.decoder_depth = blocks("decoder_")
     args.decoder_heads = config.get("decoder_num_attention_heads", args.decoder_dim // 32 or 1)
-    args.depth, args.decoder_depth = (
-        sum(f"{part}blocks" in name for name in state) // 12 for part in ("encoder.", "decoder_"))
-    args.decoder_depth = args.decoder_depth or 8
     model = build(args, image_size)
     common.fill_in(model, state, args.weights, config, missing=("decoder", "mask_token"))
     return model
@@ -368,7 +375,7 @@ def reconstruct(args, model, images):
     x = images.normalize(images.test[:24])
     visible, masked, ids_shuffle = random_masking(patchify(x, args.patch), args.mask_ratio)
     prediction = model(visible, ids_shuffle).float()
-    if args.norm_pix:            # the model predicts no mean and variance: use the true ones
+    if args.norm_pix:            # undo normalize_patches, with the true mean and variance
         mean, var = masked.mean(2, keepdim=True), masked.var(2, keepdim=True)
         prediction = prediction * (var + 1e-6).sqrt() + mean
 
@@ -420,15 +427,16 @@ def main(args):
     images.check(args.labels, POOL)                                    # fail early if too few
     if args.weights:
         images.imagenet()
-    make = load_published if args.weights else build
-    model = make(args, images.size)
+        model = load_published(args, images.size)
+    else:
+        model = build(args, images.size)
     optimizer = common.optimizer(args, model.named_parameters())
     run = common.Run(args, model, optimizer, about=images.about())
     for step in run:                       # sets the seed and the learning rate of this step
         x = images.normalize(run.batch(images.train))
         with run.autocast():
-            inputs, target = run.part(mask(                                 # A. mask
-                x, args.patch, args.mask_ratio, args.norm_pix))
+            inputs, target = mask(x, args.patch, args.mask_ratio, args.norm_pix)    # A. mask
+            inputs, target = run.part((inputs, target))                     # this process's part
             prediction = model(*inputs)                                     # B. predict
             loss = distance(prediction, target)                             # C. compare
         loss.backward()
@@ -443,9 +451,10 @@ def main(args):
     error = reconstruct(args, model, images)
     rows = few_labels(args, model, images) if images.names else {}
     summary = f"error {error:.3f}"
-    how = "linear probe" if args.tune == "linear" else f"tune {args.tune}"
-    for name in ("MAE", "untrained ViT") if rows else ():
-        summary += f", {name} {rows[f'{name}, {how}'][-1]:.1f} %"
+    if rows:
+        how = "linear probe" if args.tune == "linear" else f"tune {args.tune}"
+        ours, scratch = (rows[f"{name}, {how}"][-1] for name in ("MAE", "untrained ViT"))
+        summary += f", MAE {ours:.1f} %, untrained ViT {scratch:.1f} %"
     common.report(run, summary, dict(error=error, labels=args.labels, accuracy=rows))
     constant = "" if args.norm_pix or args.weights else " (a constant prediction: about 1)"
     common.say(f"\n{common.label_table(args, images, rows)}\n\nMean squared error on masked "

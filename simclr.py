@@ -98,9 +98,8 @@ class SimCLR(nn.Module):
                                      nn.Linear(C, dim))
 
     def forward(self, x):
-        # The loss makes z ignore what varies among views; h, two layers earlier, retains more
-        # (SimCLR, sec. 4.2).
         h = self.encoder(x)                                     # (B, C), the features
+        # z drops what varies among views; h retains more of it (SimCLR, sec. 4.2).
         return self.project(h)
 
 
@@ -108,23 +107,26 @@ class ResNet(nn.Module):
     """ResNet-18 (He et al. 2015, arXiv 1512.03385), or ResNet-10 with one block per stage instead
     of two: (B, 3, S, S) -> (B, 8 width).
 
-    For small images the first convolution is 3 x 3 and there is no max-pooling (SimCLR, B.9).
-    stem=7 and classes=1000 give torchvision's resnet18 with the same names of the parameters. With
-    a width below 8, PyTorch 2.13 computes wrong gradients on some CPUs.
+    stem: kernel size of the first convolution. For small images it is 3, without max-pooling
+    (SimCLR, B.9); stem=7 and classes=1000 give torchvision's resnet18 with the same names of the
+    parameters. With a width below 8, PyTorch 2.13 computes wrong gradients on some CPUs.
     """
 
     def __init__(self, depth=18, width=64, stem=3, classes=0):
         super().__init__()
         if depth not in (10, 18):
             raise ValueError(f"a ResNet of basic blocks has 10 or 18 layers here, not {depth}")
-        self.dim, n = 8 * width, (depth - 2) // 8                # n blocks of two layers per stage
-        self.conv1 = nn.Conv2d(3, width, stem, 2 if stem > 3 else 1, stem // 2, bias=False)
+        self.dim, n = 8 * width, (depth - 2) // 8      # four stages of n blocks of two layers each
+        self.conv1 = nn.Conv2d(3, width, kernel_size=stem, stride=2 if stem > 3 else 1,
+                               padding=stem // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.pool = nn.MaxPool2d(3, 2, 1) if stem > 3 else nn.Identity()
 
         def stage(inputs, outputs, stride):
             blocks = [BasicBlock(inputs, outputs, stride)]
-            return nn.Sequential(*blocks, *(BasicBlock(outputs, outputs, 1) for _ in range(n - 1)))
+            blocks += [BasicBlock(outputs, outputs, 1) for _ in range(n - 1)]
+            return nn.Sequential(*blocks)
+
         self.layer1 = stage(width, width, 1)
         self.layer2 = stage(width, 2 * width, 2)
         self.layer3 = stage(2 * width, 4 * width, 2)
@@ -135,13 +137,14 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        x = self.pool(F.relu(self.bn1(self.conv1(x))))               # (B, width, S, S)
+        x = self.pool(F.relu(self.bn1(self.conv1(x))))           # (B, width, S, S) with stem 3
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))    # (B, 8 width, S / 8, S / 8)
         return self.fc(x.mean((2, 3)))                               # (B, 8 width)
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut: (B, I, S, S) -> (B, O, S / stride, S / stride)."""
+    """Two 3 x 3 convolutions and a shortcut: (B, inputs, s, s) -> (B, outputs, s / stride, s /
+    stride)."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -149,7 +152,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.downsample = None
+        self.downsample = nn.Identity()
         if stride > 1 or inputs != outputs:
             self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False),
                                             nn.BatchNorm2d(outputs))
@@ -157,7 +160,7 @@ class BasicBlock(nn.Module):
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return F.relu(y + self.downsample(x))
 
 
 # ------------------------------------------------------------------------------------ the method
@@ -165,9 +168,10 @@ class BasicBlock(nn.Module):
 
 def ntxent(z1, z2, temperature=.5):
     """L(z). NT-Xent loss (SimCLR, eq. 1) of two views z1, z2 (N, dim) of the same images: ()."""
-    sim = similarity(z1, z2, temperature).fill_diagonal_(-math.inf)      # exclude i itself
-    positive = torch.arange(len(sim), device=sim.device).roll(len(z1))   # of i: i + N or i - N
-    return F.cross_entropy(sim, positive)
+    N = len(z1)
+    sim = similarity(z1, z2, temperature).fill_diagonal_(-math.inf)      # i itself is no candidate
+    i = torch.arange(N, device=sim.device)
+    return F.cross_entropy(sim, torch.cat([i + N, i]))                   # each row's other view
 
 
 def triplet(z1, z2, margin=.5, square=True):
@@ -180,9 +184,10 @@ def triplet(z1, z2, margin=.5, square=True):
     N = len(z1)
     d = 2 - 2 * similarity(z1, z2)                                       # (2 N, 2 N)
     d = d if square else d.clamp(min=1e-12).sqrt()
-    positive = d.diagonal(N).repeat(2)[:, None]                          # d is symmetric
-    negatives = ~torch.eye(N, dtype=torch.bool, device=d.device).repeat(2, 2)
-    return F.relu(positive - d + margin)[negatives].mean()
+    positive = d.diagonal(N).repeat(2)[:, None]          # d(i, i + N), and d(i + N, i) is the same
+    image = torch.arange(N, device=d.device).repeat(2)   # which image each view shows
+    negative = image[:, None] != image                                   # (2 N, 2 N)
+    return F.relu(positive - d + margin)[negative].mean()
 
 
 def similarity(z1, z2, temperature=1.):
@@ -197,7 +202,7 @@ def similarity(z1, z2, temperature=1.):
     z = torch.cat([z1, z2])
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
-        z = z / temperature ** .5                # so that z @ z.T = cosines / temperature
+        z = z / temperature ** .5                # in both factors: z @ z.T is cosines / temperature
         return z @ z.T
 
 
@@ -213,23 +218,26 @@ def augment(x, crop_scale=.08, jitter_strength=1., hue=.2, blurred=False):
     if x.shape[1:] != (3, x.shape[-1], x.shape[-1]) or x.dtype != torch.float32:
         raise ValueError("augment takes images (B, 3, S, S) of float32 in [0, 1], not "
                          f"{tuple(x.shape)} of {x.dtype}")
-    B, u = len(x), torch.rand(12, len(x), device=x.device)
+    # Each image has its own random numbers in [0, 1): (B,) each.
+    (area, ratio, left, top, mirrored, brightness, contrast, saturation, turn, jittered, greyed,
+     blurs) = torch.rand(12, len(x), device=x.device)
     between = lambda u, low, high: low + (high - low) * u
-    area, ratio = between(u[0], crop_scale, 1), (between(u[1], -1, 1) * math.log(4 / 3)).exp()
-    size = torch.stack([area * ratio, area / ratio], 1).sqrt().clamp(max=1)      # (B, 2)
-    x = crop(x, size / 2 + (1 - size) * u[2:4].T, size, u[4] < .5)   # mirror half of them
+    area = between(area, crop_scale, 1)
+    ratio = (between(ratio, -1, 1) * math.log(4 / 3)).exp()          # 3 / 4 to 4 / 3
+    size = torch.stack([area * ratio, area / ratio], 1).sqrt().clamp(max=1)          # (B, 2)
+    corner = (1 - size) * torch.stack([left, top], 1)                # the box is inside the image
+    x = crop(x, size / 2 + corner, size, mirrored < .5)
 
     s = .8 * jitter_strength
-    factors = torch.cat([between(u[5:8], max(0, 1 - s), 1 + s), between(u[8:9], -hue, hue)]).T
-    unchanged = torch.tensor([1., 1., 1., 0.], device=x.device)
-    factors = torch.where(u[9, :, None] < .8, factors, unchanged)    # no jitter for a fifth
-    x = jitter(x, factors, torch.rand(B, 4, device=x.device).argsort(1))
+    factors = [between(u, max(0, 1 - s), 1 + s) for u in (brightness, contrast, saturation)]
+    factors = torch.stack([*factors, between(turn, -hue, hue)], 1)                   # (B, 4)
+    factors[jittered >= .8] = torch.tensor([1., 1., 1., 0.], device=x.device)        # no change
+    x = jitter(x, factors, torch.rand(len(x), 4, device=x.device).argsort(1))
 
-    drop = u[10] < .2                                                # a fifth becomes grey
-    x = torch.where(drop.view(-1, 1, 1, 1), rgb_to_grayscale(x), x)
+    x = torch.where((greyed < .2)[:, None, None, None], rgb_to_grayscale(x), x)
     if blurred:
-        half = u[11] < .5
-        x[half] = blur(x[half], between(torch.rand(B, device=x.device), .1, 2.)[half])
+        sigma, half = between(torch.rand(len(x), device=x.device), .1, 2.), blurs < .5
+        x[half] = blur(x[half], sigma[half])
     return x
 
 
@@ -245,7 +253,7 @@ def crop(x, centre, size, mirror):
     """
     S = x.shape[-1]
     at = (torch.arange(S, device=x.device) + .5) / S - .5            # pixel centres, within +- 1/2
-    width = torch.where(mirror, -size[:, 0], size[:, 0])
+    width = torch.where(mirror, -size[:, 0], size[:, 0])             # negative: mirrored
     across = centre[:, :1] + width[:, None] * at                     # (B, S)
     down = centre[:, 1:] + size[:, 1:] * at                          # (B, S)
     grid = torch.stack([across[:, None].expand(-1, S, -1), down[:, :, None].expand(-1, -1, S)], 3)
@@ -270,9 +278,9 @@ def adjust(x, kind, factor):
     mean grey of the image (1) or from its own grey (2); for kind 3 it is added to the hue."""
     if kind == 3:
         return adjust_hue(x, factor)
-    grey = rgb_to_grayscale(x)
-    origin = (torch.zeros_like(grey), grey.mean((2, 3), keepdim=True), grey)[kind]
-    return torch.lerp(origin, x, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
+    grey = rgb_to_grayscale(x)                                       # (B, 1, S, S)
+    origin = {0: torch.zeros_like(grey), 1: grey.mean((2, 3), keepdim=True), 2: grey}[kind]
+    return torch.lerp(origin, x, factor[:, None, None, None]).clamp_(0, 1)
 
 
 def adjust_hue(x, change):
@@ -282,11 +290,12 @@ def adjust_hue(x, change):
     value = torch.maximum(torch.maximum(r, g), b)
     chroma = value - torch.minimum(torch.minimum(r, g), b)
     divisor = chroma.clamp(min=1e-6)
-    sixth = torch.where(value == r, (g - b) / divisor,
-                        torch.where(value == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor))
-    sixth = sixth + 6 * change[:, None, None]                # the hue, in sixths of the circle
-    channel = lambda k: value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)   # HSV back to RGB
-    return torch.stack([channel((sixth + n) % 6) for n in (5, 3, 1)], 1)
+    hue = torch.where(value == r, (g - b) / divisor,         # in sixths of the circle
+                      torch.where(value == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor))
+    hue = hue + 6 * change[:, None, None]
+    # HSV to RGB: with k = (hue + n) mod 6, a channel is value - chroma max(0, min(k, 4 - k, 1)),
+    channel = lambda k: value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+    return torch.stack([channel((hue + n) % 6) for n in (5, 3, 1)], 1)      # n: red, green, blue
 
 
 def rgb_to_grayscale(x):
@@ -321,8 +330,6 @@ def load_published(args):
     sizes in args. The projection head is random."""
     weights, _ = common.read_weights(args.weights, common.HUB["ResNet"])
     state = {name: x for name, x in weights.items() if "fc." not in name}
-    for prefix in "module.", "encoder.", "backbone.":
-        state = {name.removeprefix(prefix): x for name, x in state.items()}
     common.require("conv1.weight" in state, f"--weights {args.weights} is no ResNet")
     args.width, _, stem, _ = state["conv1.weight"].shape
     args.depth = 18 if "layer1.1.conv1.weight" in state else 10
@@ -338,7 +345,7 @@ def neighbours(args, model, images, k):
     x, groups, same = images.test[:2000], [], []
     for f in model.encoder, nn.Flatten():
         h = F.normalize(common.encode(args, f, images, x), dim=1)                   # (n, C)
-        nearest = (h @ h.T).fill_diagonal_(-2).topk(k, 1).indices                   # (n, k)
+        nearest = (h @ h.T).fill_diagonal_(-2).topk(k, 1).indices         # (n, k), without itself
         if images.names:
             labels = images.class_labels()[1][:2000]
             same.append(100 * (labels[nearest] == labels[:, None]).float().mean().item())
@@ -361,8 +368,10 @@ def main(args):
     images.check(args.labels)                                                # fail early if too few
     if args.weights:
         images.imagenet()
-    model = load_published(args) if args.weights else build(args, images.size)
-    untrained = build(args, images.size) if args.weights else copy.deepcopy(model)
+        model, untrained = load_published(args), build(args, images.size)
+    else:
+        model = build(args, images.size)
+        untrained = copy.deepcopy(model)
     optimizer = common.adamw(model.parameters(), args.lr, args.weight_decay)
     uniform = math.log(2 * args.batch - 1) if args.loss == "ntxent" else None
     run = common.Run(args, model, optimizer, uniform=uniform, about=images.about())
@@ -371,7 +380,8 @@ def main(args):
         x = x.repeat(2, 1, 1, 1) / 255                          # rows i and i + N are equal
         views = augment(x, args.crop_scale, args.jitter, args.hue, args.blur)           # t(x)
         with run.autocast():
-            z1, z2 = map(run.gather, model(images.normalize(views)).chunk(2))           # g(f(x))
+            z1, z2 = model(images.normalize(views)).chunk(2)                            # g(f(x))
+            z1, z2 = run.gather(z1), run.gather(z2)      # of all processes of torchrun
             if args.loss == "ntxent":
                 loss = ntxent(z1, z2, args.temperature)                                 # L(z)
             else:

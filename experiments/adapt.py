@@ -5,7 +5,8 @@ the rows "in-context" nothing is trained: the k examples are in the prompt, wher
 
 Run      python experiments/adapt.py                three repeats at five k
          python experiments/adapt.py --context 256 --base-steps 4000 --k 1 2 4 8 16 64 256
-         python experiments/adapt.py --search       each method at several learning rates
+         python experiments/adapt.py --search       each method at several learning rates, on
+                                                    lines that are not in the tables
          python experiments/adapt.py --quick        a tiny GPT, hardly trained: less than a minute
 Writes   one JSON file (--out), after each training. The same command continues it; more of --k,
          --methods or --repeats and another --seed add to it; of other settings it is refused. The
@@ -185,6 +186,8 @@ def main(own):
     weights = known[1]["weights"] if known else ""
     tokens = common.BPE.load(weights) if weights else lora.BYTES
     train, val = lora.load_examples(args, tokens)
+    if own.search:                                  # on other text than what is reported
+        train, val = train[:len(train) * 9 // 10], train[len(train) * 9 // 10:]
     torch.manual_seed(args.seed)
     base, about = known or lora.load_base(args, lora.pretrain(args))
     context = len(base.pos_embed.weight)

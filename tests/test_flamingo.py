@@ -725,7 +725,7 @@ def small_model():
     args, tokens = flamingo.Args(device="cpu", dtype="float32"), common.SceneTokens()
     torch.manual_seed(0)
     lm, vit = flamingo.GPT(tokens.vocab, 64, 16, 2, 2), flamingo.ViT(32, 8, 8, 1, 2)
-    model = flamingo.Flamingo(lm, vit, 8, tokens.image, latents=0, start=1.).eval()
+    model = flamingo.Flamingo(lm, vit, 8, tokens.image, latents=0, gate_start=1.).eval()
     for p in model.gated.parameters():
         if p.ndim > 1:
             nn.init.normal_(p, std=.3)

@@ -65,7 +65,7 @@ TRIALS = {   # a training step with what was pasted: it must give a finite loss 
     """,
     "flamingo.py": """
         lm, vit = GPT(vocab=50, context=12, dim=16, depth=2, heads=2), ViT(image_size=8, patch=4, dim=8, depth=1, heads=2)
-        model = Flamingo(lm.requires_grad_(False), vit, patch=4, image=1, latents=3, start=.1)
+        model = Flamingo(lm.requires_grad_(False), vit, patch=4, image=1, latents=3, gate_start=.1)
         x = torch.tensor([[0, 1, 5, 6, 0, 1, 7, 8, 0, -100], [1, 2, 0, 1, 3, 0, -100, -100, -100, -100]])
         features = model.encode(torch.randn(4, 3, 8, 8)).unflatten(0, (2, 2))
         inputs, target = mask(x, image=1)
