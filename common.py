@@ -24,7 +24,6 @@ import difflib
 import functools
 import gzip
 import hashlib
-import heapq
 import http.client
 import inspect
 import itertools
@@ -48,9 +47,7 @@ import time
 import traceback
 import typing
 import unicodedata
-import urllib.error
 import urllib.request
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +185,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if message.startswith("unrecognized arguments: "):
-            word = message.split(": ")[1].split()[0]
+            word = message.removeprefix("unrecognized arguments: ")
+            word = word.split()[0] if word.strip() else repr(word)
             near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, 1)
             message = f"unknown flag {word}" + (f", did you mean {near[0]}?" if near else "")
         elif found := re.match(r"argument (--[\w-]+)/.* ignored explicit argument", message):
@@ -267,7 +265,10 @@ def setup(main):
     def run(args):
         start_processes(args)
         args = resolve(args)
-        new = None if args.resume else claim(args)
+        new = None if args.resume or rank() else claim(args)
+        if processes() > 1:
+            dist.broadcast_object_list(out := [args.out])
+            args.out = out[0]
         torch.set_float32_matmul_precision("high")          # TF32 on GPUs that have it
         torch.manual_seed(args.seed)
         try:
@@ -312,8 +313,7 @@ def guarded(main, args, name):
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except (MemoryError, RuntimeError) as error:        # NumPy's; PyTorch's
-        if not re.search("out of memory|can't allocate memory", str(error)) and \
-                not isinstance(error, MemoryError):
+        if not re.search("out of memory|can't allocate memory|MemoryError", repr(error)):
             raise
         sys.exit(f"{name}: the memory is not enough for these settings: take a smaller --batch, or "
                  "a smaller model")
@@ -725,12 +725,8 @@ class Run:
     def load(self):
         """Continues from the checkpoint. Raises UserError if it is of another model."""
         path, state = self.out / "checkpoint.pt", read_checkpoint(self.out, script(self.args))
-        here, there = ({k: tuple(v.shape) for k, v in weights.items()}
-                       for weights in (self.model.state_dict(), state["model"]))
-        for name in {**here, **there}:
-            a, b = there.get(name, "missing"), here.get(name, "missing")
-            require(a == b, f"{path} does not fit this model: {name} is {a} there and {b} here; "
-                    "leave out the flags that change the model, or start a new run")
+        fill_in(self.model, state["model"], path,
+                hint="; leave out the flags that change the model, or start a new run")
         require(state["about"].get("fingerprint") == self.about.get("fingerprint"),
                 f"{path} is of another base: continue with its own, or start a new run")
         groups = [{k: v for k, v in group.items() if k != "params"}
@@ -741,7 +737,6 @@ class Run:
         except (ValueError, KeyError, TypeError):
             fits = False
         require(fits, f"{path} is of another optimizer: give its --optimizer, or start a new run")
-        self.model.load_state_dict(state["model"])
         for group, options in zip(self.optimizer.param_groups, groups):
             group.update(options)                               # of the present flags
         self.step, self.seconds, self.saved = state["step"], state["seconds"], state["step"]
@@ -832,16 +827,6 @@ def has_run(out):
 
 
 def claim(args):
-    """Calls claim_once in process 0; the other processes get the folder, and None."""
-    new = None if rank() else claim_once(args)
-    if processes() > 1:
-        out = [args.out]
-        dist.broadcast_object_list(out)
-        args.out = out[0]
-    return new
-
-
-def claim_once(args):
     """Creates the folder of a new run, --out or the next of runs/mae, runs/mae-2, ..., writes its
     settings.json and sets args.out. Returns whether the folder is new. Two runs never share one:
     creating a folder, or a file with mode "x", succeeds only once. Raises UserError."""
@@ -1289,21 +1274,19 @@ def question(rng, figures, about=None):
     """A question about a figure of a scene: (about, question, answer). about: colour, shape, number
     or side; None: a random one. The caption always implies the answer; therefore `side` is only
     asked for one figure or two in a row, and gives (None, None, None) otherwise."""
-    abouts = ABOUT if len(figures) == 1 or len(figures) == 2 and figures[0].row == figures[1].row \
-        else ABOUT[:3]
-    about = about or rng.choice(abouts)
-    if about not in abouts:
+    single = len(figures) == 1
+    in_a_row = single or len(figures) == 2 and figures[0].row == figures[1].row
+    about = about or rng.choice(ABOUT if in_a_row else ABOUT[:3])
+    if about == "side" and not in_a_row:
         return None, None, None
-    figure, single = rng.choice(figures), len(figures) == 1
-    colour, shape = list(COLOURS)[figure.colour], FIGURES[figure.shape]
-    which = "it" if single else f"the {shape}"
-    if about == "colour":
-        return about, f"what colour is {which} ?", colour
-    if about == "shape":
-        return about, f"what shape is {'it' if single else f'the {colour} one'} ?", shape
-    if about == "number":
-        return about, "how many figures are there ?", NUMBERS[len(figures) - 1]
-    return about, f"which side is {which} on ?", ("left", "right")[figure.column]
+    figure = rng.choice(figures)
+    colour, shape = kind_name(figure).split()
+    which, one = ("it", "it") if single else (f"the {shape}", f"the {colour} one")
+    text, answer = {
+        "colour": (f"what colour is {which} ?", colour), "shape": (f"what shape is {one} ?", shape),
+        "number": ("how many figures are there ?", NUMBERS[len(figures) - 1]),
+        "side": (f"which side is {which} on ?", ("left", "right")[figure.column])}[about]
+    return about, text, answer
 
 
 # A document is a list of chunks (scene, kind, text): the index of a scene, the kind of words that
@@ -1365,11 +1348,8 @@ class Scenes:
 
     def captions(self, tokens):
         """The captions as tokens, padded with 0: (n, 16)."""
-        rows = torch.zeros(len(self.all), 16, dtype=torch.int64)
-        for row, figures in zip(rows, self.all):
-            words = tokens.encode(caption(figures))
-            row[:len(words)] = torch.tensor(words)
-        return rows
+        rows = (tokens.encode(caption(figures)) for figures in self.all)
+        return torch.tensor([row + [0] * (16 - len(row)) for row in rows])
 
     def alike(self):
         """The indices of the scenes with one, two and three figures, sorted by their colours: three
@@ -1511,11 +1491,10 @@ def queries(seed, n, shots):
                     ("new word of 3", new_words(rng, others, TRAINED, k, 3)),
                     ("held-out word of 3", new_words(rng, others, HELD_OUT, k, 3)),
                     ("unasked question", unasked(rng, others, rng.choice(ABOUT[:3]), k))):
-                *texts, answer = " ".join(f"<image> {text} <end>" for _, _, text in episode
-                                          ).removesuffix(" <end>").split(" ")
+                at, answer = [2 * n + i for i, _, _ in episode], episode[-1][2]
+                prompt = " <end> ".join(f"<image> {text}" for _, _, text in episode)
                 words = " <end> ".join(in_words(others.all[i], *rest) for i, *rest in episode)
-                at = [2 * n + i for i, _, _ in episode]
-                found.append(Query((name, str(k)), " ".join(texts), at, answer,
+                found.append(Query((name, str(k)), prompt.removesuffix(f" {answer}"), at, answer,
                                    words.removesuffix(answer).strip()))
     every = [figures for part in parts for figures in part.all]
     return sorted(found, key=lambda q: q.group), every             # similar prompts per batch
@@ -1539,37 +1518,31 @@ def load_images(args):
         return Images(train[0], test[0], train[1], test[1], names)
     if name in IMAGE_SETS:
         read = read_cifar10 if name == "cifar10" else read_idx
-        *arrays, classes = read(name, Path(args.data_dir))
+        *arrays, classes = first(lambda: read(name, Path(args.data_dir)))
     elif name.endswith(".npz"):
         *arrays, classes = read_npz(Path(name))
-    elif Path(name).is_dir():
+    elif name and Path(name).is_dir():
         *arrays, classes = read_folder(Path(name), size, getattr(args, "skip_broken", False))
     else:
         raise UserError(f"there is no data set {name!r}: --data takes {', '.join(IMAGE_SETS)}, "
                         "shapes, an .npz file, or a folder of pictures")
-    x_train, y_train, x_test, y_test = arrays
-    for x, y in ((x_train, y_train), (x_test, y_test)) if name in IMAGE_SETS else ():
-        require(len(x) == len(y) and y.max() < len(classes), f"the labels of {name} in "
-                f"{args.data_dir} are not those of its images: delete them to fetch them anew")
-    if name not in IMAGE_SETS:          # often sorted by class
-        x_train, y_train, x_test, y_test = *shuffled(x_train, y_train), *shuffled(x_test, y_test)
 
-    def images(x):
+    def part(x, y):
+        if name in IMAGE_SETS:
+            require(len(x) == len(y) and y.max() < len(classes), f"the labels of {name} in "
+                    f"{args.data_dir} are not those of its images: delete them to fetch them anew")
+        else:                               # often sorted by class
+            order = np.random.default_rng(0).permutation(len(x))
+            x, y = x[order], y[order]
         x = torch.from_numpy(np.array(x)).to(device)
-        if x.ndim == 3:
-            return x[:, None].expand(-1, 3, -1, -1)       # grey: one channel, seen as three
-        return x.permute(0, 3, 1, 2).contiguous()
+        # grey: one channel, seen as three
+        x = x[:, None].expand(-1, 3, -1, -1) if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()
+        return x, {"class": torch.from_numpy(y.astype(np.int64)).to(device)}
 
+    (train, labels), (test, test_labels) = part(*arrays[:2]), part(*arrays[2:])
     if len(classes) < 2:                # no classes to learn
-        return Images(images(x_train), images(x_test), {}, {}, {})
-    labels = [{"class": torch.from_numpy(y.astype(np.int64)).to(device)} for y in (y_train, y_test)]
-    return Images(images(x_train), images(x_test), *labels, {"class": [str(c) for c in classes]})
-
-
-def shuffled(x, y):
-    """Shuffles images and labels (or None) with a fixed seed."""
-    order = np.random.default_rng(0).permutation(len(x))
-    return x[order], None if y is None else y[order]
+        return Images(train, test, {}, {}, {})
+    return Images(train, test, labels, test_labels, {"class": [str(c) for c in classes]})
 
 
 IMAGE_SETS = "fashion-mnist", "mnist", "cifar10"
@@ -1610,79 +1583,42 @@ SHA256 = {    # of the files; Fashion-MNIST: of the unpacked files, since mirror
                 "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
     "shakespeare": {"input.txt":
                     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}}
-EMBEDDED = {"shakespeare": "pydocs"}    # alternatives without a network; else shapes
-MOST_BYTES, PATIENCE = 300_000_000, 60  # limits of a download: size, seconds for a slow mirror
 
 
-def fetch(*what):
-    """Calls fetch_once, in process 0 first."""
-    return first(lambda: fetch_once(*what))
-
-
-def fetch_once(name, file, data_dir, kept=None):
+def fetch(name, file, data_dir, kept=None):
     """Returns the path data_dir/name/file (or data_dir/kept), after a download from a mirror if it
-    is missing. A download gets this name only after its SHA-256 has been checked."""
-    path = data_dir / (kept or Path(name, file))
+    is missing. Nothing is kept but what has the right SHA-256, as it comes or unpacked."""
+    path, wrong = data_dir / (kept or Path(name, file)), []
     if path.exists():
         return path
-    part, wrong = path.with_name(f"{path.name}.{os.getpid()}.part"), []
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for mirror in MIRRORS[name]:
-            with open(part, "wb") as f:
-                try:
-                    download(mirror + file, f)
-                except (urllib.error.URLError, http.client.HTTPException, ConnectionError,
-                        TimeoutError) as error:
-                    wrong.append(f"{mirror}: {getattr(error, 'reason', error)}")
-                    continue
-            if SHA256[name][file] in digests(part, inside=file.endswith(".gz")):
-                os.replace(part, path)
-                return path
-            wrong.append(f"{mirror}: not the expected SHA-256, so it was deleted")
-    except OSError as error:
-        why = f"cannot write {path} ({error.strerror}): choose another --data-dir"
-        raise UserError(why) from None
-    finally:
-        part.unlink(missing_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    for mirror in MIRRORS[name]:
+        try:
+            with urllib.request.urlopen(mirror + file, timeout=20) as page, tqdm.wrapattr(
+                    page, "read", page.length, desc=file, ncols=80) as source:
+                raw = b"".join(iter(lambda: source.read(2 ** 16), b""))
+        except (OSError, http.client.HTTPException) as error:              # or its URLError
+            wrong.append(f"{mirror}: {getattr(error, 'reason', error)}")
+            continue
+        forms = [raw]
+        with contextlib.suppress(OSError, EOFError, zlib.error):
+            forms.append(gzip.decompress(raw))
+        right = [x for x in forms if hashlib.sha256(x).hexdigest() == SHA256[name][file]]
+        if not right:
+            wrong.append(f"{mirror}: not the expected SHA-256")
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(raw if file.endswith(".gz") else right[0])
+            return part.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise UserError(f"cannot write {path} ({error.strerror}): choose another --data-dir"
+                            ) from None
     raise UserError(f"could not download {file} ({'; '.join(wrong)}). Put the file at {path} "
                     "yourself, or use the embedded data, which needs no network: --data "
-                    + EMBEDDED.get(name, "shapes"))
-
-
-def download(url, file):
-    """Downloads a URL into an open file, with a progress bar. Raises URLError if the connection
-    fails, is too slow or sends too much, and OSError if the file cannot be written."""
-    began = time.monotonic()
-
-    def read():
-        try:
-            return source.read1(1 << 16)         # what has arrived, without waiting
-        except (OSError, EOFError, zlib.error) as error:
-            raise urllib.error.URLError(error) from None
-
-    with urllib.request.urlopen(url, timeout=20) as page:
-        packed = page.headers.get("Content-Encoding") == "gzip" and not url.endswith(".gz")
-        source = gzip.GzipFile(fileobj=page) if packed else page
-        length = page.headers.get("Content-Length") or ""
-        size = int(length) if length.isdecimal() and not packed else None
-        with tqdm(desc=url.split("/")[-1], total=size, unit="B", unit_scale=True, ncols=80) as bar:
-            while chunk := read():
-                file.write(chunk)
-                bar.update(len(chunk))
-                if file.tell() > MOST_BYTES:
-                    raise urllib.error.URLError(f"it sends more than {MOST_BYTES:,} bytes")
-                if time.monotonic() - began > PATIENCE + file.tell() / 20_000:
-                    raise urllib.error.URLError("it sends less than 20,000 bytes a second")
-
-
-def digests(path, inside=True):
-    """SHA-256 of a file and, with inside, of the content of a gzip file."""
-    found = []
-    for opener in (open, gzip.open) if inside else (open,):
-        with contextlib.suppress(OSError, EOFError, zlib.error), opener(path, "rb") as f:
-            found.append(hashlib.file_digest(f, "sha256").hexdigest())
-    return found
+                    + ("pydocs" if name == "shakespeare" else "shapes"))
 
 
 def read_idx(name, data_dir):
@@ -1693,14 +1629,12 @@ def read_idx(name, data_dir):
         try:
             with gzip.open(path) as f:
                 raw = f.read(1 << 26)                             # MNIST's largest is 47 MB
-            require(raw[:4] == bytes([0, 0, 8, dims]),
-                    f"{path} is not an IDX file of {dims} dimensions: delete it to fetch it anew")
             shape = np.frombuffer(raw, ">u4", dims, 4)            # after the magic number
             arrays.append(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape))
-        except UserError:
-            raise
         except (OSError, EOFError, ValueError, zlib.error):
-            raise UserError(f"{path} is truncated or broken: delete it to fetch it anew") from None
+            raw = b""
+        require(raw[:4] == bytes([0, 0, 8, dims]), f"{path} is truncated or broken, or not an IDX "
+                f"file of {dims} dimensions: delete it to fetch it anew")
     return *arrays, FASHION if name == "fashion-mnist" else MNIST
 
 
@@ -1739,8 +1673,6 @@ def read_arrays(path, *names):
         why = "it holds pickled objects" if pickled else "it is truncated or no .npz"
         raise UserError(f"cannot read {path}: {why}; write plain arrays with np.savez") from None
     require(found, f"{path} holds {held}, not {names[0]}")
-    for name, x in found.items():
-        require(isinstance(x, np.ndarray), f"{path}: {name} is no array")
     return found
 
 
@@ -1749,7 +1681,7 @@ def read_npz(path):
 
     The arrays have these names, or MedMNIST's (train_images, train_labels, ...). Images are uint8,
     or floats in [0, 1], (n, S, S), (n, S, S, 1) or (n, S, S, 3); labels are of any type, (n,) or
-    (n, 1). If there are no test images, every fifth image is one; without labels, y is None.
+    (n, 1). If there are no test images, every fifth image is one; without labels, y is 0.
     """
     ours = "x_train", "y_train", "x_test", "y_test"
     theirs = "train_images", "train_labels", "test_images", "test_labels"
@@ -1771,13 +1703,13 @@ def read_npz(path):
     require(len(x) and x.shape[1:] == x_test.shape[1:], f"{path}: train and test differ in size")
     require((y is None) == (y_test is None), f"{path} has labels of one part alone")
     if y is None:
-        return x, None, x_test, None, []
+        return x, np.zeros(len(x)), x_test, np.zeros(len(x_test)), [""]
     one_each("test", x_test, y_test)
     names, ids = np.unique(y.ravel(), return_inverse=True)
     test_ids = np.searchsorted(names, y_test.ravel()).clip(max=len(names) - 1)
     require((names[test_ids] == y_test.ravel()).all(), f"{path}: y_test has labels that y_train "
             "lacks")
-    given = found.get("classes", names)
+    given = np.atleast_1d(found.get("classes", names))
     if names.dtype.kind in "iu" and names.min() >= 0 and names.max() < len(given) != len(names):
         given = given[names]                            # some classes have no images
     names = given if len(given) == len(names) else names
@@ -1808,10 +1740,9 @@ def read_pictures(path, size, device="cpu"):
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().to(device)
 
 
-def files_below(folder, ending=""):
+def files_below(folder):
     """The files below a folder, sorted, without hidden files and hidden folders."""
     return [file for file in sorted(folder.rglob("*")) if file.is_file()
-            and file.name.lower().endswith(ending)
             and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
@@ -1878,7 +1809,8 @@ def read_folder(path, size, skip_broken=False):
         from PIL import Image
     except ImportError:
         raise UserError("a folder of pictures is read with Pillow: pip install pillow") from None
-    found, others = list_pictures(path, Image.registered_extensions())
+    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found, others = list_pictures(path, known)
     x, y, sizes = {"train": [], "test": []}, {"train": [], "test": []}, []
     count = collections.Counter()
     for file, part, name in progress(found, "reading pictures"):
@@ -1935,7 +1867,7 @@ def load_text(name, data_dir="data", parts=1, utf8=False, flag="--data"):
     else:
         path = Path(name)
         if name == "shakespeare":
-            path = fetch(name, "input.txt", Path(data_dir), "tinyshakespeare.txt")
+            path = first(lambda: fetch(name, "input.txt", Path(data_dir), "tinyshakespeare.txt"))
         require(name and path.exists(), f"there is no text {name!r}: {flag} takes pydocs, pycode, "
                 "shakespeare, a file, or a folder of .txt files; for images gpt.py takes shapes, "
                 f"{', '.join(IMAGE_SETS)} or an .npz")
@@ -1944,12 +1876,11 @@ def load_text(name, data_dir="data", parts=1, utf8=False, flag="--data"):
     require(documents, f"the text of {flag} {name} is empty")
     for document, raw in documents.items() if utf8 else ():
         try:
-            all(pieces(raw))
+            raw.decode()
         except UnicodeDecodeError as error:
-            at = raw.find(error.object) + error.start
-            why = f"(byte {raw[at]:#x} at {at})"
-            raise UserError(f"{document} of {flag} {name} is not UTF-8 {why}: save it as UTF-8; "
-                            "gpt.py takes any bytes") from None
+            raise UserError(f"{document} of {flag} {name} is not UTF-8 (byte {raw[error.start]:#x} "
+                            f"at {error.start}): save it as UTF-8; gpt.py takes any bytes"
+                            ) from None
     if len(documents) == 1 and parts > 1:
         (raw,) = documents.values()
         at = [boundary(raw, len(raw) * i // parts) for i in range(parts + 1)]
@@ -2096,28 +2027,18 @@ class BPE:
         raise UserError(f"{folder} holds no tokenizer: fetch vocab.json and merges.txt to it, too")
 
     def join(self, word):
-        """The tokens of a word. Merges repeatedly the neighbours that come first in the list of
-        merges, the leftmost first if tied. A heap holds the candidate pairs."""
-        ids = [self.byte_ids[byte] for byte in word.encode()] + [None]
-        left, right, heap = [*range(-1, len(ids) - 1)], [*range(1, len(ids) + 1)], []
-
-        def push(i):                              # the pair that begins at i, if it can be merged
-            pair = ids[i], ids[right[i]]
-            if pair in self.pairs:
-                heapq.heappush(heap, (self.pairs[pair][0], i, pair))
-
-        for i in range(len(ids) - 1):
-            push(i)
-        while heap:
-            _, i, pair = heapq.heappop(heap)
-            j = right[i]
-            if ids[i] is not None and pair == (ids[i], ids[j]):           # it still exists
-                ids[i], ids[j], right[i] = self.pairs[pair][1], None, right[j]
-                left[right[j]] = i
-                push(i)
-                if left[i] >= 0:
-                    push(left[i])
-        return [token for token in ids if token is not None]
+        """The tokens of a word. Merges repeatedly, everywhere in it, the pair of neighbours that
+        comes first in the list of merges."""
+        ids = [self.byte_ids[byte] for byte in word.encode()]
+        rank = lambda pair: self.pairs.get(pair, (math.inf,))[0]
+        while (best := min(zip(ids, ids[1:]), key=rank, default=None)) in self.pairs:
+            old, ids = ids, []
+            for token in old:
+                if ids and (ids[-1], token) == best:
+                    ids[-1] = self.pairs[best][1]
+                else:
+                    ids.append(token)
+        return ids
 
     def encode(self, text, dtype=np.int64):
         """str or bytes -> (n,) int64. Invalid UTF-8 becomes U+FFFD."""
@@ -2311,16 +2232,13 @@ def read_safetensors(path):
     data, found = torch.from_file(str(path), size=size, dtype=torch.uint8), {}
     for name, about in header.items():
         try:
-            dtype, shape, (a, b) = DTYPES[about["dtype"]], about["shape"], about["data_offsets"]
-            numbers = all(isinstance(n, int) and 0 <= n < 2 ** 62 for n in [*shape, a, b])
-            fits = numbers and isinstance(shape, list) and a <= b <= size - start and \
-                b - a == math.prod(shape) * dtype.itemsize
-        except (KeyError, TypeError, ValueError):
-            fits = False
-        require(fits, f"{path} is truncated or broken at the tensor {name}: fetch it anew")
-        part = data[start + a:start + b]
-        part = part.clone() if (start + a) % dtype.itemsize else part              # unaligned
-        found[name] = part.view(dtype).view(shape)
+            dtype, (a, b) = DTYPES[about["dtype"]], about["data_offsets"]
+            part = data[start + max(a, 0):start + b]
+            part = part.clone() if (start + a) % dtype.itemsize else part          # unaligned
+            found[name] = part.view(dtype).view(about["shape"])
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise UserError(f"{path} is truncated or broken at the tensor {name}: fetch it anew"
+                            ) from None
     return found
 
 
@@ -2420,7 +2338,7 @@ def join_qkv(state):
     return state
 
 
-def fill_in(model, state, path, config={}, missing=()):
+def fill_in(model, state, path, config={}, missing=(), hint=""):
     """Loads tensors into a model by name, and the eps of config, if any, into its LayerNorms. Those
     whose names begin with one of `missing`, and batch counts of BatchNorms, may be missing; they
     keep their values. Raises UserError with the name of the first tensor that does not fit."""
@@ -2430,7 +2348,7 @@ def fill_in(model, state, path, config={}, missing=()):
         a, b = there.get(name, "missing"), here.get(name, "missing")
         may_miss = name.startswith(missing) or name.endswith("num_batches_tracked")
         require(a == b or a == "missing" and may_miss,
-                f"the weights in {path} are of another model: {name} is {a} there and {b} here")
+                f"{path} does not fit this model: {name} is {a} there and {b} here{hint}")
     model.load_state_dict(state, strict=False)
     eps = config.get("layer_norm_eps", config.get("layer_norm_epsilon"))
     for layer in model.modules():
@@ -2521,8 +2439,7 @@ def command(args):
     line = ["python" if processes() == 1 else f"torchrun --nproc-per-node {processes()}",
             script(args)]
     for name, value in dataclasses.asdict(args).items():
-        skip = name in ("out", "data_dir", "device", "resume", "save_every")
-        if value == usual[name] or skip:
+        if value == usual[name] or name in ("out", "data_dir", "device", "resume", "save_every"):
             continue
         if isinstance(value, bool):
             line.append(flag(name if value else f"no_{name}"))

@@ -410,7 +410,8 @@ def patchify(x, p):
     if H % p or W % p:
         raise ValueError(f"a patch of {p} pixels does not divide images of {H} x {W} pixels")
     h, w = H // p, W // p                                          # patches: N = h w
-    return x.reshape(B, C, h, p, w, p).permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, p * p * C)
+    x = x.reshape(B, C, h, p, w, p).permute(0, 2, 4, 3, 5, 1)      # (B, h, w, p, p, C)
+    return x.reshape(B, h * w, p * p * C)
 
 
 # The language model: a copy of gpt.py's GPT.
@@ -435,8 +436,8 @@ class GPT(nn.Module):
         # start smaller, since the outputs of all branches add up.
         for name, p in self.named_parameters():
             if p.ndim > 1:
-                last = name.endswith(("proj.weight", "fc2.weight"))
-                std = .02 / math.sqrt(2 * depth) if last else .02
+                ends_branch = name.endswith(("proj.weight", "fc2.weight"))
+                std = .02 / math.sqrt(2 * depth) if ends_branch else .02
                 nn.init.normal_(p, std=.01 if name == "pos_embed.weight" else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -499,7 +500,8 @@ class Attention(nn.Module):
         if 1 < T < L:                    # True: attends. A single new token attends to all L.
             attn_mask = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
         x = F.scaled_dot_product_attention(              # softmax(q k^T / sqrt(D) + mask) v
-            q, k, v, attn_mask, self.dropout if self.training else 0., is_causal=T == L)
+            q, k, v, attn_mask, self.dropout if self.training else 0.,
+            is_causal=cache is None or T == L)
         x = self.proj(x.transpose(1, 2).reshape(B, T, C))
         return F.dropout(x, self.dropout, self.training)
 
@@ -729,7 +731,8 @@ def load_lm(args, folder):
     common.require(not (tokenizer.text and common.is_images(saved["data"])), f"the LM in {folder} "
                    f"was trained on images ({saved['data']}), not on text: take another --lm")
     common.require(vocab == tokenizer.vocab and context > 40, f"the LM in {folder} has {vocab} "
-                   f"tokens and a context of {context}; {tokenizer.vocab} and 41 are needed")
+                   f"tokens and a context of {context}, and {tokenizer.vocab} and at least 41 are "
+                   "needed")
     lm = GPT(vocab, context, saved["dim"], saved["depth"], saved["heads"])    # without dropout
     lm.load_state_dict(weights)
     return lm.requires_grad_(not args.freeze), tokenizer

@@ -167,7 +167,8 @@ class Attention(nn.Module):
         if 1 < T < L:                    # True: attends. A single new token attends to all L.
             attn_mask = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
         x = F.scaled_dot_product_attention(              # softmax(q k^T / sqrt(D) + mask) v
-            q, k, v, attn_mask, self.dropout if self.training else 0., is_causal=T == L)
+            q, k, v, attn_mask, self.dropout if self.training else 0.,
+            is_causal=cache is None or T == L)
         x = self.proj(x.transpose(1, 2).reshape(B, T, C))
         return F.dropout(x, self.dropout, self.training)
 

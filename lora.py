@@ -321,8 +321,8 @@ class GPT(nn.Module):
         # start smaller, since the outputs of all branches add up.
         for name, p in self.named_parameters():
             if p.ndim > 1:
-                last = name.endswith(("proj.weight", "fc2.weight"))
-                std = .02 / math.sqrt(2 * depth) if last else .02
+                ends_branch = name.endswith(("proj.weight", "fc2.weight"))
+                std = .02 / math.sqrt(2 * depth) if ends_branch else .02
                 nn.init.normal_(p, std=.01 if name == "pos_embed.weight" else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -385,7 +385,8 @@ class Attention(nn.Module):
         if 1 < T < L:                    # True: attends. A single new token attends to all L.
             attn_mask = torch.ones(T, L, dtype=torch.bool, device=x.device).tril(L - T)
         x = F.scaled_dot_product_attention(              # softmax(q k^T / sqrt(D) + mask) v
-            q, k, v, attn_mask, self.dropout if self.training else 0., is_causal=T == L)
+            q, k, v, attn_mask, self.dropout if self.training else 0.,
+            is_causal=cache is None or T == L)
         x = self.proj(x.transpose(1, 2).reshape(B, T, C))
         return F.dropout(x, self.dropout, self.training)
 
@@ -437,7 +438,7 @@ def mask(x, bos):
     For h e l l o the inputs are BOS h e l l. The shift and causal attention together mask x_t and
     all tokens after it in the prediction of x_t.
     """
-    return F.pad(x[:, :-1], (1, 0), value=bos), x
+    return torch.cat([torch.full_like(x[:, :1], bos), x[:, :-1]], 1), x
 
 
 def in_context(examples, x):

@@ -1023,7 +1023,7 @@ def test_flags_of_every_script(script, here, capsys):
         return end.value.code, *capsys.readouterr()
 
     for flags, words in ("--compile=False", "--compile takes no value: it is --compile or --no-compile"), \
-            ("--compil", "unknown flag --compil, did you mean --compile?"), ("--no-resume=1", "--resume takes no value"):
+            ("--compil", "unknown flag --compil, did you mean --compile?"), ("", "unknown flag ''"), ("--no-resume=1", "--resume takes no value"):
         code, out, err = ends(flags)
         assert code == 2 and out == "" and err.startswith(f"{script}: {words}") and err.count("\n") == 1, err
     code, out, err = ends("--help")
