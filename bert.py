@@ -18,7 +18,7 @@ Flow     texts x (B, T): [CLS], words, [SEP]
                       corrupt          -> tokens (B, T): x with [MASK] or random words there
          B. predict   bidirectional Transformer, MLM head -> logits (B, n, V), at positions only
          C. compare   cross-entropy at the masked words
-         fine-tuning  output at [CLS] -> linear layer, tanh (pool) -> new linear layer (Classifier)
+         fine-tuning  output at [CLS] -> linear layer, tanh (pool) -> new linear layer
 
 Run      python bert.py --fill "the <mask> statement is used to <mask>"
 Expect   36.6 ± 0.4 % of the masked words of new text are right, at a perplexity of 32.7 ± 0.4
@@ -146,22 +146,16 @@ class BERT(nn.Module):
         return self.pooler(x[:, 0]).tanh()
 
 
-class Classifier(nn.Module):
-    """BERT with a new linear layer on pool(), for fine-tuning: texts (B, T) -> scores (B, classes).
+class Pooled(nn.Module):
+    """BERT as an encoder for classifiers: texts (B, T) -> pool() of them (B, C). For fine-tuning, a
+    new linear layer follows: nn.Sequential(Pooled(bert), nn.Linear(C, classes))."""
 
-    A BatchNorm between them, as in MAE's probes (MAE, A.1), makes the scale of pool() irrelevant.
-    At first all texts get the same scores.
-    """
-
-    def __init__(self, bert, classes):
+    def __init__(self, bert):
         super().__init__()
-        dim = bert.pooler.out_features
-        self.bert, self.norm = bert, nn.BatchNorm1d(dim, affine=False)
-        self.head = nn.Linear(dim, classes)
-        nn.init.zeros_(self.head.weight)
+        self.bert = bert
 
     def forward(self, tokens):
-        return self.head(self.norm(self.bert.pool(tokens)))
+        return self.bert.pool(tokens)
 
 
 class Block(nn.Module):
@@ -351,21 +345,10 @@ def build(args, vocab):
                 args.dropout).to(args.device)
 
 
-# BERT's names of the tensors = the names in this file (-: not loaded).
-NAMES = ("position_ids=- seq_relationship=- bert.= gamma=weight beta=bias "
-         "embeddings.word_embeddings=token_embed embeddings.position_embeddings=pos_embed "
-         "embeddings.token_type_embeddings=segment_embed embeddings.LayerNorm=norm "
-         "encoder.layer=blocks attention.self=attn attention.output.dense=attn.proj "
-         "attention.output.LayerNorm=norm1 intermediate.dense=mlp.fc1 output.dense=mlp.fc2 "
-         "output.LayerNorm=norm2 pooler.dense=pooler cls.predictions.transform.dense=mlm_transform "
-         "cls.predictions.transform.LayerNorm=mlm_norm cls.predictions.=mlm_ "
-         "mlm_decoder.weight=token_embed.weight mlm_decoder.bias=mlm_bias")
-
-
 def load_published(args):
     """Loads the BERT of --weights and sets its sizes in args. Returns the model, its tokenizer, and
     whether it has an MLM head; a missing one (as in sentence encoders) is random."""
-    state, config = common.published(args.weights, "BERT", NAMES, "pos_embed.weight")
+    state, config = common.published(args.weights, "BERT", common.BERT, "pos_embed.weight")
     words = common.WordPiece.load(args.weights)
     for name in {"token_embed.weight", "mlm_bias"} & state.keys():
         if len(state[name]) == words.vocab:                    # special tokens come first here
@@ -494,24 +477,12 @@ def fill(args, model, words, tokens, positions):
 
 
 def finetune(args, model, passages, k, seed=0):
-    """Accuracy in % of a Classifier on a copy of the model, after fine-tuning what requires
+    """Accuracy in % of a copy of the model with a new linear layer, after fine-tuning what requires
     gradients on k passages per class."""
     i = common.k_shot(passages.labels, k, seed)
-    x, labels = passages.train[i], passages.labels[i]
-    torch.manual_seed(seed)
-    classifier = Classifier(copy.deepcopy(model), len(passages.names)).to(args.device).train()
-    optimizer = common.adamw(classifier.parameters(), args.tune_lr, weight_decay=.05)
-    for step in common.progress(range(args.tune_steps), "fine-tuning"):
-        for group in optimizer.param_groups:
-            group["lr"] = args.tune_lr * common.schedule(step, args.tune_steps, .1)
-        i = torch.randint(len(x), (min(64, len(x)),), device=x.device)
-        with common.autocast(args):
-            loss = F.cross_entropy(classifier(x[i]), labels[i])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    scores = common.encode(args, classifier.eval(), None, passages.test)
-    return 100 * (scores.argmax(1) == passages.test_labels).float().mean().item()
+    return common.finetune(args, Pooled(copy.deepcopy(model)), passages, passages.train[i],
+                           passages.labels[i], passages.test_labels, args.tune_steps,
+                           args.tune_lr, seed=seed)
 
 
 def few_labels(args, model, passages):

@@ -678,6 +678,15 @@ class Run:
             g.copy_(whole.view_as(g))
         return True
 
+    def update(self, loss):
+        """The end of a training step, for earlier stages; main() of each script spells it out."""
+        loss.backward()
+        if self.reduce(loss):
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.log(loss)
+
     @staticmethod
     def gather(z):
         """Gathers rows (n, ...) from all processes, with gradients: (processes * n, ...)."""
@@ -1037,16 +1046,17 @@ def label_table(args, images, rows):
                   *([name, *(f"{x:.1f}" for x in row[:wide])] for name, row in rows.items())])
 
 
-def finetune(args, f, images, x, labels, test_labels, steps, lr, batch=64, seed=0):
-    """Accuracy in % on images.test after training a new linear head and the unfrozen part of f.
+def finetune(args, f, data, x, labels, test_labels, steps, lr, batch=64, seed=0):
+    """Accuracy in % on data.test after training a new linear head and the unfrozen part of f.
 
-    f maps normalised images (B, 3, S, S) to features (B, C) and is changed in place. x
-    (n, 3, S, S), uint8, with labels (n,) are the labelled images; test_labels (m,).
+    data: Images or Passages. f maps normalised images (B, 3, S, S), or tokens (B, T), to features
+    (B, C) and is changed in place. x (n, ...) with labels (n,) are the labelled ones of data;
+    test_labels (m,).
     """
     torch.manual_seed(seed)
-    dim = encode(args, f.eval(), images, x[:1]).shape[1]
+    dim = encode(args, f.eval(), data, x[:1]).shape[1]
     head = nn.Linear(dim, int(labels.max()) + 1)
-    nn.init.zeros_(head.weight)                  # at first all images get the same scores
+    nn.init.zeros_(head.weight)                  # at first all get the same scores
     norm = nn.BatchNorm1d(dim, affine=False)     # as in MAE, A.1: scales differ widely
     model = nn.Sequential(f, norm, head).to(x.device).train()
     optimizer = adamw(model.parameters(), lr, weight_decay=.05)
@@ -1055,11 +1065,11 @@ def finetune(args, f, images, x, labels, test_labels, steps, lr, batch=64, seed=
             group["lr"] = lr * schedule(step, steps, .1)
         i = torch.randint(len(x), (min(batch, len(x)),), device=x.device)
         with autocast(args):
-            loss = F.cross_entropy(model(images.normalize(x[i])), labels[i])
+            loss = F.cross_entropy(model(data.normalize(x[i])), labels[i])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    scores = encode(args, model.eval(), images, images.test)
+    scores = encode(args, model.eval(), data, data.test)
     return 100 * (scores.argmax(1) == test_labels).float().mean().item()
 
 
@@ -1890,6 +1900,17 @@ def load_text(name, data_dir="data", parts=1, utf8=False, flag="--data"):
                 [raw[at:] for raw, at in zip(documents.values(), cut)])
 
 
+def windows(args, name, T, tokens, flag="--data"):
+    """Windows of T tokens of a text: training windows start at every token, (n, T); validation
+    windows do not overlap, (m, T)."""
+    text = load_text(name, args.data_dir, flag=flag)
+    train, val = (tokens.stream(part).to(args.device) for part in (text.train, text.val))
+    require(len(val) >= T <= len(train), f"the last tenth of {flag} {name} has {len(val)} tokens, "
+            f"the rest {len(train)}, and a context of {T} needs as many in both: take a longer "
+            "text or a shorter --context")
+    return train.unfold(0, T, 1), val.unfold(0, T, T)
+
+
 def read_documents(path):
     """Reads a file or a folder: {name: bytes}. Prints a summary of a folder."""
     require(path.is_dir() or path.is_file(), f"{path} is no regular file")
@@ -2209,6 +2230,70 @@ class Passages:
         self.train, self.labels = cut(train, size)
         self.test, self.test_labels = cut(test, max(1, size // 2))
 
+    def normalize(self, x):
+        """Tokens stay as they are. (finetune normalises images.)"""
+        return x
+
+
+# The examples of lora.py.
+
+
+def load_examples(args, tokens):
+    """Training and validation examples of the new text: tokens and targets, (n, 2, 1 + T) and
+    (m, 2, 1 + T), each with the newline before it."""
+    text = load_text(args.data, args.data_dir)
+    if isinstance(tokens, Bytes) and not args.data.endswith(".tsv"):
+        train, val = (line_starts(args, documents, tokens) for documents in (text.train, text.val))
+    else:
+        whole = [a + b for a, b in zip(text.train, text.val)]
+        rows = lines(args, [line for raw in whole for line in raw.splitlines()], tokens)
+        train, val = rows[:len(rows) * 9 // 10], rows[len(rows) * 9 // 10:]
+    require(args.k <= len(train) and len(val), f"--k {args.k} is more than the {len(train)} "
+                   f"examples of {args.example} tokens that --data {args.data} has ({len(val)} in "
+                   "its last tenth, to test on): take a longer text, or a smaller --k or --example")
+    return train, val
+
+
+def line_starts(args, documents, tokens):
+    """Examples of T = --example bytes from the start of each line on, into the next if need be."""
+    x, T, newline = tokens.stream(documents).to(args.device), args.example, ord("\n")
+    if len(x) <= T:
+        return x.new_empty(0, 2, T + 1)
+    i = ((x[:-T] == newline) & (x[1:len(x) - T + 1] != newline)).nonzero().flatten()
+    rows = x.unfold(0, T + 1, 1)[i]
+    rows = rows[(rows != tokens.BOS).all(1)]                              # within one document
+    return torch.stack([rows, F.pad(rows[:, 1:], (1, 0), value=-100)], 1)
+
+
+def lines(args, texts, tokens):
+    """Examples of whole lines, cut at --example tokens or padded with BOS, which is ignored in the
+    loss, and so is the text before the first tab in a .tsv. At most 20,000 of them."""
+    pairs, T = args.data.endswith(".tsv"), args.example
+    newline, rows = tokens.encode("\n"), []
+    for i in torch.linspace(0, len(texts) - 1, min(len(texts), 20_000)).long().tolist():
+        line, number = texts[i], i + 1
+        before, tab, after = line.partition(b"\t") if pairs else (b"", b"", line)
+        require(tab or not pairs or not line.strip(), f"line {number} of {args.data} has no "
+                       "tab: each line is a pair, with a tab between its texts")
+        given, counted = tokens.encode(before + tab), tokens.encode(after + b"\n")
+        if after.strip() and len(given) < T:
+            x = torch.cat([newline, given, counted])[:T + 1]
+            target = torch.cat([torch.full_like(x[:1 + len(given)], -100), x[1 + len(given):]])
+            rows.append(torch.stack([F.pad(x, (0, T + 1 - len(x)), value=tokens.BOS),
+                                     F.pad(target, (0, T + 1 - len(x)), value=-100)]))
+    return torch.stack(rows).to(args.device) if rows else torch.zeros(0, 2, T + 1)
+
+
+def choose(train, k, seed):
+    """Chooses k of the examples (n, 2, 1 + T) at random; a smaller k gives the first of them."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    return train[order[:k].to(train.device)].long()
+
+
+def in_a_row(examples, bos):
+    """The tokens of examples (k, 2, 1 + T) as one sequence (n,), without the BOS of the padding."""
+    return examples[:, 0][examples[:, 0] != bos]
+
 
 # ------------------------------------------------------------------------- published weights
 
@@ -2320,6 +2405,21 @@ def published(path, kind, names, needs, flag="--weights"):
     require(needs in state, f"{flag} {path} is no {kind}: fetch {HUB[kind]}")
     return state, config
 
+
+# GPT-2's names of the tensors = ours (-: the causal mask, not loaded).
+GPT2 = ("transformer.= wte=token_embed lm_head=token_embed wpe=pos_embed h.=blocks. ln_f.=norm. "
+        "ln_=norm c_attn=qkv attn.c_proj=attn.proj mlp.c_proj=mlp.fc2 c_fc=fc1 .attn.bias=- "
+        ".attn.masked_bias=-")
+
+# BERT's names of the tensors = ours (-: not loaded).
+BERT = ("position_ids=- seq_relationship=- bert.= gamma=weight beta=bias "
+        "embeddings.word_embeddings=token_embed embeddings.position_embeddings=pos_embed "
+        "embeddings.token_type_embeddings=segment_embed embeddings.LayerNorm=norm "
+        "encoder.layer=blocks attention.self=attn attention.output.dense=attn.proj "
+        "attention.output.LayerNorm=norm1 intermediate.dense=mlp.fc1 output.dense=mlp.fc2 "
+        "output.LayerNorm=norm2 pooler.dense=pooler cls.predictions.transform.dense=mlm_transform "
+        "cls.predictions.transform.LayerNorm=mlm_norm cls.predictions.=mlm_ "
+        "mlm_decoder.weight=token_embed.weight mlm_decoder.bias=mlm_bias")
 
 # The names of a ViT's tensors in transformers (versions 4 and 5) and timm = ours.
 VIT = ("patch_embeddings.projection=patch_embed patch_embed.proj=patch_embed decoder.= vit.= "

@@ -669,13 +669,7 @@ def train_lm(args, tokenizer):
             inputs, target = run.part((inputs, target))                     # this process's part
             prediction = model(inputs)                                              # B. predict
             loss = distance(prediction, target)                                     # C. compare
-        loss.backward()
-        if not run.reduce(loss):           # averages over --accumulate parts and processes
-            continue
-        nn.utils.clip_grad_norm_(model.parameters(), lm_args.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.log(loss)
+        run.update(loss)                   # backward, clip, step: spelled out in main()
     return lm_args.out
 
 
@@ -706,13 +700,7 @@ def train_vit(args, tokenizer, scenes, images):
             i = own[start:start + vit_args.batch].to(args.device)
         with run.autocast():
             loss = clip_loss(*model(normalize(images[i]), words[i]))
-        loss.backward()
-        if not run.reduce(loss):           # averages over --accumulate parts and processes
-            continue
-        nn.utils.clip_grad_norm_(model.parameters(), vit_args.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.log(loss)
+        run.update(loss)                   # backward, clip, step: spelled out in main()
     return vit_args.out
 
 
@@ -741,15 +729,14 @@ def load_lm(args, folder):
 def load_vit(args, folder):
     """Loads the ViT of a run of mae.py or this script: the ViT, its patch size, {mean, std}."""
     state = common.read_checkpoint(folder, "mae.py", common.script(args), flag="--vit")
-    saved, own = state["args"], state["script"] == common.script(args)
-    prefix = "vit." if own else "encoder."
+    saved, about = state["args"], state["about"]
+    prefix = "encoder." if state["script"] == "mae.py" else "vit."
     weights = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
-    is_vit = not own or "text_proj.weight" in state["model"]    # a whole Flamingo has a vit., too
-    is_vit = is_vit and {"mean", "std"} <= state["about"].keys()
+    is_vit = {"mean", "std"} <= about.keys()                   # a whole Flamingo has a vit., too
     common.require(weights and is_vit, f"{folder} holds no ViT: try --vit {folder}/vit")
     vit = ViT(args.image_size, saved["patch"], saved["dim"], saved["depth"], saved["heads"])
     vit.load_state_dict(weights)
-    return vit, saved["patch"], {name: state["about"][name] for name in ("mean", "std")}
+    return vit, saved["patch"], {name: about[name] for name in ("mean", "std")}
 
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -790,17 +777,6 @@ def evaluate(args, model, tokenizer, asked, features):
     return {group: 100 * sum(found) / len(found) for group, found in right.items()}
 
 
-def own_prompt(args, tokenizer, context, own):
-    """--prompt as a list of common.Query on the first images. UserError if it does not fit."""
-    prompt, n = tokenizer.encode(f"<end> {args.prompt}"), args.tests if own is None else len(own)
-    count = prompt.count(tokenizer.image)
-    common.require(count <= n, f"--prompt has {count} <image> tokens, and there are {n} images of "
-                   f"--data {args.data}")
-    common.require(len(prompt) < context, f"--prompt has {len(prompt)} tokens, and the context of "
-                   f"{context} has to hold it and its answer: shorten it")
-    return [common.Query((), args.prompt, list(range(count)))] if args.prompt else []
-
-
 def describe(args, model, tokenizer, asked, features, images):
     """Writes scenes.png, twelve test images. Returns the model's text about each, as lines."""
     common.save_png(f"{args.out}/scenes.png", images[:12].float() / 255, 6)
@@ -833,22 +809,24 @@ def tables(args, model, right):
         f"tanh of the gates (attention, feed-forward) of each layer: {gates}"])
 
 
-def show(args, run, model, tokenizer, own, statistics):
-    """Evaluates the model and prints the results. Without training: only answers --prompt."""
+def show(args, run, model, tokenizer, pictures, statistics):
+    """Evaluates the model and prints the results; of a finished run it only answers --prompt."""
     asked, scenes = common.queries(args.seed, args.tests, args.shots)
     images = common.paint(scenes, args.seed + 1_000_000, args.image_size, args.device)
-    context, mine = len(model.lm.pos_embed.weight), []
-    for q in own_prompt(args, tokenizer, context, own):
-        features = encode(args, model, images[:args.tests] if own is None else own, statistics)
-        mine = [f"{q.prompt} -> {answers(args, model, tokenizer, [q], features)[0]}"]
-    if mine and run.loss is None:
-        return common.say(mine[0])
+    context, reply = len(model.lm.pos_embed.weight), []
+    if args.prompt:
+        query = common.Query((), args.prompt, list(range(args.prompt.count("<image>"))))
+        pictures = images[:args.tests] if pictures is None else pictures
+        features = encode(args, model, pictures, statistics)
+        reply = [f"{args.prompt} -> {answers(args, model, tokenizer, [query], features)[0]}"]
+    if reply and run.loss is None and (run.out / "result.json").exists():
+        return common.say(reply[0])
     fits = lambda q: len(tokenizer.encode(f"<end> {q.prompt} {q.answer} <end>")) <= context
-    asked = [q for q in asked if not q.group[0].endswith("of 3") and fits(q)]   # see few_shot.py
+    asked = [q for q in asked if not q.group[0].endswith("of 3") and fits(q)]
     features = encode(args, model, images, statistics)
     lines = describe(args, model, tokenizer, asked, features, images)
     right = evaluate(args, model, tokenizer, asked, features)
-    lines += ["", *mine] if mine else []
+    lines += ["", *reply] if reply else []
     captions = right.get(("caption", "1 figure"), math.nan)             # with bytes, none may fit
     common.report(run, f"captions of one figure {captions:.1f} %",
                   dict(lines=lines, right={", ".join(group): x for group, x in right.items()}))
@@ -875,37 +853,42 @@ def build_optimizer(args, model):
     return optimizer
 
 
-def check(args, words):
+def check(args, tokenizer, context):
     """Raises ValueError for mistakes that would otherwise show only after the training of the LM.
-    Returns the images of --data, (n, 3, S, S) uint8, or None for the test scenes."""
-    own = None
+    Returns the images that --prompt is about, (n, 3, S, S) uint8; None: the test scenes."""
+    pictures, n = None, args.tests
     if args.data != "scenes":
         common.require(args.data.endswith(".npz"), "--data takes scenes, or an .npz with images "
                        f"that --prompt is about, not {args.data!r}")
         common.require(args.prompt, f"--data {args.data} needs a --prompt about its images, such "
                        'as "<image> what colour is it ?"')
-        own = common.read_pictures(Path(args.data), args.image_size, args.device)
-    if args.vit:
-        load_vit(args, args.vit)
-    else:
+        pictures = common.read_pictures(Path(args.data), args.image_size, args.device)
+        n = len(pictures)
+    prompt = tokenizer.encode(f"<end> {args.prompt}")
+    count = prompt.count(tokenizer.image)
+    common.require(count <= n, f"--prompt has {count} <image> tokens, and there are {n} images of "
+                   f"--data {args.data}")
+    common.require(len(prompt) < context, f"--prompt has {len(prompt)} tokens, and the context of "
+                   f"{context} has to hold it and its answer: shorten it")
+    if not args.vit:
         build_vit(args)
         common.require(args.vit_batch <= args.images, f"--vit-batch {args.vit_batch} is more than "
                        f"the {args.images} --images")
-    if not args.lm:
-        own_prompt(args, words, args.context, own)
-    return own
+    return pictures
 
 
 @common.setup
 def main(args):
     words = common.SceneTokens()
-    own = check(args, words)
+    lm, tokenizer = load_lm(args, args.lm) if args.lm else (None, words)
+    vit = load_vit(args, args.vit) if args.vit else None
+    context = len(lm.pos_embed.weight) if lm else args.context
+    pictures = check(args, tokenizer, context)
     scenes = common.Scenes(args.seed, args.images, common.SEEN)
     images = common.paint(scenes.all, args.seed, args.image_size, args.device)
-    lm, tokenizer = load_lm(args, args.lm or train_lm(args, words))
-    context = len(lm.pos_embed.weight)
-    own_prompt(args, tokenizer, context, own)                          # fail early if it is wrong
-    vit, patch, statistics = load_vit(args, args.vit or train_vit(args, words, scenes, images))
+    if not lm:
+        lm, _ = load_lm(args, train_lm(args, words))
+    vit, patch, statistics = vit or load_vit(args, train_vit(args, words, scenes, images))
     torch.manual_seed(args.seed)
     model = Flamingo(lm, vit, patch, tokenizer.image, args.every, args.latents,
                      args.resampler_depth, args.attend, args.gate_start).to(args.device)
@@ -934,7 +917,7 @@ def main(args):
         run.log(loss)
 
     model.eval()
-    show(args, run, model, tokenizer, own, statistics)
+    show(args, run, model, tokenizer, pictures, statistics)
     return model
 
 

@@ -283,15 +283,9 @@ BYTES = common.Bytes()
 BOS = BYTES.BOS
 
 
-# GPT-2's names of the tensors = the names in this file (-: the causal mask, not loaded).
-NAMES = ("transformer.= wte=token_embed lm_head=token_embed wpe=pos_embed h.=blocks. ln_f.=norm. "
-         "ln_=norm c_attn=qkv attn.c_proj=attn.proj mlp.c_proj=mlp.fc2 c_fc=fc1 .attn.bias=- "
-         ".attn.masked_bias=-")
-
-
 def load_gpt2(args, path, flag="--weights", dropout=0.):
     """Loads GPT-2 from a folder and sets its sizes in args. Returns the model, its tokenizer."""
-    state, config = common.published(path, "GPT-2", NAMES, "pos_embed.weight", flag)
+    state, config = common.published(path, "GPT-2", common.GPT2, "pos_embed.weight", flag)
     state = {name: x.T if x.ndim == 2 and "embed" not in name else x
              for name, x in state.items()}                              # theirs are (in, out)
     tokenizer, (context, args.dim) = common.BPE.load(path), state["pos_embed.weight"].shape
@@ -313,17 +307,6 @@ def pixels(args):
         return F.interpolate(grey, size=[size, size], mode="area").round().byte().flatten(1)
     return [torch.cat([rows(part) for part in x.split(1000)])
             for x in (images.train, images.test[:2000])]
-
-
-def windows(args, tokenizer=BYTES):
-    """Windows of --context tokens of a text: training windows start at every token, (n, context);
-    validation windows do not overlap, (m, context)."""
-    text, T = common.load_text(args.data, args.data_dir), args.context
-    train, val = (tokenizer.stream(part).to(args.device) for part in (text.train, text.val))
-    common.require(len(val) >= T <= len(train), f"the last tenth of --data {args.data} has "
-                   f"{len(val)} tokens, the rest {len(train)}, and --context {T} needs as many in "
-                   "both: take a longer text or a shorter context")
-    return train.unfold(0, T, 1), val.unfold(0, T, T)
 
 
 @torch.no_grad()
@@ -389,7 +372,8 @@ def main(args):
         common.require(not args.steps, "--steps trains --weights on a text: give its --data, too")
         common.say(write(args, model.to(args.device).eval(), prompt, tokenizer))
         return model
-    train, val = pixels(args) if images else windows(args, tokenizer)          # (n, T), (m, T)
+    train, val = pixels(args) if images else common.windows(                   # (n, T), (m, T)
+        args, args.data, args.context, tokenizer)
     most = 2 ** 14 if args.weights else 2 ** 18                 # tokens to evaluate, evenly spaced
     val = common.evenly(val, max(1, most // val.shape[1]))
     model = model or GPT(tokenizer.vocab, train.shape[1], args.dim, args.depth, args.heads,

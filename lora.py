@@ -465,83 +465,14 @@ def sample(model, prompt, n, temperature=1.):
 
 
 BYTES = common.Bytes()
-IGNORE = -100                                 # a target that the loss ignores
-
-
-def windows(args, name, T, tokenizer=BYTES):
-    """Windows of T tokens of a text: training windows start at every token, (n, T); validation
-    windows do not overlap, (m, T)."""
-    text = common.load_text(name, args.data_dir, flag="--old")
-    train, val = (tokenizer.stream(part).to(args.device) for part in (text.train, text.val))
-    common.require(len(val) >= T <= len(train), f"the last tenth of --old {name} has {len(val)} "
-                   f"tokens, the rest {len(train)}, and a context of {T} needs as many in both: "
-                   "take a longer text or a shorter --context")
-    return train.unfold(0, T, 1), val.unfold(0, T, T)
-
-
-def load_examples(args, tokenizer=BYTES):
-    """Training and validation examples of the new text: tokens and targets, (n, 2, 1 + T) and
-    (m, 2, 1 + T), each with the newline before it."""
-    text = common.load_text(args.data, args.data_dir)
-    if tokenizer is BYTES and not args.data.endswith(".tsv"):
-        train, val = (line_starts(args, documents) for documents in (text.train, text.val))
-    else:
-        whole = [a + b for a, b in zip(text.train, text.val)]
-        rows = lines(args, [line for raw in whole for line in raw.splitlines()], tokenizer)
-        train, val = rows[:len(rows) * 9 // 10], rows[len(rows) * 9 // 10:]
-    common.require(args.k <= len(train) and len(val), f"--k {args.k} is more than the {len(train)} "
-                   f"examples of {args.example} tokens that --data {args.data} has ({len(val)} in "
-                   "its last tenth, to test on): take a longer text, or a smaller --k or --example")
-    return train, val
-
-
-def line_starts(args, documents):
-    """Examples of T = --example bytes from the start of each line on, into the next if need be."""
-    x, T, newline = BYTES.stream(documents).to(args.device), args.example, ord("\n")
-    if len(x) <= T:
-        return x.new_empty(0, 2, T + 1)
-    i = ((x[:-T] == newline) & (x[1:len(x) - T + 1] != newline)).nonzero().flatten()
-    rows = x.unfold(0, T + 1, 1)[i]
-    rows = rows[(rows != BYTES.BOS).all(1)]                              # within one document
-    return torch.stack([rows, F.pad(rows[:, 1:], (1, 0), value=IGNORE)], 1)
-
-
-def lines(args, texts, tokenizer):
-    """Examples of whole lines, cut at --example tokens or padded with BOS, which is ignored in the
-    loss, and so is the text before the first tab in a .tsv. At most 20,000 of them."""
-    pairs, T = args.data.endswith(".tsv"), args.example
-    newline, rows = tokenizer.encode("\n"), []
-    for i in torch.linspace(0, len(texts) - 1, min(len(texts), 20_000)).long().tolist():
-        line, number = texts[i], i + 1
-        before, tab, after = line.partition(b"\t") if pairs else (b"", b"", line)
-        common.require(tab or not pairs or not line.strip(), f"line {number} of {args.data} has no "
-                       "tab: each line is a pair, with a tab between its texts")
-        given, counted = tokenizer.encode(before + tab), tokenizer.encode(after + b"\n")
-        if after.strip() and len(given) < T:
-            x = torch.cat([newline, given, counted])[:T + 1]
-            target = torch.cat([torch.full_like(x[:1 + len(given)], IGNORE), x[1 + len(given):]])
-            rows.append(torch.stack([F.pad(x, (0, T + 1 - len(x)), value=tokenizer.BOS),
-                                     F.pad(target, (0, T + 1 - len(x)), value=IGNORE)]))
-    return torch.stack(rows).to(args.device) if rows else torch.zeros(0, 2, T + 1)
-
-
-def choose(train, k, seed):
-    """Chooses k of the examples (n, 2, 1 + T) at random; a smaller k gives the first of them."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    return train[order[:k].to(train.device)].long()
-
-
-def in_a_row(examples, bos):
-    """The tokens of examples (k, 2, 1 + T) as one sequence (n,), without the BOS of the padding."""
-    return examples[:, 0][examples[:, 0] != bos]
 
 
 def to_test(args, val, old, context, tokenizer=BYTES):
     """Subsets of the validation examples and of the old text's validation windows; they are smaller
     for published weights."""
     m, n = (100, 20) if args.uses_published else (400, 100)
-    _, windows_of_old = windows(args, old, min(context, 256), tokenizer)
-    return common.evenly(val, m), common.evenly(windows_of_old, n)
+    _, old = common.windows(args, old, min(context, 256), tokenizer, "--old")
+    return common.evenly(val, m), common.evenly(old, n)
 
 
 # -------------------------------------------------------------------------------------- the base
@@ -554,7 +485,7 @@ def pretrain(args):
         weight_decay=.1, warmup=.05, data=args.old or "pydocs")
     if done:
         return base_args.out
-    train, _ = windows(base_args, base_args.data, args.context)
+    train, _ = common.windows(args, base_args.data, args.context, BYTES, "--old")
     model = GPT(BYTES.vocab, args.context, args.dim, args.depth, args.heads, args.base_dropout)
     adapt_base(args, copy.deepcopy(model))                # fail early if something does not fit
     common.require(args.example < args.context, f"--example {args.example} does not fit in "
@@ -569,13 +500,7 @@ def pretrain(args):
             inputs, target = run.part((inputs, target))                     # this process's part
             prediction = model(inputs)                                              # B. predict
             loss = distance(prediction, target)                                     # C. compare
-        loss.backward()
-        if not run.reduce(loss):           # averages over --accumulate parts and processes
-            continue
-        nn.utils.clip_grad_norm_(model.parameters(), base_args.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.log(loss)
+        run.update(loss)                   # backward, clip, step: spelled out in main()
     return base_args.out
 
 
@@ -583,13 +508,14 @@ def load_base(args, folder):
     """Loads the base from the folder of a run of gpt.py or lora.py, or of GPT-2. Returns it and a
     dict: its folder (base), its fingerprint, the text that it was trained on (old), and the folder
     of the published weights that it started from (weights, "" if none)."""
-    if args.uses_published:
-        model, _ = load_gpt2(args, args.base, "--base")
-        about = dict(base=args.base, fingerprint=common.fingerprint(model.state_dict()),
-                     old=args.old or "pydocs", weights=args.base)
-        return model.to(args.device).eval(), about
     read = lambda folder: common.read_checkpoint(folder, "gpt.py", "lora.py", flag="--base")
-    folder = read(folder)["about"].get("base", folder)    # lora.py: the base of that run
+    if common.has_run(folder):
+        folder = read(folder)["about"].get("base", folder)    # lora.py: the base of that run
+    if not common.has_run(folder):
+        model, _ = load_gpt2(args, folder, "--base")
+        about = dict(base=folder, fingerprint=common.fingerprint(model.state_dict()),
+                     old=args.old or "pydocs", weights=folder)
+        return model.to(args.device).eval(), about
     state = read(folder)
     saved, weights = state["args"], state["model"]
     common.require(not common.is_images(saved["data"]), f"the base in {folder} was trained on "
@@ -602,15 +528,9 @@ def load_base(args, folder):
         weights=saved.get("weights", ""))
 
 
-# GPT-2's names of the tensors = the names in this file (-: the causal mask, not loaded).
-NAMES = ("transformer.= wte=token_embed lm_head=token_embed wpe=pos_embed h.=blocks. ln_f.=norm. "
-         "ln_=norm c_attn=qkv attn.c_proj=attn.proj mlp.c_proj=mlp.fc2 c_fc=fc1 .attn.bias=- "
-         ".attn.masked_bias=-")
-
-
 def load_gpt2(args, path, flag="--weights", dropout=0.):
     """Loads GPT-2 from a folder and sets its sizes in args. Returns the model, its tokenizer."""
-    state, config = common.published(path, "GPT-2", NAMES, "pos_embed.weight", flag)
+    state, config = common.published(path, "GPT-2", common.GPT2, "pos_embed.weight", flag)
     state = {name: x.T if x.ndim == 2 and "embed" not in name else x
              for name, x in state.items()}                              # theirs are (in, out)
     tokenizer, (context, args.dim) = common.BPE.load(path), state["pos_embed.weight"].shape
@@ -623,8 +543,9 @@ def load_gpt2(args, path, flag="--weights", dropout=0.):
 
 def publish(model):
     """The tensors of a GPT under GPT-2's names, as transformers loads them."""
-    found = {common.rename(name, NAMES, back=True): x for name, x in model.state_dict().items()}
-    return {f"transformer.{name}": x.T.contiguous() if x.ndim == 2 and "h." in name else x
+    found = {f"transformer.{common.rename(name, common.GPT2, back=True)}": x
+             for name, x in model.state_dict().items()}
+    return {name: x.T.contiguous() if x.ndim == 2 and ".h." in name else x
             for name, x in found.items()}
 
 
@@ -653,7 +574,7 @@ def evaluate(args, model, x, target=None, examples=None, bos=BYTES.BOS):
         for part in both.split(max(1, 2048 // T)):
             x, target = part.unbind(1)
             inputs, _ = mask(x if examples is None else in_context(examples, x), bos)
-            prediction, counted = model(inputs)[:, -T:], (target != IGNORE).sum().item()
+            prediction, counted = model(inputs)[:, -T:], (target != -100).sum().item()
             nats, count = nats + distance(prediction, target).item() * counted, count + counted
     common.bounded(math.isfinite(nats))
     return nats / count
@@ -710,14 +631,14 @@ def main(args):
     recipe(args)
     base = load_base(args, args.base) if args.base else None        # fail early if it is wrong
     tokenizer = common.BPE.load(base[1]["weights"]) if base and base[1]["weights"] else BYTES
-    train, val = load_examples(args, tokenizer)                    # (n, 2, 1 + T), (m, 2, 1 + T)
+    train, val = common.load_examples(args, tokenizer)              # (n, 2, 1 + T), (m, 2, 1 + T)
     model, about = base or load_base(args, pretrain(args))
     count, context = sum(p.numel() for p in model.parameters()), len(model.pos_embed.weight)
     val, old = to_test(args, val, about["old"], context, tokenizer)
-    examples = choose(train, args.k, args.seed)                     # (k, 2, 1 + T)
+    examples = common.choose(train, args.k, args.seed)                     # (k, 2, 1 + T)
     start = losses(args, model, val, old, tokenizer.BOS) | dict(trained=0, bytes=0)
     rows, texts = {"the base": start}, {"the base": write(args, model, tokenizer)}
-    given = in_a_row(examples, tokenizer.BOS)                          # (n,)
+    given = common.in_a_row(examples, tokenizer.BOS)                          # (n,)
     if len(given) + val.shape[2] <= context:
         rows[f"{args.k} examples in the prompt (in-context)"] = start | dict(
             new=evaluate(args, model, *val.unbind(1), given, tokenizer.BOS),

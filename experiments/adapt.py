@@ -185,7 +185,7 @@ def main(own):
     known = lora.load_base(args, args.base) if args.base else None
     weights = known[1]["weights"] if known else ""
     tokens = common.BPE.load(weights) if weights else lora.BYTES
-    train, val = lora.load_examples(args, tokens)
+    train, val = common.load_examples(args, tokens)
     if own.search:                                  # on other text than what is reported
         train, val = train[:len(train) * 9 // 10], train[len(train) * 9 // 10:]
     torch.manual_seed(args.seed)
@@ -201,9 +201,9 @@ def main(own):
         if len(row.get("new", ())) > repeat:                                    # it is done
             continue
         how = dataclasses.replace(args, k=k, lr=lr, seed=args.seed + 1000 * repeat)
-        examples = lora.choose(train, k, how.seed)
+        examples = common.choose(train, k, how.seed)
         if method == "in-context":
-            given = lora.in_a_row(examples, tokens.BOS)
+            given = common.in_a_row(examples, tokens.BOS)
             new = lora.evaluate(how, base, *val.unbind(1), given, tokens.BOS)
             found = dict(new=new, old=start[1], trained=0, seconds=0.,
                          bytes=tokens.sizes[given.cpu()].sum().item())

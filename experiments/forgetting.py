@@ -124,11 +124,11 @@ def follow(args, base, examples, at, measure):
 def load(args, seed):
     """The base of a seed, which is trained if it is not there yet: the model, what it is, and the
     texts: examples (k, 2, 1 + T), new (m, 2, 1 + T) and old (m, context) to evaluate on."""
-    train, val = lora.load_examples(args)
+    train, val = common.load_examples(args, lora.BYTES)
     torch.manual_seed(seed)
     model, about = lora.load_base(args, args.base or lora.pretrain(args))
     new, old = lora.to_test(args, val, about["old"], len(model.pos_embed.weight))
-    return model, about, lora.choose(train, args.k, seed), new, old
+    return model, about, common.choose(train, args.k, seed), new, old
 
 
 def reached(curve, loss, what="old"):

@@ -191,7 +191,7 @@ def evaluate(model, asked, examples, language, in_context=False):
     accuracy in %, the same of those words alone whose class is among the examples', and loss in
     nats per token of the endings."""
     right, nats, count = [], 0., 0
-    given = lora.in_a_row(language.rows(examples), language.BOS)
+    given = common.in_a_row(language.rows(examples), language.BOS)
     for part in language.rows(asked).split(max(1, 4096 // (len(given) + 1))):
         x, target = part.unbind(1)
         inputs, _ = lora.mask(lora.in_context(given, x) if in_context else x, language.BOS)

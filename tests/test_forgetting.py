@@ -71,7 +71,7 @@ def test_the_training_is_that_of_lora_py_at_a_constant_rate(done, monkeypatch):
     args = forgetting.prepared(own, 3)
     args.method = "full"
     base, about, examples, new, old = forgetting.load(args, 3)
-    assert about["fingerprint"] == found["bases"]["3"]["base"] and examples.equal(lora.choose(lora.load_examples(args)[0], 6, 3))
+    assert about["fingerprint"] == found["bases"]["3"]["base"] and examples.equal(common.choose(common.load_examples(args, lora.BYTES)[0], 6, 3))
     torch.manual_seed(3)
     model = lora.adapt_base(args, base)
     optimizer = common.adamw(model.parameters(), 0., args.weight_decay)

@@ -356,7 +356,7 @@ def test_windows_and_the_loss_on_them(tmp_path):
     (tmp_path / "a.txt").write_text("abcdefghij" * 5)
     (tmp_path / "b.txt").write_text("0123456789" * 4)
     args = gpt.Args(data=str(tmp_path), context=3, device="cpu", dtype="float32")
-    train, val = gpt.windows(args)
+    train, val = common.windows(args, args.data, args.context, gpt.BYTES)
     decode = lambda row: common.Bytes().decode(row)
     assert train.shape == (45 + 36 + 2 - 2, 3) and train[0].tolist() == [BOS, 97, 98]     # 90 % of each, and BOS
     assert decode(train[1]) == "abc" and train[44].tolist() == [ord("d"), ord("e"), BOS]

@@ -393,16 +393,16 @@ def test_examples_begin_where_lines_do(tmp_path):
     for i in 1, 2:
         (tmp_path / f"{i}.txt").write_bytes(text + b"the end %d\n" % i * 6)
     args = lora.Args(data=str(tmp_path), example=7, k=1, device="cpu")
-    train, val = lora.load_examples(args)
+    train, val = common.load_examples(args, lora.BYTES)
     for part, rows in zip(("train", "val"), (train, val)):
         found = []
         for raw in getattr(common.load_text(str(tmp_path)), part):          # documents are not glued together
             found += [raw[i:i + 8] for i in range(len(raw) - 7) if raw[i:i + 1] == b"\n" and raw[i + 1:i + 2] != b"\n"]
         assert [bytes(row.tolist()) for row in rows[:, 0]] == found and len(found) > 3
         assert (rows[:, 1, 0] == -100).all() and torch.equal(rows[:, 1, 1:], rows[:, 0, 1:])
-    two, five = (lora.choose(train, k, 3) for k in (2, 5))
-    assert torch.equal(two, five[:2]) and not torch.equal(two, lora.choose(train, 2, 4))
-    assert len(lora.choose(train, len(train), 3).unique(dim=0)) == len(train.unique(dim=0))
+    two, five = (common.choose(train, k, 3) for k in (2, 5))
+    assert torch.equal(two, five[:2]) and not torch.equal(two, common.choose(train, 2, 4))
+    assert len(common.choose(train, len(train), 3).unique(dim=0)) == len(train.unique(dim=0))
 
 
 def test_recipe():
@@ -591,8 +591,8 @@ def test_the_figures_are_those_of_the_adapter(done, texts):
     file, plain = torch.load(out / "adapter.pt", weights_only=True), copy.deepcopy(model)
     assert file["fingerprint"] == about["fingerprint"]
     lora.load_adapter(lora.adapt(model, **file["adapter"]), file["tensors"])
-    val = common.evenly(lora.load_examples(args)[1], 400)
-    old = common.evenly(lora.windows(args, args.old, 40)[1], 100)
+    val = common.evenly(common.load_examples(args, lora.BYTES)[1], 400)
+    old = common.evenly(common.windows(args, args.old, 40, lora.BYTES)[1], 100)
     row = result(out)["rows"]["lora"]
     assert lora.losses(args, model, val, old) == {name: row[name] for name in ("new", "old")}
     with torch.no_grad():

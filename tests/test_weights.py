@@ -389,10 +389,10 @@ def test_eps_of_the_config_goes_into_the_layer_norms(gpt2):
 
 def test_examples_of_lines_and_of_pairs(gpt2, tmp_path):
     tokens = common.BPE.load(gpt2[1])
-    ids, newline, none = lambda text: tokens.encode(text).tolist(), tokens.encode("\n").item(), lora.IGNORE
+    ids, newline, none = lambda text: tokens.encode(text).tolist(), tokens.encode("\n").item(), -100
     texts = ["the\tqueen 12", "", "abc\tin the queue, and so on and on", "the " * 12 + "\tabc", "x\t "]
     for name, pairs in ("x.tsv", True), ("x.txt", False):
-        rows = lora.lines(lora.Args(data=name, example=10, device="cpu"), [text.encode() for text in texts], tokens)
+        rows = common.lines(lora.Args(data=name, example=10, device="cpu"), [text.encode() for text in texts], tokens)
         expected = []
         for text in texts:
             a, b = text.split("\t") if text else ("", "")
@@ -402,9 +402,9 @@ def test_examples_of_lines_and_of_pairs(gpt2, tmp_path):
                 target = [none, *[none] * len(given), *counted][:11]
                 expected.append([x + [tokens.BOS] * (11 - len(x)), target + [none] * (11 - len(x))])
         assert rows.tolist() == expected and len(expected) == (2 if pairs else 4)
-    assert lora.in_a_row(rows[:1], tokens.BOS).tolist() == [newline, *ids(texts[0] + "\n")]
+    assert common.in_a_row(rows[:1], tokens.BOS).tolist() == [newline, *ids(texts[0] + "\n")]
     with pytest.raises(UserError, match="line 2 of x.tsv has no tab"):
-        lora.lines(lora.Args(data="x.tsv"), [b"a\tb", b"a b"], common.Bytes())
+        common.lines(lora.Args(data="x.tsv"), [b"a\tb", b"a b"], common.Bytes())
 
 
 def test_all_methods_adapt_a_gpt2(gpt2, tmp_path):
@@ -442,7 +442,7 @@ def test_lora_adapts_a_gpt2_and_gives_it_back(gpt2, tmp_path):
     assert torch.cat(nats).mean().item() == pytest.approx(rows["the base"]["new"], rel=1e-5)
     file = torch.load(tmp_path / "run/adapter.pt", weights_only=True)
     lora.load_adapter(lora.adapt(base, **file["adapter"]), file["tensors"])
-    assert lora.losses(args, base, lora.load_examples(args, tokens)[1], torch.zeros(1, 9), tokens.BOS)["new"] == rows["lora"]["new"]
+    assert lora.losses(args, base, common.load_examples(args, tokens)[1], torch.zeros(1, 9), tokens.BOS)["new"] == rows["lora"]["new"]
     x = torch.randint(tokens.vocab, (2, 20))
     before = base(x)
     safetensors(folder / "model.safetensors", lora.publish(lora.merge_and_unload(base)))
