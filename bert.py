@@ -70,7 +70,7 @@ class Args(common.Args):
     context: int = 128              # tokens per window, [CLS] and [SEP] included, 4 or more
     dim: int = 256                  # channels
     depth: int = 4                  # blocks
-    heads: int = 4                  # attention heads (with fewer than 8 a small model learns later)
+    heads: int = 4                  # attention heads (a narrow model learns sooner with 8)
     dropout: float = 0.1            # dropout probability, in [0, 1) (BERT, app. A.2)
     mask_ratio: float = 0.15        # fraction of the words to mask, in (0, 1) (BERT, sec. 3.1)
     keep: float = 0.0               # fraction of masked words left as is, in [0, 0.2] (paper: 0.1)
@@ -97,8 +97,9 @@ class BERT(nn.Module):
     logits (B, n, V) of the words at these positions.
 
     attention_mask (B, T): False or 0 at padding, to which no token attends. segments (B, T): 0 or
-    1, for pairs of texts. This script needs neither. Raises ValueError if a text is longer than
-    the context. The parameters are those of the published weights, under other names.
+    1, for pairs of texts (transformers: token_type_ids). Pre-training here uses neither. Raises
+    ValueError if a text is longer than the context. The parameters are those of the published
+    weights, under other names.
     """
 
     def __init__(self, vocab, context, dim, depth, heads, dropout=0.):
@@ -141,8 +142,8 @@ class BERT(nn.Module):
 
     def pool(self, tokens, attention_mask=None, segments=None):
         """Texts (B, T) -> vectors (B, C) for a classifier: a layer on the output at [CLS]."""
-        first = torch.zeros_like(tokens[:, :1])                          # the position of [CLS]
-        x = self.encode(tokens, first, attention_mask, segments)                    # (B, 1, C)
+        positions = torch.zeros_like(tokens[:, :1])                                 # [CLS] is at 0
+        x = self.encode(tokens, positions, attention_mask, segments)                # (B, 1, C)
         return self.pooler(x[:, 0]).tanh()
 
 
@@ -160,7 +161,7 @@ class Pooled(nn.Module):
 
 class Block(nn.Module):
     """Post-norm Transformer block: (B, T, C) -> (B, T, C). With positions (B, n), only the outputs
-    there are computed: (B, n, C)."""
+    there are computed, (B, n, C): the last block saves the others, which nobody reads."""
 
     def __init__(self, dim, heads, dropout=0.):
         super().__init__()
@@ -189,8 +190,10 @@ class Attention(nn.Module):
 
     def forward(self, y, x, attention_mask=None):
         B, _, C = x.shape
-        split = lambda z: z.view(B, -1, self.heads, C // self.heads).transpose(1, 2)
-        q, k, v = split(self.query(y)), split(self.key(x)), split(self.value(x))    # (B, H, ., D)
+        H, D = self.heads, C // self.heads
+        q = self.query(y).view(B, -1, H, D).transpose(1, 2)                         # (B, H, n, D)
+        k = self.key(x).view(B, -1, H, D).transpose(1, 2)                           # (B, H, T, D)
+        v = self.value(x).view(B, -1, H, D).transpose(1, 2)
         if attention_mask is not None:
             attention_mask = attention_mask[:, None, None].bool()                   # (B, 1, 1, T)
         z = F.scaled_dot_product_attention(                                         # (B, H, n, D)
@@ -240,9 +243,9 @@ def mask(x, span_ids, vocab, ratio=.15, keep=0.):
     """
     positions, target = choose_positions(x, span_ids, ratio)
     words = x.gather(1, positions)
-    u = rand_per_span(span_ids).gather(1, positions)        # one choice for a whole span
-    shown = torch.where(target < 0, words, corrupt(words, u, vocab, keep))
-    return (x.scatter(1, positions, shown), positions), target
+    u = rand_per_span(span_ids).gather(1, positions)        # new numbers: one for a whole span
+    replaced = torch.where(target < 0, words, corrupt(words, u, vocab, keep))
+    return (x.scatter(1, positions, replaced), positions), target
 
 
 def corrupt(words, u, vocab, keep=0.):
@@ -259,21 +262,27 @@ def choose_positions(x, span_ids, ratio=.15):
     Each span gets a random number, the tokens are sorted by it, and the first ones are chosen:
     whole spans, until the fraction `ratio` of the words is reached (rounded, at least 1), where the
     last span is cut. Every text has n = round(ratio * T) positions. Since special tokens are not
-    words, some texts need fewer; the remaining positions get -100 instead of a word.
+    words, some texts need fewer; the remaining positions get -100 instead of a word. (On a CPU a
+    text has 30 words and 2 special tokens: n is 5, and 4 of them are used.)
     """
     is_word = x >= FIRST_WORD
     count = (is_word.sum(1, keepdim=True) * ratio).round().clamp(min=1)             # (B, 1)
     n = max(1, round(ratio * x.shape[1]))
     key = rand_per_span(span_ids).masked_fill(~is_word, 2.)             # special tokens go last
     positions = key.argsort(stable=True, dim=1)[:, :n]                  # stable: spans stay whole
+    # count is at least 1, also in a text without words, hence is_word.
     chosen = (torch.arange(n, device=x.device) < count) & is_word.gather(1, positions)
     return positions, x.gather(1, positions).masked_fill(~chosen, -100)
 
 
 def rand_per_span(span_ids):
-    """Random numbers, uniform in [0, 1), with the same number at all tokens of a span: (B, T)."""
-    span = F.pad(span_ids[:, 1:] != span_ids[:, :-1], (1, 0)).cumsum(1)    # 0, 1, ... in each text
-    return torch.rand(span.shape, device=span.device).gather(1, span)
+    """Random numbers, uniform in [0, 1), with the same number at all tokens of a span: (B, T).
+
+    For span_ids 7 7 3 3 3 9, span is 0 0 1 1 1 2, and the numbers are r0 r0 r1 r1 r1 r2.
+    """
+    span = F.pad(span_ids[:, 1:] != span_ids[:, :-1], (1, 0)).cumsum(1)     # True: a span begins
+    number = torch.rand(span.shape, device=span.device)      # one per span; there are at most T
+    return number.gather(1, span)
 
 
 def spans(B, T, p=.2, longest=10, device=None):
@@ -283,11 +292,11 @@ def spans(B, T, p=.2, longest=10, device=None):
     (1 - p)^(l - 1), with a mean of 3.80 (SpanBERT, sec. 3.1). choose_positions often cuts the last
     span of a short text: with 4 masked words per text, as on a CPU, the mean is 2.4.
     """
-    weight = (1 - p) ** torch.arange(longest, device=device)
-    length = 1 + weight.multinomial(B * T, replacement=True).view(B, T)      # T spans are enough
-    start = length.cumsum(1).clamp(max=T)                                    # of the second span on
+    weight = (1 - p) ** torch.arange(longest, device=device)                # P(1), P(2), ...
+    length = 1 + weight.multinomial(B * T, replacement=True).view(B, T)     # T spans are enough
+    start = length.cumsum(1).clamp(max=T)                  # lengths 3 1 2: starts 3 4 6 (and 0)
     is_start = torch.zeros(B, T + 1, dtype=torch.int64, device=device).scatter_(1, start, 1)
-    return is_start[:, :T].cumsum(1)
+    return is_start[:, :T].cumsum(1)                       # ids 0 0 0 1 2 2; T is outside
 
 
 def pmi(tokens, longest=5):
@@ -298,7 +307,7 @@ def pmi(tokens, longest=5):
     two or more parts (PMI-Masking, eq. 3). It is high if the words occur together far more often
     than even the most likely parts would by chance.
     """
-    log_p, best, found = {}, {}, {}           # best[n]: maximum over all cuts, or no cut
+    log_p, best, found = {}, {}, {}           # best[n]: of the likeliest cut, or of no cut
     ids = torch.zeros_like(tokens)            # id of the (n - 1)-gram that starts at each token
     for n in range(1, min(longest, len(tokens)) + 1):
         size = len(tokens) - n + 1
@@ -321,13 +330,14 @@ def pmi_spans(tokens, min_count=10, min_pmi=2., longest=5):
     """
     length = torch.ones(len(tokens), dtype=torch.int64)       # of the longest span that starts here
     special = F.pad((tokens < FIRST_WORD).long().cumsum(0), (1, 0))          # special tokens so far
-    for n, (nats, count) in pmi(tokens, longest).items():
+    for n, (value, count) in pmi(tokens, longest).items():
         words_only = special[n:] == special[:-n]
-        length[:len(nats)][(nats >= min_pmi) & (count >= min_count) & words_only] = n
-    ids = []
-    for i, n in enumerate(length.tolist()):
-        if len(ids) == i:                                     # the last span has ended
-            ids += [i] * n
+        good = (value >= min_pmi) & (count >= min_count) & words_only
+        length[:len(good)].masked_fill_(good, n)              # longer ones replace shorter ones
+    ids, length = [], length.tolist()
+    while len(ids) < len(length):
+        i = len(ids)                                          # the next span starts here
+        ids += [i] * length[i]
     return torch.tensor(ids)
 
 
@@ -336,7 +346,7 @@ def add_special_tokens(x):
     return F.pad(F.pad(x, (1, 0), value=CLS), (0, 1), value=SEP)
 
 
-# ------------------------------------------------------------------------------------ evaluation
+# ------------------------------------------------------------------------ the data and the weights
 
 
 def build(args, vocab):
@@ -349,42 +359,42 @@ def load_published(args):
     """Loads the BERT of --weights and sets its sizes in args. Returns the model, its tokenizer, and
     whether it has an MLM head; a missing one (as in sentence encoders) is random."""
     state, config = common.published(args.weights, "BERT", common.BERT, "pos_embed.weight")
-    words = common.WordPiece.load(args.weights)
+    tokenizer = common.WordPiece.load(args.weights)
     for name in {"token_embed.weight", "mlm_bias"} & state.keys():
-        if len(state[name]) == words.vocab:                    # special tokens come first here
-            state[name] = state[name][words.published]
+        if len(state[name]) == tokenizer.vocab:                    # special tokens come first here
+            state[name] = state[name][tokenizer.published]
     common.require("num_attention_heads" in config, f"--weights {args.weights} has no config.json")
     context, args.dim = state["pos_embed.weight"].shape
     args.depth = sum(name.endswith("query.weight") for name in state)
     args.heads = config["num_attention_heads"]
-    model = BERT(words.vocab, context, args.dim, args.depth, args.heads, args.dropout)
+    model = BERT(tokenizer.vocab, context, args.dim, args.depth, args.heads, args.dropout)
     common.fill_in(model, state, args.weights, config, missing=("pooler", "mlm"))
-    return model.to(args.device), words, "mlm_bias" in state
+    return model.to(args.device), tokenizer, "mlm_bias" in state
 
 
-def start(args, text=None):
+def load_or_build(args, text=None):
     """Returns the initial model, its tokenizer, and whether it has an MLM head. A resumed run keeps
     its vocabulary."""
     if args.weights:
         return load_published(args)
     if text is None or args.resume and Path(args.out, "checkpoint.pt").exists():
         state = common.read_checkpoint(args.out, common.script(args))
-        words = common.Words(state["about"].get("vocabulary", []))
+        tokenizer = common.Words(state["about"].get("vocabulary", []))
     else:
-        words = common.Words.of(text.train, args.vocab)
-    return build(args, words.vocab), words, True
+        tokenizer = common.Words.of(text.train, args.vocab)
+    return build(args, tokenizer.vocab), tokenizer, True
 
 
-def windows(args, words, text):
+def windows(args, tokenizer, text):
     """Windows of T = --context tokens, without [CLS] and [SEP]. Training windows start at every
     token, tokens and span ids: (n, 2, T - 2); validation windows do not overlap: (m, T - 2)."""
-    train, val, size = words.stream(text.train), words.stream(text.val), args.context - 2
+    train, val, size = tokenizer.stream(text.train), tokenizer.stream(text.val), args.context - 2
     common.require(len(val) >= size <= len(train), f"the last tenth of --data {args.data} has "
                    f"{len(val)} words, the rest {len(train)}, and --context {args.context} needs "
                    f"{size} in both: take a longer text or a shorter context")
     span_ids = pmi_spans(train.long()) if args.strategy == "pmi" else torch.arange(len(train))
     train = torch.stack([train, span_ids.int()], 1).to(args.device)
-    val = common.evenly(val.long().to(args.device).unfold(0, size, size), 4000)
+    val = val.long().to(args.device).unfold(0, size, size)
     common.require((val >= FIRST_WORD).any(), f"the last tenth of --data {args.data} has no word "
                    "that the rest has twice: take a longer text")
     return train.unfold(0, size, 1), val
@@ -399,12 +409,15 @@ def examples(args, rows):
     return x, F.pad(span_ids, (1, 1), value=-1)
 
 
+# ------------------------------------------------------------------------------------ evaluation
+
+
 @torch.no_grad()
 def evaluate(args, model, train, val, repeats=4):
     """Masks 15 % of the words of new texts (m, T - 2), different single words in each repeat.
     Returns dict(accuracy in %, perplexity) of the model, and that of the unigram baseline,
     which always predicts the word frequencies of the training text (N,)."""
-    vocab, found = len(model.mlm_bias), []
+    vocab, found, val = len(model.mlm_bias), [], common.evenly(val, 4000)
     for repeat in range(repeats):
         torch.manual_seed(repeat)
         for x in map(add_special_tokens, common.progress(val.split(100), "evaluating")):
@@ -415,20 +428,22 @@ def evaluate(args, model, train, val, repeats=4):
             target = target[target >= 0]
             right = logits.argmax(1) == target
             nats = F.cross_entropy(logits, target, reduction="none")
-            found += zip(target.tolist(), right.tolist(), nats.tolist())
-    target, right, nats = map(torch.tensor, zip(*found))
+            found.append((target, right, nats))
+    target, right, nats = (torch.cat(parts).cpu() for parts in zip(*found))
     count = 1. + train[train >= FIRST_WORD].bincount(minlength=vocab).cpu()
     unigram = (count / count.sum()).log()
-    score = lambda right, nats: dict(accuracy=100 * right.float().mean().item(),
-                                     perplexity=math.exp(min(nats.mean().item(), 100)))
+
+    def score(right, nats):
+        return dict(accuracy=100 * right.float().mean().item(),
+                    perplexity=math.exp(min(nats.mean().item(), 100)))
     return score(right, nats), score(target == unigram.argmax(), -unigram[target])
 
 
-def own_sentence(args, words):
+def parse_fill(args, tokenizer):
     """--fill as tokens (T,), and the positions of its <mask>s."""
     common.require("<mask>" in args.fill, "--fill has no <mask> in it: put one where a word is to "
                    'be predicted, as in --fill "the <mask> statement"')
-    parts = [words.encode(part) for part in args.fill.split("<mask>")]
+    parts = [tokenizer.encode(part) for part in args.fill.split("<mask>")]
     if any((part == UNK).any() for part in parts):
         common.say("Some words of --fill are not in the vocabulary: they are read as [UNK].")
     tokens = torch.cat([t for part in parts for t in (torch.tensor([MASK]), part)][1:])
@@ -437,12 +452,12 @@ def own_sentence(args, words):
     return tokens, (tokens == MASK).nonzero().flatten()
 
 
-def sentences(words, text, n, seed, longest):
+def sentences(tokenizer, text, n, seed, longest):
     """n sentences of a text (N,) with 8 to 16 plain words and a full stop, two words of each chosen
     to be predicted: [(tokens (T,), positions (2,))]. If there are none, windows of the text."""
-    ends = (text == words.ids.get(".", -1)).nonzero().flatten()
+    ends = (text == tokenizer.ids.get(".", -1)).nonzero().flatten()
     plain = [text[a + 1:b + 1] for a, b in zip(ends, ends[1:]) if 9 <= b - a <= min(17, longest)]
-    is_plain = lambda t: t >= FIRST_WORD and words.words[t].isalpha()
+    is_plain = lambda t: t >= FIRST_WORD and tokenizer.words[t].isalpha()
     plain = [s for s in plain if all(map(is_plain, s[:-1].tolist()))]
     size = min(12, longest)
     plain = plain or [s for s in text.unfold(0, size, size) if (s >= FIRST_WORD).all()]
@@ -451,29 +466,30 @@ def sentences(words, text, n, seed, longest):
     return [(s, torch.randperm(len(s) - 1, generator=g)[:2].sort().values) for s in found]
 
 
-def ask(args):
+def fill_only(args):
     """Fills in --fill with a trained or published model, without training or evaluation."""
-    model, words, able = start(args)
+    model, tokenizer, has_head = load_or_build(args)
     if args.resume:
         model.load_state_dict(common.read_checkpoint(args.out)["model"])
-    common.require(able or args.resume, f"--weights {args.weights} has no head for masked words")
-    common.say(fill(args, model.eval(), words, *own_sentence(args, words)))
+    common.require(has_head or args.resume,
+                   f"--weights {args.weights} has no head for masked words")
+    common.say(fill(args, model.eval(), tokenizer, *parse_fill(args, tokenizer)))
     return model
 
 
 @torch.no_grad()
-def fill(args, model, words, tokens, positions):
+def fill(args, model, tokenizer, tokens, positions):
     """A text (T,) with numbers at the positions, and the most likely words for each of them."""
     inputs = tokens.scatter(0, positions, MASK)
     x = add_special_tokens(inputs[None]).to(args.device)
     logits = model(x, 1 + positions[None].to(args.device))[0]                           # (n, V)
-    names, lines = [words.words[t] for t in inputs.tolist()], []
+    names, lines = [tokenizer.words[t] for t in inputs.tolist()], []
     for i, (position, p) in enumerate(zip(positions.tolist(), logits.float().softmax(1)), 1):
         names[position] = f"[{i}]"
-        likely = "  ".join(f"{words.words[w]} {100 * q:.0f} %" for q, w in zip(*p.topk(4)))
-        was = words.words[tokens[position]]
+        likely = "  ".join(f"{tokenizer.words[w]} {100 * q:.0f} %" for q, w in zip(*p.topk(4)))
+        was = tokenizer.words[tokens[position]]
         lines.append(f"   [{i}]  {likely}" + ("" if was == "[MASK]" else f"   (it was: {was})"))
-    return common.printable("\n".join([words.join(names), *lines]))
+    return common.printable("\n".join([tokenizer.join(names), *lines]))
 
 
 def finetune(args, model, passages, k, seed=0):
@@ -504,21 +520,21 @@ def few_labels(args, model, passages):
 @common.setup
 def main(args):
     if args.steps == 0 and (args.fill and args.resume or args.weights and not args.data):
-        return ask(args)
+        return fill_only(args)
     text = common.load_text(args.data, args.data_dir, parts=args.classes, utf8=True)
-    model, words, able = start(args, text)
-    train, val = windows(args, words, text)
-    passages = common.Passages(args, words, text)
+    model, tokenizer, has_head = load_or_build(args, text)
+    train, val = windows(args, tokenizer, text)
+    passages = common.Passages(args, tokenizer, text)
     common.k_shot(passages.labels, max(args.labels))                       # fail early if too few
-    blanks = [own_sentence(args, words)] if args.fill else []
+    blanks = [parse_fill(args, tokenizer)] if args.fill else []
     optimizer = common.optimizer(args, model.named_parameters())
-    run = common.Run(args, model, optimizer, uniform=math.log(words.vocab),
-                     about=dict(vocabulary=words.words))
+    run = common.Run(args, model, optimizer, uniform=math.log(tokenizer.vocab),
+                     about=dict(vocabulary=tokenizer.words))
     for step in run:                       # sets the seed and the learning rate of this step
         x, span_ids = examples(args, run.batch(train))
         with run.autocast():
             inputs, target = mask(                                          # A. mask
-                x, span_ids, words.vocab, args.mask_ratio, args.keep)
+                x, span_ids, tokenizer.vocab, args.mask_ratio, args.keep)
             inputs, target = run.part((inputs, target))                     # this process's part
             prediction = model(*inputs)                                     # B. predict
             loss = distance(prediction, target)                             # C. compare
@@ -532,10 +548,10 @@ def main(args):
 
     model.eval()
     filled, masked, unigram, result = [], None, None, "no head for masked words"
-    if able or args.steps:
-        blanks += sentences(words, val.flatten().cpu(), 4, args.seed, args.context - 2)
-        filled = [fill(args, model, words, *blank) for blank in blanks]
-        masked, unigram = evaluate(args, model, train[:, 0, 0], val)       # the first word of each
+    if has_head or args.steps:
+        blanks += sentences(tokenizer, val.flatten().cpu(), 4, args.seed, args.context - 2)
+        filled = [fill(args, model, tokenizer, *blank) for blank in blanks]
+        masked, unigram = evaluate(args, model, train[:, 0, 0], val)       # the text again
         result = (f"{masked['accuracy']:.1f} % of masked words, perplexity "
                   f"{masked['perplexity']:.1f} (unigram baseline {unigram['accuracy']:.1f} %, "
                   f"{unigram['perplexity']:.1f})")
@@ -543,7 +559,7 @@ def main(args):
     if (unknown := (val == UNK).float().mean().item()) > 1 / 3:
         result = f"{100 * unknown:.0f} % of the new text is [UNK], so this says little: {result}"
     common.report(run, result, dict(
-        masked=masked, unigram=unigram, vocab=words.vocab, filled=filled, parts=passages.names,
+        masked=masked, unigram=unigram, vocab=tokenizer.vocab, filled=filled, parts=passages.names,
         labels=args.labels, accuracy=rows))
     table = common.table([["accuracy in %", *(f"{k} per class" for k in args.labels)],
                           *([name, *(f"{x:.1f}" for x in row)] for name, row in rows.items())])

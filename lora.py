@@ -12,14 +12,14 @@ Idea     A GPT was trained on one text and is to learn another from k short exam
 
 Loss     GPT's, L = -1 / T sum_t log p(x_t | BOS, newline, x_1 ... x_{t-1}). Each method trains:
          lora    A and B in y = W0 x + (alpha / rank) A B^T x, for each matrix W0 of a block
-         ia3     three vectors l per block: l_k * (W_k x), l_v * (W_v x), W_2 (l_f * gelu(W_1 x))
+         ia3     three vectors l per block: l_k * (W_k x), l_v * (W_v x), W_2 (l_ff * gelu(W_1 x))
          bitfit  all biases
          first, middle, last: two blocks at that place (surgical fine-tuning); full: everything
          For comparison, in-context: nothing; the examples are put in the prompt, if they fit
 
 Flow     the base: a GPT trained on the old text, as in gpt.py (once, and kept in <out>/base)
          examples of the new text, tokens and targets (k, 1 + T) each: a newline and the T bytes
-         after it (for --data x.tsv: whole lines, with a loss on the second column only)
+         after it (of a .tsv, or with GPT-2: whole lines; of a .tsv the loss counts column 2 only)
          A. mask      prepend BOS, drop the last token -> inputs, target (B, 1 + T)
          B. predict   the adapted GPT                  -> logits (B, 1 + T, 257)
          C. compare   cross-entropy at every token but the newline
@@ -32,8 +32,10 @@ Expect   64 examples of pycode (beginnings of lines) lower the loss on other lin
          of training for the base, then a few seconds, on 1 thread, beside other jobs; Intel(R)
          Xeon(R) Processor, 2 cores, Python 3.11.7, torch 2.13.0+cpu)
 Differs  The paper writes W0 + B A and adapts only matrices of the attention; here every matrix of a
-         block is adapted, and query, key and value share one B. (IA)^3 also scales the biases, and
-         has one of T-Few's three losses. The learning rates were tuned on the reported text.
+         block is adapted, and query, key and value share one B. alpha is the rank, so the factor is
+         1 (the paper's GPT-2: 8); B starts Gaussian, as in the paper, with variance 1 / d2. (IA)^3
+         also scales the biases, and has one of T-Few's three losses. The learning rates were tuned
+         on the reported text.
 
 Try      --method full, bitfit, ia3, last; --lr 0.01, ten times the usual: how much is forgotten?
          --rank 1, or --targets qkv --rank 12 (as many parameters as --rank 3): is that enough?
@@ -71,7 +73,7 @@ class Args(common.Args):
     weight_decay: float = 0.01      # weight decay, on matrices only (LoRA, table 11: GPT-2 on E2E)
     data: str = "pycode"            # new text: pycode, pydocs, shakespeare, a file or a folder
     example: int = 24               # tokens per example, from the start of a line on, 2 or more
-    targets: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2")    # LoRA: names of the layers to adapt
+    targets: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2")    # LoRA: layers (qkv: q, k, v in one)
     rank: int = 3                   # LoRA: rank of A B^T, the number of columns of A and of B
     alpha: float = 0.               # LoRA: A B^T is multiplied by alpha / rank; 0: alpha = rank
     dropout: float = 0.             # LoRA: dropout probability for the inputs of B, in [0, 1)
@@ -192,31 +194,20 @@ class IA3(nn.Module):
             return self.linear(x)
         if not self.outputs:
             return self.linear(x * self.scale)
-        others = self.linear.out_features - self.outputs
-        return self.linear(x) * F.pad(self.scale, (others, 0), value=1.)
+        others = self.scale.new_ones(self.linear.out_features - self.outputs)
+        return self.linear(x) * torch.cat([others, self.scale])
 
     @torch.no_grad()
-    def multiply(self, scale):
-        """Multiplies the frozen weight (and bias) in place, to the same effect as in forward()."""
-        if not self.outputs:
-            self.linear.weight *= scale
-        else:
-            for tensor in self.linear.parameters():                  # weight (d1, d2), bias (d1)
-                tensor[-self.outputs:] *= scale.view(-1, *[1] * (tensor.ndim - 1))
-
     def merge(self):
-        """Multiplies the weight after training, to make the layer as fast as a plain one."""
-        if not self.merged:
-            self.multiply(self.scale)
+        """Multiplies the weight (and bias) after training, to make the layer as fast as a plain
+        one. There is no way back, because a factor can be 0."""
+        if not self.merged and not self.outputs:
+            self.linear.weight *= self.scale
+        elif not self.merged:
+            self.linear.weight[-self.outputs:] *= self.scale[:, None]
+            if self.linear.bias is not None:
+                self.linear.bias[-self.outputs:] *= self.scale
         self.merged = True
-
-    def unmerge(self):
-        """Divides the weight again. Raises ValueError if it was multiplied by 0."""
-        if self.merged and (self.scale == 0).any():
-            raise ValueError("a weight that was multiplied by 0 cannot be restored")
-        if self.merged:
-            self.multiply(1 / self.scale)
-        self.merged = False
 
     get_extra_state, set_extra_state = LoRA.get_extra_state, LoRA.set_extra_state
 
@@ -248,7 +239,7 @@ def adapt(model, method, targets=("qkv", "proj", "fc1", "fc2"), rank=3, alpha=No
     elif method == "bitfit":
         for name, p in model.named_parameters():
             p.requires_grad_(name.endswith("bias"))
-    elif method in ("first", "middle", "last"):                     # these overlap in < 6 blocks
+    elif method in ("first", "middle", "last"):       # two blocks, some the same if fewer than 6
         last = max(0, len(model.blocks) - 2)
         i = {"first": 0, "middle": last // 2, "last": last}[method]
         model.blocks[i:i + 2].requires_grad_(True)
@@ -262,7 +253,7 @@ def target_layers(model, targets):
     ValueError if no layer has the name of a target."""
     targets = [targets] if isinstance(targets, str) else targets
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    names = dict.fromkeys(path.split(".")[-1] for path in layers)
+    names = dict.fromkeys(path.split(".")[-1] for path in layers)     # in order, each once
     for name in targets:
         if name not in names:
             raise ValueError(f"no matrix {name!r} in this model: it has {', '.join(names)}")
@@ -283,7 +274,7 @@ def load_adapter(model, state):
     if {name: p.shape for name, p in own.items()} != {name: p.shape for name, p in state.items()}:
         raise ValueError("this adapter is of another model, or of another method, rank or targets")
     if any(getattr(layer, "merged", False) for layer in model.modules()):
-        raise ValueError("the adapter in this model is merged: unmerge it first")
+        raise ValueError("the adapter in this model is merged: load before merging")
     for name, p in own.items():
         p.copy_(state[name])
 
@@ -490,6 +481,9 @@ def pretrain(args):
     adapt_base(args, copy.deepcopy(model))                # fail early if something does not fit
     common.require(args.example < args.context, f"--example {args.example} does not fit in "
                    f"--context {args.context}, with the newline before it")
+    prompt = len(args.prompt.encode(errors="surrogateescape")) + 2         # with BOS and a newline
+    common.require(prompt <= args.context, f"--prompt has {prompt - 2} bytes, and --context "
+                   f"{args.context} holds {args.context - 2}: shorten it")
     common.say(f"First the base: training a GPT on {base_args.data}. "
                f"It is kept in {base_args.out}.")
     optimizer = common.optimizer(base_args, model.to(args.device).named_parameters())
@@ -569,13 +563,14 @@ def evaluate(args, model, x, target=None, examples=None, bos=BYTES.BOS):
     """Loss on texts x (m, T), in nats per token, over all tokens or the targets (m, T) that are not
     -100. The examples (k, T') or (n,), if any, are prepended to each text (in-context)."""
     nats, count, T = 0., 0, x.shape[1]
-    both = torch.stack([x, x if target is None else target], 1).long()
-    with common.autocast(args):
-        for part in both.split(max(1, 2048 // T)):
-            x, target = part.unbind(1)
-            inputs, _ = mask(x if examples is None else in_context(examples, x), bos)
-            prediction, counted = model(inputs)[:, -T:], (target != -100).sum().item()
-            nats, count = nats + distance(prediction, target).item() * counted, count + counted
+    target, size = x if target is None else target, max(1, 2048 // T)
+    for x, target in zip(x.long().split(size), target.long().split(size)):
+        inputs, _ = mask(x if examples is None else in_context(examples, x), bos)
+        with common.autocast(args):
+            prediction = model(inputs)[:, -T:]                      # without those of the examples
+        counted = (target != -100).sum().item()
+        nats += distance(prediction, target).item() * counted      # distance() is a mean
+        count += counted
     common.bounded(math.isfinite(nats))
     return nats / count
 
@@ -629,16 +624,17 @@ def report(run, about, rows, texts, count):
 @common.setup
 def main(args):
     recipe(args)
-    base = load_base(args, args.base) if args.base else None        # fail early if it is wrong
-    tokenizer = common.BPE.load(base[1]["weights"]) if base and base[1]["weights"] else BYTES
+    if not args.base:
+        common.load_examples(args, BYTES)               # fail early, before the base is trained
+    model, about = load_base(args, args.base or pretrain(args))
+    tokenizer = common.BPE.load(about["weights"]) if about["weights"] else BYTES
     train, val = common.load_examples(args, tokenizer)              # (n, 2, 1 + T), (m, 2, 1 + T)
-    model, about = base or load_base(args, pretrain(args))
     count, context = sum(p.numel() for p in model.parameters()), len(model.pos_embed.weight)
     val, old = to_test(args, val, about["old"], context, tokenizer)
-    examples = common.choose(train, args.k, args.seed)                     # (k, 2, 1 + T)
+    examples = common.choose(train, args.k, args.seed)              # (k, 2, 1 + T)
     start = losses(args, model, val, old, tokenizer.BOS) | dict(trained=0, bytes=0)
     rows, texts = {"the base": start}, {"the base": write(args, model, tokenizer)}
-    given = common.in_a_row(examples, tokenizer.BOS)                          # (n,)
+    given = common.in_a_row(examples, tokenizer.BOS)                # (n,)
     if len(given) + val.shape[2] <= context:
         rows[f"{args.k} examples in the prompt (in-context)"] = start | dict(
             new=evaluate(args, model, *val.unbind(1), given, tokenizer.BOS),
@@ -653,7 +649,7 @@ def main(args):
     for step in run:                       # sets the seed and the learning rate of this step
         with run.autocast():
             x, target = run.part(run.batch(examples).unbind(1)) # (B, 1 + T) each
-            inputs, _ = mask(x, tokenizer.BOS)                     # A. mask
+            inputs, _ = mask(x, tokenizer.BOS)                  # A. mask
             prediction = model(inputs)                          # B. predict
             loss = distance(prediction, target)                 # C. compare, without the newline
         loss.backward()

@@ -54,7 +54,7 @@ def load(own):
                    f"{args.steps} steps: python bert.py --resume --out {own.folder} finishes it")
     args.labels = tuple(own.labels or args.labels)
     args.out, args.resume = str(own.folder), True
-    model, words, _ = bert.start(args)
+    model, words, _ = bert.load_or_build(args)
     text = common.load_text(args.data, args.data_dir, parts=args.classes, utf8=True)
     passages = common.Passages(args, words, text)
     common.k_shot(passages.labels, max(args.labels))                       # raises now if too few

@@ -443,7 +443,7 @@ def test_a_model_learns_to_fill_in(texts, tmp_path):
         inputs, target = bert.mask(x, span_ids, words.vocab, .3)
         loss = bert.distance(model(*inputs), target)
         loss.backward(), optimizer.step(), optimizer.zero_grad()
-    tokens, positions = bert.own_sentence(args, words)
+    tokens, positions = bert.parse_fill(args, words)
     assert tokens[positions].tolist() == [MASK, MASK] and positions.tolist() == [2, 5]
     lines = bert.fill(args, model.eval(), words, tokens, positions).splitlines()
     assert lines[0] == "the quick [1] fox jumps [2] the lazy dog and"
@@ -491,8 +491,8 @@ def test_passages_and_what_is_tuned(texts, tmp_path, monkeypatch):
     torch.manual_seed(0)
     model, tuned = bert.BERT(words.vocab, 12, 16, 2, 2), []
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    made = bert.Classifier
-    monkeypatch.setattr(bert, "Classifier", lambda *given: tuned.append(made(*given)) or tuned[-1])
+    made = bert.Pooled
+    monkeypatch.setattr(bert, "Pooled", lambda *given: tuned.append(made(*given)) or tuned[-1])
     for how in "all", "last":                     # what takes gradients is tuned: experiments freeze the rest
         if how == "last":
             model.requires_grad_(False)
@@ -504,35 +504,6 @@ def test_passages_and_what_is_tuned(texts, tmp_path, monkeypatch):
             moves = not name.startswith("mlm") and (how == "all" or name.startswith(("blocks.1.", "pooler.")))
             if not name.endswith("key.bias"):                                   # the softmax cancels it
                 assert torch.equal(tuned[-1].bert.state_dict()[name], value) != moves, (how, name)
-
-
-def test_fine_tuning_is_that_of_the_other_scripts(texts, tmp_path):
-    """The loop written out in bert.py gives what common.finetune gives for the features of pool()."""
-    class Pooled(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x):
-            return self.model.pool(x)
-    class Plain:
-        """The passages as images, whose normalisation changes nothing."""
-        def __init__(self, data):
-            self.test, self.normalize = data.test, lambda x: x
-    text, words = words_of(texts)
-    args = settings(texts, tmp_path, tune_steps=20, tune_lr=3e-3)
-    data = common.Passages(args, words, text)
-    torch.manual_seed(0)
-    model, i = bert.BERT(words.vocab, 12, 16, 2, 2, dropout=.2), common.k_shot(data.labels, 3, 4)
-    expected = common.finetune(args, Pooled(copy.deepcopy(model)), Plain(data), data.train[i], data.labels[i], data.test_labels, 20,
-                               3e-3, seed=4)
-    assert bert.finetune(args, model, data, 3, seed=4) == expected
-
-
-def test_a_new_classifier_gives_all_classes_the_same_score():
-    model = bert.Classifier(bert.BERT(40, 12, 16, 2, 2), 5)
-    scores = model(torch.randint(40, (6, 12)))
-    assert scores.shape == (6, 5) and torch.equal(scores, model.head.bias.expand(6, 5))
 
 
 def test_of_a_long_text_some_passages_are_enough(texts, tmp_path, monkeypatch):

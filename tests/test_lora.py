@@ -203,7 +203,6 @@ def test_ia3_equals_its_definition_in_float64(base):
 
 
 def test_ia3_folds_into_the_weights(base):
-    before = copy.deepcopy(base.state_dict())
     model, x = moved(lora.adapt(base, "ia3"), .3).eval(), tokens()
     free = model(x)
     for m in model.modules():
@@ -213,17 +212,6 @@ def test_ia3_folds_into_the_weights(base):
     plain.load_state_dict(plain_state(model))
     torch.testing.assert_close(plain(x), free, rtol=0, atol=1e-5 * free.abs().max().item())
     assert torch.equal(plain(x), model(x))
-    for m in model.modules():
-        if isinstance(m, lora.IA3):
-            m.unmerge(), m.unmerge()
-    for name, value in plain_state(model).items():
-        torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(model(x), free, rtol=0, atol=1e-5 * free.abs().max().item())
-    layer = model.blocks[0].mlp.fc2
-    nn.init.zeros_(layer.scale)
-    layer.merge()
-    with pytest.raises(ValueError, match="multiplied by 0 cannot be restored"):
-        layer.unmerge()
 
 
 # ------------------------------------------------------------------------------- what is trained
@@ -468,7 +456,7 @@ def test_adapters_on_one_base_are_switched(base):
         with pytest.raises(ValueError, match="another method, rank or targets"):
             lora.load_adapter(other, adapters["two"])
     model.blocks[1].mlp.fc1.merge()
-    with pytest.raises(ValueError, match="unmerge it first"):
+    with pytest.raises(ValueError, match="is merged: load before merging"):
         lora.load_adapter(model, adapters["one"])
 
 
@@ -477,7 +465,7 @@ def test_a_merged_state_is_known_as_merged(base, method):
     fresh, x = lora.adapt(copy.deepcopy(base), method), tokens()
     model = moved(lora.adapt(base, method)).eval()
     free = model(x)
-    for merged in True, False:
+    for merged in [True, False][:1 + (method == "lora")]:                   # of (IA)^3 there is no way back
         for m in model.modules():
             if hasattr(m, "merged"):
                 m.merge() if merged else m.unmerge()

@@ -43,7 +43,7 @@ TRIALS = {   # a training step with what was pasted: it must give a finite loss 
             loss = loss + distance(model(*inputs), target)
         segments = (torch.arange(24) > 9).long().expand_as(x)
         loss = loss + model.pool(x, segments=segments).square().mean()
-        loss = loss + F.cross_entropy(Classifier(model, 3)(x), torch.arange(3))
+        loss = loss + F.cross_entropy(nn.Sequential(Pooled(model), nn.Linear(16, 3))(x), torch.arange(3))
     """,
     "gpt.py": """
         model = GPT(vocab=50, context=12, dim=16, depth=2, heads=2)

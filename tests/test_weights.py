@@ -337,7 +337,7 @@ def test_bert_loads_fills_in_and_classifies(tmp_path):
         assert able and torch.equal(found.eval()(x, positions), model(x, positions)) and torch.equal(found.pool(x), model.pool(x))
     flags = ["--weights", folder, "--device", "cpu", "--out", tmp_path / "run"]
     done = run(*flags, "--fill", "the <mask> runs away.", script="bert.py")
-    shown = bert.fill(args, model, words, *bert.own_sentence(bert.Args(fill="the <mask> runs away."), words))
+    shown = bert.fill(args, model, words, *bert.parse_fill(bert.Args(fill="the <mask> runs away."), words))
     assert done.returncode == 0 and shown in done.stdout and "the [1] runs away." in shown, done.stderr
     for name, text in dict(sea="the ship sails on the sea . ", fox="the fox runs and the dog runs away . ").items():
         (tmp_path / f"{name}.txt").write_text(text * 60)
