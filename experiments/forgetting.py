@@ -186,7 +186,7 @@ def table(figures):
     """The table, and a line: the rise of the old loss at the new loss that all reach."""
     found, losses = compared(figures)
     rows = [["method", "rate", *(f"at new {np.mean(x):.3f}" for x in losses.values()),
-             "change, %", "least new", "there"]]
+             "change, %", "lowest new", "old, there"]]
     rows += [[method, rate, *(shared.mean_std(cell[level], 3) for level in LEVELS),
               f"{np.mean(cell['change']):.1f}", shared.mean_std(cell["least"], 3),
               f"{np.mean(cell['there']):.3f}"]
