@@ -60,7 +60,8 @@ Bottleneck = Literal["none", "narrow", "variational", "sparse", "weak"]
 
 @dataclass
 class Args(common.Args):
-    """Settings of autoencoder.py for a GPU; `cpu` has smaller ones for two CPU cores."""
+    """Settings of autoencoder.py for a GPU; `cpu` has smaller ones for two CPU cores. The
+    comments are the help texts of the flags, and the ranges in them are checked."""
     steps: int = 4000               # training steps, 0 or more
     batch: int = 256                # images per step
     lr: float = 1e-3                # peak learning rate

@@ -56,7 +56,8 @@ import common
 
 @dataclass
 class Args(common.Args):
-    """Settings of bert.py for a GPU; `cpu` has smaller ones for two CPU cores."""
+    """Settings of bert.py for a GPU; `cpu` has smaller ones for two CPU cores. The comments are
+    the help texts of the flags, and the ranges in them are checked."""
     steps: int = 5000               # training steps, 0 or more
     batch: int = 128                # windows of text per step
     lr: float = 1e-3                # peak learning rate

@@ -68,7 +68,8 @@ import common
 
 @dataclass
 class Args(common.Args):
-    """Settings of flamingo.py for a GPU; `cpu` has smaller ones for two CPU cores."""
+    """Settings of flamingo.py for a GPU; `cpu` has smaller ones for two CPU cores. The comments
+    are the help texts of the flags, and the ranges in them are checked."""
     steps: int = 6000               # steps of the multimodal training, 0 or more
     batch: int = 64                 # documents per step
     lr: float = 1e-3                # peak learning rate

@@ -54,7 +54,8 @@ import common
 
 @dataclass
 class Args(common.Args):
-    """Settings of gpt.py for a GPU; `cpu` has smaller ones for two CPU cores."""
+    """Settings of gpt.py for a GPU; `cpu` has smaller ones for two CPU cores. The comments are
+    the help texts of the flags, and the ranges in them are checked."""
     steps: int = 5000               # training steps, 0 or more
     batch: int = 64                 # windows of text, or images, per step
     lr: float = 1e-3                # peak learning rate
@@ -276,7 +277,7 @@ def sample_text(model, prompt, n, bos, stop=None, **how):
     return text
 
 
-# ------------------------------------------------------------------------------------ evaluation
+# ------------------------------------------------------------------------ the data and the weights
 
 
 BYTES = common.Bytes()
@@ -307,6 +308,9 @@ def pixels(args):
         return F.interpolate(grey, size=[size, size], mode="area").round().byte().flatten(1)
     return [torch.cat([rows(part) for part in x.split(1000)])
             for x in (images.train, images.test[:2000])]
+
+
+# ------------------------------------------------------------------------------------ evaluation
 
 
 @torch.no_grad()

@@ -62,7 +62,8 @@ LR = dict(lora=1e-3, ia3=1e-2, bitfit=1e-3, first=1e-4, middle=1e-4, last=1e-4, 
 
 @dataclass
 class Args(common.Args):
-    """Settings of lora.py for a GPU; `cpu` has smaller ones for two CPU cores."""
+    """Settings of lora.py for a GPU; `cpu` has smaller ones for two CPU cores. The comments are
+    the help texts of the flags, and the ranges in them are checked."""
     method: Method = "lora"         # what to train: see Loss at the top of lora.py
     k: int = 64                     # examples of the new text to train on
     epochs: int = 20                # passes over the examples: epochs * k / batch steps

@@ -60,7 +60,8 @@ import common
 
 @dataclass
 class Args(common.Args):
-    """Settings of mae.py for a GPU; `cpu` has smaller ones for two CPU cores."""
+    """Settings of mae.py for a GPU; `cpu` has smaller ones for two CPU cores. The comments are
+    the help texts of the flags, and the ranges in them are checked."""
     steps: int = 4000               # training steps, 0 or more
     batch: int = 512                # images per step
     lr: float = 1e-3                # peak learning rate (the paper's: 1.5e-4 batch / 256)
@@ -317,21 +318,7 @@ def normalize_patches(patches):
     return (patches - mean) / (var + 1e-6).sqrt()
 
 
-# ------------------------------------------------------------------------------------ evaluation
-
-
-POOL = 5000      # labelled images come from the first 5,000 only, to limit the time to encode
-
-
-class MeanPooled(nn.Module):
-    """Features for a classifier, the mean of the patch tokens: (B, 3, S, S) -> (B, C)."""
-
-    def __init__(self, encoder, patch):
-        super().__init__()
-        self.encoder, self.patch = encoder, patch
-
-    def forward(self, x):
-        return self.encoder(patchify(x, self.patch))[:, 1:].mean(1)
+# --------------------------------------------------------------------- building and loading models
 
 
 def build(args, image_size):
@@ -361,6 +348,23 @@ def load_published(args, image_size):
     model = build(args, image_size)
     common.fill_in(model, state, args.weights, config, missing=("decoder", "mask_token"))
     return model
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
+POOL = 5000      # labelled images come from the first 5,000 only, to limit the time to encode
+
+
+class MeanPooled(nn.Module):
+    """Features for a classifier, the mean of the patch tokens: (B, 3, S, S) -> (B, C)."""
+
+    def __init__(self, encoder, patch):
+        super().__init__()
+        self.encoder, self.patch = encoder, patch
+
+    def forward(self, x):
+        return self.encoder(patchify(x, self.patch))[:, 1:].mean(1)
 
 
 @torch.no_grad()

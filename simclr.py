@@ -57,7 +57,8 @@ import common
 
 @dataclass
 class Args(common.Args):
-    """Settings of simclr.py for a GPU; `cpu` has smaller ones for two CPU cores."""
+    """Settings of simclr.py for a GPU; `cpu` has smaller ones for two CPU cores. The comments
+    are the help texts of the flags, and the ranges in them are checked."""
     steps: int = 2000               # training steps, 0 or more
     batch: int = 512                # images per step, two views of each, 2 or more
     lr: float = 4e-3                # peak learning rate
@@ -315,7 +316,7 @@ def blur(x, sigma):
     return x
 
 
-# ------------------------------------------------------------------------------------ evaluation
+# --------------------------------------------------------------------- building and loading models
 
 
 def build(args, image_size):
@@ -336,6 +337,9 @@ def load_published(args):
     model = SimCLR(args.depth, args.width, args.dim, stem)
     common.fill_in(model.encoder, state, args.weights)
     return model.to(args.device, memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------ evaluation
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ FAMILIES = {   # part -> groups of scripts in which it is one and the same
     "GPT": [GPT],
     "mask": [("gpt.py", "lora.py")],
     "load_gpt2": [("gpt.py", "lora.py")],
-    "NAMES": [("gpt.py", "lora.py")],
     "distance": [("gpt.py", "lora.py")],
     "ViT": [VIT],
     "sincos_pos_embed": [VIT],
