@@ -331,6 +331,8 @@ def load_published(args):
     sizes in args. The projection head is random."""
     weights, _ = common.read_weights(args.weights, common.HUB["ResNet"])
     state = {name: x for name, x in weights.items() if "fc." not in name}
+    for prefix in "module.", "encoder.", "backbone.":
+        state = {name.removeprefix(prefix): x for name, x in state.items()}
     common.require("conv1.weight" in state, f"--weights {args.weights} is no ResNet")
     args.width, _, stem, _ = state["conv1.weight"].shape
     args.depth = 18 if "layer1.1.conv1.weight" in state else 10

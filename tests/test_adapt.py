@@ -10,7 +10,7 @@ from conftest import ROOT, run
 import lora
 
 sys.path.insert(0, str(ROOT / "experiments"))
-import adapt, repeat  # noqa: E402
+import adapt, common, repeat  # noqa: E402
 
 METHODS = ["lora", "ia3", "bitfit", "first", "middle", "last", "full"]
 SMALL = ("--dim 16 --heads 2 --depth 2 --context 40 --base-steps 3 --base-batch 2 --example 8 --epochs 2 --batch 2 "
@@ -137,7 +137,17 @@ def test_search(done, texts, tmp_path):
     usual = adapt_py(folder, *flags, "--methods", "ia3", "--k", 2, "--repeats", 2, "--base", folder / "runs/a-0/base",
                      "--out", tmp_path / "u.json")
     assert usual.returncode == 0, usual.stderr
-    assert figures(tmp_path, "u")["rows"]["ia3"]["2"]["new"] == found["rows"]["ia3"]["0.01"]["2"]["new"]
+    new = found["rows"]["ia3"]["0.01"]["2"]["new"]
+    assert figures(tmp_path, "u")["rows"]["ia3"]["2"]["new"] != new                     # the search is on other lines:
+    settings = json.loads((tmp_path / "s.json").read_text())["settings"]
+    settings = {name: value for name, value in settings.items() if name in lora.Args.__dataclass_fields__}
+    args = lora.Args(**settings | dict(method="ia3", k=2, lr=.01, out=str(tmp_path)))
+    train, _ = common.load_examples(args, lora.BYTES)
+    train, held_out = train[:len(train) * 9 // 10], train[len(train) * 9 // 10:]
+    base, _ = lora.load_base(args, str(folder / "runs/a-0/base"))
+    lora.recipe(args)
+    model, _, _ = adapt.shared.fit(args, base, common.choose(train, 2, args.seed))
+    assert lora.evaluate(args, model, *common.evenly(held_out, 400).unbind(1)) == new[0]
     assert all(lora.LR[method] in rates for method, rates in adapt.RATES.items()) and set(adapt.RATES) == set(METHODS)
 
 

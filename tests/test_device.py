@@ -486,13 +486,13 @@ def planted(monkeypatch, name, old="", new=""):
 
 
 MISTAKES = [    # a file, words in it, what stands there instead, and how the script then ends
-    ("simclr", "torch.arange(len(sim), device=sim.device)", "torch.arange(len(sim))", TWO),
+    ("simclr", "torch.arange(N, device=sim.device)", "torch.arange(N)", TWO),
     ("autoencoder", "torch.linspace(0, 1, n, device=a.device)", "torch.linspace(0, 1, n)", TWO),
     ("mae", "torch.rand(B, N, device=patches.device)", "torch.rand(B, N)", TWO),
     ("bert", "words.shape, device=words.device)", "words.shape)", TWO),
     ("gpt", "= distance(prediction, target)", "= distance(prediction, target.cpu())", TWO),
     ("lora", "linear.weight.new_zeros(d1, rank)", "torch.zeros(d1, rank)", TWO),
-    ("lora", "value=tokens.BOS).to(args.device)", "value=tokens.BOS)", TWO),
+    ("lora", "value=tokenizer.BOS).to(args.device)", "value=tokenizer.BOS)", TWO),
     ("flamingo", "torch.arange(1, M + 1, device=so_far.device)", "torch.arange(1, M + 1)", TWO),
     ("common", "randperm(n, generator=g)", "randperm(n, generator=g, device=data.device)",
      GENERATOR),

@@ -493,7 +493,7 @@ def test_settings_that_do_not_fit_get_one_sentence(text, tmp_path, flags, words)
 
 
 def test_texts_that_will_not_do(tmp_path):
-    for content, words in (b" \n", ["is empty"]), (b"short", ["--context 16 needs as many", "longer text"]):
+    for content, words in (b" \n", ["is empty"]), (b"short", ["a context of 16 needs as many", "longer text"]):
         (tmp_path / "x.txt").write_bytes(content)
         refused(call("--data", tmp_path / "x.txt", "--out", tmp_path / "run", *SMALL, script="gpt.py"), 1, *words, script="gpt.py")
     refused(call("--data", tmp_path / "none.txt", "--out", tmp_path / "run", *SMALL, script="gpt.py"), 1,
