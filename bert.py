@@ -150,7 +150,7 @@ class BERT(nn.Module):
 
 class Pooled(nn.Module):
     """BERT as an encoder for classifiers: texts (B, T) -> pool() of them (B, C). For fine-tuning, a
-    new linear layer follows: nn.Sequential(Pooled(bert), nn.Linear(C, classes))."""
+    new linear layer follows (in common.finetune after a BatchNorm)."""
 
     def __init__(self, bert):
         super().__init__()
@@ -162,7 +162,7 @@ class Pooled(nn.Module):
 
 class Block(nn.Module):
     """Post-norm Transformer block: (B, T, C) -> (B, T, C). With positions (B, n), only the outputs
-    there are computed, (B, n, C): the last block saves the others, which nobody reads."""
+    there are computed, (B, n, C): the last block skips the others, which nobody reads."""
 
     def __init__(self, dim, heads, dropout=0.):
         super().__init__()
@@ -506,7 +506,7 @@ def few_labels(args, model, passages):
     """Accuracies with few labels, by the part of a passage: {method: [% for each of --labels]}."""
     vocab, labels, test_labels = len(model.mlm_bias), passages.labels, passages.test_labels
     bag = lambda x: x.new_zeros(len(x), vocab).scatter_add_(1, x, torch.ones_like(x))
-    train, test = (common.encode(args, bag, None, x) for x in (passages.train, passages.test))
+    train, test = (common.encode(args, bag, passages, x) for x in (passages.train, passages.test))
     torch.manual_seed(args.seed)
     untrained = build(args, vocab)
     return {"bag of words, linear": [common.probe(train, labels, test, test_labels, k)
@@ -550,7 +550,8 @@ def main(args):
     model.eval()
     filled, masked, unigram, result = [], None, None, "no head for masked words"
     if has_head or args.steps:
-        blanks += sentences(tokenizer, val.flatten().cpu(), 4, args.seed, args.context - 2)
+        start = val.flatten()[:2 ** 17].cpu()
+        blanks += sentences(tokenizer, start, 4, args.seed, args.context - 2)
         filled = [fill(args, model, tokenizer, *blank) for blank in blanks]
         masked, unigram = evaluate(args, model, train[:, 0, 0], val)       # the text again
         result = (f"{masked['accuracy']:.1f} % of masked words, perplexity "

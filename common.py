@@ -444,10 +444,11 @@ def first(f):
     """Calls f() in process 0 first, then in the others, which can use the files that it left."""
     if rank():
         dist.barrier()
-    found = f()
-    if processes() > 1 and rank() == 0:
-        dist.barrier()
-    return found
+    try:
+        return f()
+    finally:                                 # where it fails, the others fail in the same way
+        if processes() > 1 and rank() == 0:
+            dist.barrier()
 
 
 # ---------------------------------------------------------------------------------- training
@@ -961,12 +962,11 @@ def k_shot(labels, k, seed=0):
 
 
 @torch.no_grad()
-def encode(args, f, images, x, batch=500):
+def encode(args, f, data, x, batch=500):
     """Applies f to all of x in batches, without gradients: (n, C) float. x: uint8 images
-    (n, 3, S, S), which are normalised first; with images=None, anything else."""
+    (n, 3, S, S) or tokens (n, T) of data, Images or Passages, which normalises them first."""
     with autocast(args):
-        h = torch.cat([f(images.normalize(part) if images else part).float()
-                       for part in x.split(batch)])
+        h = torch.cat([f(data.normalize(part)).float() for part in x.split(batch)])
     bounded(h.abs().max() < 1e15, "features")
     return h
 
@@ -1356,9 +1356,9 @@ class Scenes:
         for i in self.single:
             self.of.setdefault(self.all[i][0][:2], []).append(i)
 
-    def captions(self, tokens):
+    def captions(self, tokenizer):
         """The captions as tokens, padded with 0: (n, 16)."""
-        rows = (tokens.encode(caption(figures)) for figures in self.all)
+        rows = (tokenizer.encode(caption(figures)) for figures in self.all)
         return torch.tensor([row + [0] * (16 - len(row)) for row in rows])
 
     def alike(self):
@@ -1420,14 +1420,14 @@ def in_words(figures, kind, text):
     return f"{words[kind]} {text}" if kind in IN_WORDS else f"{caption(figures)} . {text}"
 
 
-def text_documents(seed, tokens, n, length, fraction=.7):
+def text_documents(seed, tokenizer, n, length, fraction=.7):
     """Training documents of the LM: (n, 1 + length). `fraction` of them are about new words. To
     prepare the LM for images, new words can come with a colour or a shape alone, some documents
     have <image> before all or half of the chunks, and some omit the words for 60 % of these."""
     rng, scenes = random.Random(seed), Scenes(seed, 8000, KINDS)
-    rows = torch.full((n, length + 1), tokens.end)
+    rows = torch.full((n, length + 1), tokenizer.end)
     for row in rows:
-        text = [tokens.end]
+        text = [tokenizer.end]
         while len(text) < len(row):
             kind = rng.choice((*IN_WORDS, "both"))
             with_image, without_words = rng.choice((0, .5, 1, 1)), rng.choice((0, .6))
@@ -1435,31 +1435,31 @@ def text_documents(seed, tokens, n, length, fraction=.7):
                 image = rng.random() < with_image
                 if not image or rng.random() >= without_words:
                     chunk = in_words(scenes.all[i], words, chunk)
-                text += tokens.encode("<image> " * image + f"{chunk} <end>")
+                text += tokenizer.encode("<image> " * image + f"{chunk} <end>")
         row.copy_(torch.tensor(text[:len(row)]))
     return rows
 
 
-def image_documents(seed, tokens, scenes, n, length, fraction=.4):
+def image_documents(seed, tokenizer, scenes, n, length, fraction=.4):
     """Training documents with images, `fraction` of them about new words: tokens (n, 1 + length),
     with -100 after the last chunk that fits, and the indices of the images (n, M), M at most 9,
     padded with 0, which is never used, because no <image> token refers to it."""
     rng = random.Random(seed + 1)
     x, ids = torch.full((n, length + 1), -100), torch.zeros(n, 9, dtype=torch.long)
     for row, images in zip(x, ids):
-        text, shown = [tokens.end], []
+        text, shown = [tokenizer.end], []
         while not shown:                             # with bytes, a caption may not fit
             kind = rng.choice(("colour", "shape"))
             for i, words, chunk in document(rng, scenes, TRAINED, fraction, kind):
                 if words in IN_WORDS and rng.random() < .4:
                     chunk = in_words(scenes.all[i], words, chunk)           # besides the image
-                chunk = tokens.encode(f"<image> {chunk} <end>")
+                chunk = tokenizer.encode(f"<image> {chunk} <end>")
                 if len(text) + len(chunk) > len(row):
                     break
                 text, shown = text + chunk, shown + [i]
         row[:len(text)] = torch.tensor(text)
         images[:len(shown)] = torch.tensor(shown)
-    return x, ids[:, :(x == tokens.image).sum(1).max()]
+    return x, ids[:, :(x == tokenizer.image).sum(1).max()]
 
 
 class Query(typing.NamedTuple):
@@ -1597,7 +1597,8 @@ SHA256 = {    # of the files; Fashion-MNIST: of the unpacked files, since mirror
 
 def fetch(name, file, data_dir, kept=None):
     """Returns the path data_dir/name/file (or data_dir/kept), after a download from a mirror if it
-    is missing. Nothing is kept but what has the right SHA-256, as it comes or unpacked."""
+    is missing. Only what has the right SHA-256 is kept: a .gz as it comes, else unpacked. A slow
+    mirror is waited for (Ctrl-C ends it)."""
     path, wrong = data_dir / (kept or Path(name, file)), []
     if path.exists():
         return path
@@ -1675,6 +1676,7 @@ def read_arrays(path, *names):
             large = sum(info.file_size for info in file.zip.infolist())
             require(large < memory(), f"{path} declares {large:,} bytes, more than memory holds")
             found = {key: file[key] for key in file.files if key in names}
+            found = {key: x for key, x in found.items() if isinstance(x, np.ndarray)}
             held = ", ".join(file.files)
     except UserError:
         raise
@@ -1682,7 +1684,7 @@ def read_arrays(path, *names):
         pickled = "Object arrays" in str(error)
         why = "it holds pickled objects" if pickled else "it is truncated or no .npz"
         raise UserError(f"cannot read {path}: {why}; write plain arrays with np.savez") from None
-    require(found, f"{path} holds {held}, not {names[0]}")
+    require(found, f"{path} holds no array {names[0]}, but {held}")
     return found
 
 
@@ -1900,11 +1902,11 @@ def load_text(name, data_dir="data", parts=1, utf8=False, flag="--data"):
                 [raw[at:] for raw, at in zip(documents.values(), cut)])
 
 
-def windows(args, name, T, tokens, flag="--data"):
+def windows(args, name, T, tokenizer, flag="--data"):
     """Windows of T tokens of a text: training windows start at every token, (n, T); validation
     windows do not overlap, (m, T)."""
     text = load_text(name, args.data_dir, flag=flag)
-    train, val = (tokens.stream(part).to(args.device) for part in (text.train, text.val))
+    train, val = (tokenizer.stream(part).to(args.device) for part in (text.train, text.val))
     require(len(val) >= T <= len(train), f"the last tenth of {flag} {name} has {len(val)} tokens, "
             f"the rest {len(train)}, and a context of {T} needs as many in both: take a longer "
             "text or a shorter --context")
@@ -2051,8 +2053,8 @@ class BPE:
         """The tokens of a word. Merges repeatedly, everywhere in it, the pair of neighbours that
         comes first in the list of merges."""
         ids = [self.byte_ids[byte] for byte in word.encode()]
-        rank = lambda pair: self.pairs.get(pair, (math.inf,))[0]
-        while (best := min(zip(ids, ids[1:]), key=rank, default=None)) in self.pairs:
+        order = lambda pair: self.pairs.get(pair, (math.inf,))[0]
+        while (best := min(zip(ids, ids[1:]), key=order, default=None)) in self.pairs:
             old, ids = ids, []
             for token in old:
                 if ids and (ids[-1], token) == best:
@@ -2210,12 +2212,12 @@ class Passages:
     """Passages of the longest documents, to classify by document: train, test (n, --passage), with
     [CLS] before and [SEP] after each; labels, test_labels (n,); names: those of the documents."""
 
-    def __init__(self, args, words, text):
+    def __init__(self, args, tokenizer, text):
         require(args.passage <= args.context, f"--passage {args.passage} is more than --context "
                 f"{args.context}: take a shorter passage")
         longest = sorted(range(len(text.train)), key=lambda i: -len(text.train[i]))[:args.classes]
         self.names, size = [text.names[i] for i in longest], args.passage - 2
-        train, test = ([words.encode(documents[i][:2 ** 20].decode(errors="ignore"))
+        train, test = ([tokenizer.encode(documents[i][:2 ** 20].decode(errors="ignore"))
                         for i in longest] for documents in (text.train, text.val))
         require(len(longest) > 1 and min(map(len, train + test)) >= size, f"--data {args.data} has "
                 f"no {args.classes} parts that are long enough to classify passages: take fewer "
@@ -2224,62 +2226,62 @@ class Passages:
         def cut(documents, step):
             parts = [x.unfold(0, size, step)[:MOST_PASSAGES] for x in documents]
             labels = torch.cat([torch.full((len(x),), i) for i, x in enumerate(parts)])
-            x = F.pad(torch.cat(parts), (1, 0), value=words.ids["[CLS]"])
-            x = F.pad(x, (0, 1), value=words.ids["[SEP]"])
+            x = F.pad(torch.cat(parts), (1, 0), value=tokenizer.ids["[CLS]"])
+            x = F.pad(x, (0, 1), value=tokenizer.ids["[SEP]"])
             return x.to(args.device), labels.to(args.device)
         self.train, self.labels = cut(train, size)
         self.test, self.test_labels = cut(test, max(1, size // 2))
 
     def normalize(self, x):
-        """Tokens stay as they are. (finetune normalises images.)"""
+        """Tokens stay as they are. (Images are normalised.)"""
         return x
 
 
 # The examples of lora.py.
 
 
-def load_examples(args, tokens):
+def load_examples(args, tokenizer):
     """Training and validation examples of the new text: tokens and targets, (n, 2, 1 + T) and
     (m, 2, 1 + T), each with the newline before it."""
     text = load_text(args.data, args.data_dir)
-    if isinstance(tokens, Bytes) and not args.data.endswith(".tsv"):
-        train, val = (line_starts(args, documents, tokens) for documents in (text.train, text.val))
+    if isinstance(tokenizer, Bytes) and not args.data.endswith(".tsv"):
+        train, val = (line_starts(args, part, tokenizer) for part in (text.train, text.val))
     else:
         whole = [a + b for a, b in zip(text.train, text.val)]
-        rows = lines(args, [line for raw in whole for line in raw.splitlines()], tokens)
+        rows = lines(args, [line for raw in whole for line in raw.splitlines()], tokenizer)
         train, val = rows[:len(rows) * 9 // 10], rows[len(rows) * 9 // 10:]
     require(args.k <= len(train) and len(val), f"--k {args.k} is more than the {len(train)} "
-                   f"examples of {args.example} tokens that --data {args.data} has ({len(val)} in "
-                   "its last tenth, to test on): take a longer text, or a smaller --k or --example")
+            f"examples of {args.example} tokens that --data {args.data} has ({len(val)} in its "
+            "last tenth, to test on): take a longer text, or a smaller --k or --example")
     return train, val
 
 
-def line_starts(args, documents, tokens):
+def line_starts(args, documents, tokenizer):
     """Examples of T = --example bytes from the start of each line on, into the next if need be."""
-    x, T, newline = tokens.stream(documents).to(args.device), args.example, ord("\n")
+    x, T, newline = tokenizer.stream(documents).to(args.device), args.example, ord("\n")
     if len(x) <= T:
         return x.new_empty(0, 2, T + 1)
     i = ((x[:-T] == newline) & (x[1:len(x) - T + 1] != newline)).nonzero().flatten()
     rows = x.unfold(0, T + 1, 1)[i]
-    rows = rows[(rows != tokens.BOS).all(1)]                              # within one document
+    rows = rows[(rows != tokenizer.BOS).all(1)]                              # within one document
     return torch.stack([rows, F.pad(rows[:, 1:], (1, 0), value=-100)], 1)
 
 
-def lines(args, texts, tokens):
+def lines(args, texts, tokenizer):
     """Examples of whole lines, cut at --example tokens or padded with BOS, which is ignored in the
     loss, and so is the text before the first tab in a .tsv. At most 20,000 of them."""
     pairs, T = args.data.endswith(".tsv"), args.example
-    newline, rows = tokens.encode("\n"), []
+    newline, rows = tokenizer.encode("\n"), []
     for i in torch.linspace(0, len(texts) - 1, min(len(texts), 20_000)).long().tolist():
-        line, number = texts[i], i + 1
+        line = texts[i]
         before, tab, after = line.partition(b"\t") if pairs else (b"", b"", line)
-        require(tab or not pairs or not line.strip(), f"line {number} of {args.data} has no "
-                       "tab: each line is a pair, with a tab between its texts")
-        given, counted = tokens.encode(before + tab), tokens.encode(after + b"\n")
+        require(tab or not pairs or not line.strip(), f"line {i + 1} of {args.data} has no tab: "
+                "each line is a pair, with a tab between its texts")
+        given, counted = tokenizer.encode(before + tab), tokenizer.encode(after + b"\n")
         if after.strip() and len(given) < T:
             x = torch.cat([newline, given, counted])[:T + 1]
             target = torch.cat([torch.full_like(x[:1 + len(given)], -100), x[1 + len(given):]])
-            rows.append(torch.stack([F.pad(x, (0, T + 1 - len(x)), value=tokens.BOS),
+            rows.append(torch.stack([F.pad(x, (0, T + 1 - len(x)), value=tokenizer.BOS),
                                      F.pad(target, (0, T + 1 - len(x)), value=-100)]))
     return torch.stack(rows).to(args.device) if rows else torch.zeros(0, 2, T + 1)
 
@@ -2318,7 +2320,9 @@ def read_safetensors(path):
     for name, about in header.items():
         try:
             dtype, (a, b) = DTYPES[about["dtype"]], about["data_offsets"]
-            part = data[start + max(a, 0):start + b]
+            if not 0 <= a <= b <= size - start:
+                raise ValueError
+            part = data[start + a:start + b]
             part = part.clone() if (start + a) % dtype.itemsize else part          # unaligned
             found[name] = part.view(dtype).view(about["shape"])
         except (KeyError, TypeError, ValueError, RuntimeError):

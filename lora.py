@@ -202,13 +202,15 @@ class IA3(nn.Module):
     def merge(self):
         """Multiplies the weight (and bias) after training, to make the layer as fast as a plain
         one. There is no way back, because a factor can be 0."""
-        if not self.merged and not self.outputs:
-            self.linear.weight *= self.scale
-        elif not self.merged:
-            self.linear.weight[-self.outputs:] *= self.scale[:, None]
-            if self.linear.bias is not None:
-                self.linear.bias[-self.outputs:] *= self.scale
+        if self.merged:
+            return
         self.merged = True
+        if not self.outputs:
+            self.linear.weight *= self.scale
+            return
+        self.linear.weight[-self.outputs:] *= self.scale[:, None]
+        if self.linear.bias is not None:
+            self.linear.bias[-self.outputs:] *= self.scale
 
     get_extra_state, set_extra_state = LoRA.get_extra_state, LoRA.set_extra_state
 
@@ -275,7 +277,7 @@ def load_adapter(model, state):
     if {name: p.shape for name, p in own.items()} != {name: p.shape for name, p in state.items()}:
         raise ValueError("this adapter is of another model, or of another method, rank or targets")
     if any(getattr(layer, "merged", False) for layer in model.modules()):
-        raise ValueError("the adapter in this model is merged: load before merging")
+        raise ValueError("the adapter in this model is merged: load the new one before")
     for name, p in own.items():
         p.copy_(state[name])
 
@@ -462,12 +464,20 @@ BYTES = common.Bytes()
 def to_test(args, val, old, context, tokenizer=BYTES):
     """Subsets of the validation examples and of the old text's validation windows; they are smaller
     for published weights."""
-    m, n = (100, 20) if args.uses_published else (400, 100)
+    m, n = (400, 100) if tokenizer is BYTES else (100, 20)
     _, old = common.windows(args, old, min(context, 256), tokenizer, "--old")
     return common.evenly(val, m), common.evenly(old, n)
 
 
 # -------------------------------------------------------------------------------------- the base
+
+
+def prompt_tokens(args, context, tokenizer=BYTES):
+    """BOS, a newline and --prompt as tokens (n,). Raises UserError if the context is too short."""
+    prompt = tokenizer.encode("\n".encode() + args.prompt.encode(errors="surrogateescape"))
+    common.require(len(prompt) < context, f"--prompt has {len(prompt) - 1} tokens, and the context "
+                   f"of {context} holds {context - 2}: shorten it")
+    return F.pad(prompt, (1, 0), value=tokenizer.BOS).to(args.device)
 
 
 def pretrain(args):
@@ -482,9 +492,7 @@ def pretrain(args):
     adapt_base(args, copy.deepcopy(model))                # fail early if something does not fit
     common.require(args.example < args.context, f"--example {args.example} does not fit in "
                    f"--context {args.context}, with the newline before it")
-    prompt = len(args.prompt.encode(errors="surrogateescape")) + 2         # with BOS and a newline
-    common.require(prompt <= args.context, f"--prompt has {prompt - 2} bytes, and --context "
-                   f"{args.context} holds {args.context - 2}: shorten it")
+    prompt_tokens(args, args.context)
     common.say(f"First the base: training a GPT on {base_args.data}. "
                f"It is kept in {base_args.out}.")
     optimizer = common.optimizer(base_args, model.to(args.device).named_parameters())
@@ -505,7 +513,10 @@ def load_base(args, folder):
     of the published weights that it started from (weights, "" if none)."""
     read = lambda folder: common.read_checkpoint(folder, "gpt.py", "lora.py", flag="--base")
     if common.has_run(folder):
-        folder = read(folder)["about"].get("base", folder)    # lora.py: the base of that run
+        base = read(folder)["about"].get("base", folder)      # lora.py: the base of that run
+        common.require(Path(base).exists(), f"the base of {folder} is not at {base} any more: give "
+                       "its folder as --base")
+        folder = base
     if not common.has_run(folder):
         model, _ = load_gpt2(args, folder, "--base")
         about = dict(base=folder, fingerprint=common.fingerprint(model.state_dict()),
@@ -584,8 +595,7 @@ def losses(args, model, val, old, bos=BYTES.BOS):
 
 def write(args, model, tokenizer=BYTES):
     """--prompt and the text that the model generates after a newline and the prompt."""
-    prompt = tokenizer.encode("\n".encode() + args.prompt.encode(errors="surrogateescape"))
-    start = F.pad(prompt, (1, 0), value=tokenizer.BOS).to(args.device)
+    start = prompt_tokens(args, len(model.pos_embed.weight), tokenizer)
     n = max(1, min(args.length, len(model.pos_embed.weight) - len(start)))
     torch.manual_seed(args.seed)
     new = sample(model, start[None], n, args.temperature)[0]
@@ -625,13 +635,13 @@ def report(run, about, rows, texts, count):
 @common.setup
 def main(args):
     recipe(args)
-    if not args.base:
-        common.load_examples(args, BYTES)               # fail early, before the base is trained
+    found = None if args.base else common.load_examples(args, BYTES)         # may fail: do it early
     model, about = load_base(args, args.base or pretrain(args))
     tokenizer = common.BPE.load(about["weights"]) if about["weights"] else BYTES
-    train, val = common.load_examples(args, tokenizer)              # (n, 2, 1 + T), (m, 2, 1 + T)
+    train, val = found or common.load_examples(args, tokenizer)     # (n, 2, 1 + T), (m, 2, 1 + T)
     count, context = sum(p.numel() for p in model.parameters()), len(model.pos_embed.weight)
     val, old = to_test(args, val, about["old"], context, tokenizer)
+    prompt_tokens(args, context, tokenizer)                         # fail early if it is too long
     examples = common.choose(train, args.k, args.seed)              # (k, 2, 1 + T)
     start = losses(args, model, val, old, tokenizer.BOS) | dict(trained=0, bytes=0)
     rows, texts = {"the base": start}, {"the base": write(args, model, tokenizer)}

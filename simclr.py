@@ -294,7 +294,7 @@ def adjust_hue(x, change):
     hue = torch.where(value == r, (g - b) / divisor,         # in sixths of the circle
                       torch.where(value == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor))
     hue = hue + 6 * change[:, None, None]
-    # HSV to RGB: with k = (hue + n) mod 6, a channel is value - chroma max(0, min(k, 4 - k, 1)),
+    # HSV to RGB: with k = (hue + n) mod 6, a channel is value - chroma max(0, min(k, 4 - k, 1)).
     channel = lambda k: value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
     return torch.stack([channel((hue + n) % 6) for n in (5, 3, 1)], 1)      # n: red, green, blue
 

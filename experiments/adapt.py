@@ -73,8 +73,8 @@ def new_result(own, args, about, model):
         dtype=common.precision(args), methods=own.methods, k=own.k, repeats=own.repeats,
         search=own.search)
     depth, dim = len(model.blocks), model.pos_embed.weight.shape[1]
-    state = dict(step=0, seconds=0.) if args.uses_published else \
-        common.read_checkpoint(about["base"])
+    state = common.read_checkpoint(about["base"]) if common.has_run(about["base"]) else \
+        dict(step=0, seconds=0.)                                               # of GPT-2
     base = f"{depth} x {dim} GPT of {about['old']}, step {state['step']}, {about['fingerprint']}"
     command = common.command(dataclasses.replace(args, k=lora.Args.k)).split(" ")[2:]
     command = ["python experiments/adapt.py", *["--search"] * own.search, "--k", *own.k, *command]
@@ -184,17 +184,19 @@ def main(own):
     torch.set_float32_matmul_precision("high")
     known = lora.load_base(args, args.base) if args.base else None
     weights = known[1]["weights"] if known else ""
-    tokens = common.BPE.load(weights) if weights else lora.BYTES
-    train, val = common.load_examples(args, tokens)
+    tokenizer = common.BPE.load(weights) if weights else lora.BYTES
+    train, val = common.load_examples(args, tokenizer)
     if own.search:                                  # on other text than what is reported
         train, val = train[:len(train) * 9 // 10], train[len(train) * 9 // 10:]
+        common.require(max(own.k) <= len(train) and len(val), f"--k {max(own.k)} is more than the "
+                       f"{len(train)} examples that a search trains on: take a smaller --k")
     torch.manual_seed(args.seed)
     base, about = known or lora.load_base(args, lora.pretrain(args))
     context = len(base.pos_embed.weight)
-    val, old = lora.to_test(args, val, about["old"], context, tokens)
+    val, old = lora.to_test(args, val, about["old"], context, tokenizer)
     result = continued(own, new_result(own, args, about, base))
     figures = result["figures"]
-    figures["start"] = start = list(lora.losses(args, base, val, old, tokens.BOS).values())
+    figures["start"] = start = list(lora.losses(args, base, val, old, tokenizer.BOS).values())
     bar = common.progress(list(cells(own, args, context)), "adapting")
     for method, lr, k, repeat in bar:
         row = place(own, figures, method, lr, k)
@@ -203,15 +205,15 @@ def main(own):
         how = dataclasses.replace(args, k=k, lr=lr, seed=args.seed + 1000 * repeat)
         examples = common.choose(train, k, how.seed)
         if method == "in-context":
-            given = common.in_a_row(examples, tokens.BOS)
-            new = lora.evaluate(how, base, *val.unbind(1), given, tokens.BOS)
+            given = common.in_a_row(examples, tokenizer.BOS)
+            new = lora.evaluate(how, base, *val.unbind(1), given, tokenizer.BOS)
             found = dict(new=new, old=start[1], trained=0, seconds=0.,
-                         bytes=tokens.sizes[given.cpu()].sum().item())
+                         bytes=tokenizer.sizes[given.cpu()].sum().item())
         else:
             how.method = method
             lora.recipe(how)
             try:
-                model, found = fit(how, base, examples, val, old, tokens.BOS)
+                model, found = fit(how, base, examples, val, old, tokenizer.BOS)
             except common.UserError as error:                                   # it diverged
                 raise common.UserError(f"{method}, k = {k}: {error}") from None
             result["seconds"] += found["seconds"] * how.steps

@@ -33,11 +33,11 @@ EPISODES = {"unasked question": "unasked", "new word": "new", "held-out word": "
             "new word of 3": "new of 3", "held-out word of 3": "held-out of 3"}
 
 
-def queries(args, tokens, context):
+def queries(args, tokenizer, context):
     """What is asked, as far as it fits the context, and the scenes it is about: common.queries, with
     names for groups and without words, captions in place of the images, that do not fit."""
     asked, scenes = common.queries(args.seed, args.tests, args.shots)
-    fits = lambda text, q: len(tokens.encode(f"<end> {text} {q.answer} <end>")) <= context
+    fits = lambda text, q: len(tokenizer.encode(f"<end> {text} {q.answer} <end>")) <= context
     found = []
     for q in asked:
         name, column = q.group
@@ -48,7 +48,7 @@ def queries(args, tokens, context):
     return sorted(found, key=lambda q: q.group), scenes           # alike prompts in a batch
 
 
-def evaluate(args, model, tokens, asked, features):
+def evaluate(args, model, tokenizer, asked, features):
     """{group: {who: % of the answers that are exactly right}}, who: as in WHO."""
     found, answers = {}, {}
     seen = lambda q: q.group.startswith("caption") and not q.group.endswith("unseen kind")
@@ -58,7 +58,7 @@ def evaluate(args, model, tokens, asked, features):
                             ("captions", in_words, None)):
         parts = [own[i:i + 250] for i in range(0, len(own), 250)]
         for part in common.progress(parts, WHO[who]):
-            for q, text in zip(part, flamingo.answers(args, model, tokens, part, media)):
+            for q, text in zip(part, flamingo.answers(args, model, tokenizer, part, media)):
                 for group in groups(q):
                     found.setdefault(group, {}).setdefault(who, []).append(text == q.answer)
     for q in asked:
@@ -107,22 +107,23 @@ def load(folder, device):
         common.require(getattr(args, name) or done, f"the {name} of {folder} is not there any "
                        f"more: python flamingo.py --resume --out {folder} trains it again")
         folders.append(getattr(args, name) or how.out)
-    lm, tokens = flamingo.load_lm(args, folders[0])
+    lm, tokenizer = flamingo.load_lm(args, folders[0])
     vit, patch, statistics = flamingo.load_vit(args, folders[1])
-    model = flamingo.Flamingo(lm, vit, patch, tokens.image, args.every, args.latents,
+    model = flamingo.Flamingo(lm, vit, patch, tokenizer.image, args.every, args.latents,
                               args.resampler_depth, args.attend, args.gate_start)
     model.load_state_dict(state["model"])
     seconds = [common.read_checkpoint(name)["seconds"] for name in folders]
-    return args, model.to(args.device).eval(), tokens, statistics, seconds
+    return args, model.to(args.device).eval(), tokenizer, statistics, seconds
 
 
 def measure(folder, path, device):
     """Evaluates a finished run: its result.json with other figures, which is written to path."""
     result = read(folder / "result.json", {})
-    args, model, tokens, statistics, seconds = load(folder, device)
-    asked, scenes = queries(args, tokens, len(model.lm.pos_embed.weight))
+    args, model, tokenizer, statistics, seconds = load(folder, device)
+    asked, scenes = queries(args, tokenizer, len(model.lm.pos_embed.weight))
     images = common.paint(scenes, args.seed + 1_000_000, args.image_size, args.device)
-    right = evaluate(args, model, tokens, asked, flamingo.encode(args, model, images, statistics))
+    features = flamingo.encode(args, model, images, statistics)
+    right = evaluate(args, model, tokenizer, asked, features)
     captions = right.get("caption, all", {}).get("flamingo", math.nan)
     result["summary"] = f"captions {captions:.1f} %"
     result["figures"] = dict(

@@ -54,9 +54,9 @@ def load(own):
                    f"{args.steps} steps: python bert.py --resume --out {own.folder} finishes it")
     args.labels = tuple(own.labels or args.labels)
     args.out, args.resume = str(own.folder), True
-    model, words, _ = bert.load_or_build(args)
+    model, tokenizer, _ = bert.load_or_build(args)
     text = common.load_text(args.data, args.data_dir, parts=args.classes, utf8=True)
-    passages = common.Passages(args, words, text)
+    passages = common.Passages(args, tokenizer, text)
     common.k_shot(passages.labels, max(args.labels))                       # raises now if too few
     model.load_state_dict(state["model"])
     model.eval()
@@ -77,7 +77,7 @@ def methods(args, model, passages):
 
     @functools.lru_cache(1)
     def features(f):
-        return [common.encode(args, f, None, x) for x in (passages.train, passages.test)]
+        return [common.encode(args, f, passages, x) for x in (passages.train, passages.test)]
 
     def frozen(f):
         return lambda k, seed: common.probe(features(f)[0], passages.labels, features(f)[1],

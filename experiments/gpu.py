@@ -143,7 +143,7 @@ def example(name, model, B=8):
         views = script.augment(torch.rand(B, 3, 32, 32).repeat(2, 1, 1, 1)) - .5
         return [views], lambda m, x: script.ntxent(*m(x).chunk(2), .2)
     if name == "autoencoder":
-        x = torch.randn(B, 3, *[model.decoder.size] * 2)
+        x = torch.randn(B, 3, *[model.image_size] * 2)
         return [x], lambda m, x: script.distance(m(x)[0], single(x))
     if name == "mae":
         inputs, target = script.mask(images(model.encoder, 4), 4, .75)

@@ -135,25 +135,25 @@ def invented(x):
     return torch.stack([x, torch.stack([torch.full_like(x[:, 0], -100), x[:, 1]], 1)], 1)
 
 
-def english(tokens):
+def english(tokenizer):
     """The Language of lines such as "horse: ba" for a tokenizer. The four endings of a class differ
     in the vowel, and all others begin with another letter."""
     def one(word, ending):
         given = f"{ENGLISH[word % CLASSES][word // CLASSES]}:"
         vowel, consonant = "aeio"[(ending - WORDS) % ENDINGS], "bdfghjklmnprstvz"[
             (ending - WORDS) // ENDINGS]
-        return [tokens.encode(part) for part in (given, f" {consonant}{vowel}", "\n")]
+        return [tokenizer.encode(part) for part in (given, f" {consonant}{vowel}", "\n")]
 
     def rows(x):
         parts = [one(*pair) for pair in x.tolist()]
         target = [torch.cat([torch.full_like(given, -100), ending, torch.full_like(end, -100)])
                   for given, ending, end in parts]
-        return torch.stack([pad_sequence([*map(torch.cat, parts)], True, tokens.BOS),
+        return torch.stack([pad_sequence([*map(torch.cat, parts)], True, tokenizer.BOS),
                             pad_sequence(target, True, -100)], 1).to(x.device)
 
     longest = max(sum(map(len, one(word, ending))) for word in range(WORDS)
                   for ending in range(WORDS, BOS, ENDINGS))
-    return Language(rows, tokens.BOS, longest)
+    return Language(rows, tokenizer.BOS, longest)
 
 
 INVENTED = Language(invented, BOS, 2)
@@ -177,11 +177,7 @@ def pretrain(args):
             inputs, target = lora.mask(texts(how.batch).to(args.device), BOS)
             with run.autocast():
                 loss = lora.distance(model(inputs)[:, 1::2], target[:, 1::2])    # of endings
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), how.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            run.log(loss)
+            run.update(loss)
     return lora.load_base(args, how.out)
 
 

@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common, lora                                                            # noqa: E402
@@ -88,11 +87,7 @@ def fit(args, base, examples, bos=lora.BYTES.BOS, watch=lambda run, n: None):
             x, target = run.batch(examples).unbind(1)
             with run.autocast():
                 loss = lora.distance(model(lora.mask(x, bos)[0]), target)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            run.log(loss)
+            run.update(loss)
         watch(run, args.steps)
     trained = sum(p.numel() for p in lora.adapter_state(model).values())
     return model.eval(), trained, run.seconds

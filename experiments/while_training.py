@@ -22,7 +22,7 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-import common, repeat, shared                                                  # noqa: E402
+import common, repeat                                                          # noqa: E402
 
 ENCODERS = {"autoencoder.py": lambda script, args, model: model.encode,
             "simclr.py": lambda script, args, model: model.encoder,

@@ -1,5 +1,4 @@
 """bert.py against torch's own layer, an independent forward in the published layout, counts and loops."""
-import copy
 import json
 import math
 
@@ -487,6 +486,7 @@ def test_passages_and_what_is_tuned(texts, tmp_path, monkeypatch):
     for x, y in (data.train, data.labels), (data.test, data.test_labels):
         for row, label in zip(x, y):
             assert bool(sea & set(row.tolist())) == (label == 0) and row[0] == CLS and row[-1] == SEP
+    assert data.normalize(data.test) is data.test
     data.test, data.test_labels = data.train, data.labels     # all of these, after 10 per class: they repeat
     torch.manual_seed(0)
     model, tuned = bert.BERT(words.vocab, 12, 16, 2, 2), []

@@ -12,6 +12,7 @@ import struct
 import sys
 import tarfile
 import types
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,12 +187,19 @@ def test_labels_of_other_images_are_refused(tmp_path, monkeypatch):
             load("mnist", tmp_path)
 
 
+def test_a_member_that_is_no_array(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
+        file.writestr("x_train", b"text")
+    with pytest.raises(UserError, match="holds no array x_train, but x_train"):
+        load(tmp_path / "x.npz")
+
+
 def test_npz(tmp_path):
     path, x, y = tmp_path / "x.npz", np.zeros((6, 8, 8, 3), np.uint8), np.arange(6) % 3
     good = dict(x_train=x, y_train=y, x_test=x, y_test=y)
     np.savez(path, **good, classes=np.array(["a", "b", "c"]))
     assert load(path).names == {"class": ["a", "b", "c"]}
-    bad = [(dict(x=x, y=y), "holds x, y, not x_train"), (dict(y_train=y), "has no x_train"),
+    bad = [(dict(x=x, y=y), "holds no array x_train, but x, y"), (dict(y_train=y), "has no x_train"),
            (good | dict(x_train=np.array([{}, "pickled"], object)), "it holds pickled objects"),
            (good | dict(x_train=x.astype(np.int32)), "x_train is int32: take uint8, or floats"),
            (good | dict(x_train=x + 1.5), "x_train has floats from 1.5 to 1.5: scale them"),

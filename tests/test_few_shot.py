@@ -1,8 +1,6 @@
 """experiments/few_shot.py: what is asked, how it is counted, and that what is done is kept."""
 import json
 import math
-import random
-import subprocess
 import sys
 
 import pytest

@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import random
+import shutil
 import signal
 import types
 
@@ -933,7 +934,7 @@ def test_a_finished_run_answers_a_prompt(done, tmp_path):
     np.savez(tmp_path / "one.npz", images=x[:1])
     (tmp_path / "broken.npz").write_bytes(b"no zip")
     resume = lambda **how: flamingo.main(flamingo.Args(resume=True, steps=0, out=str(out), **how))
-    for name, words in (("large", "large.npz: images is .3, 64, 64, 3., not .n, 32, 32, 3.: scale them"), ("none", "holds pictures, not images"),
+    for name, words in (("large", "large.npz: images is .3, 64, 64, 3., not .n, 32, 32, 3.: scale them"), ("none", "holds no array images, but pictures"),
                         ("broken", "truncated,? or no .npz"), ("missing", "there is no file"),
                         ("one", "--prompt has 2 <image> tokens, and there are 1 images")):
         with pytest.raises(common.UserError, match=words):
@@ -1064,3 +1065,12 @@ def test_it_learns_to_see():
         right, wrong = (flamingo.distance(model(inputs, model.project(own))[:, -2:-1], target[:, -2:-1]).item()      # of the colour
                         for own in (features[1800:], features[1800:].roll(1, 0)))
     assert right < 1.6 and wrong > right + 1, (right, wrong)                   # a uniform guess: ln 8 = 2.08
+
+
+def test_a_run_killed_before_its_evaluation_makes_it_on_resume(done, tmp_path):
+    """Also with a --prompt, which a finished run only answers."""
+    out = shutil.copytree(done[0], tmp_path / "run")
+    (out / "result.json").unlink()
+    again = run("--resume", "--steps", 0, "--out", out, "--prompt", "<image> what colour is it ?", script="flamingo.py")
+    assert again.returncode == 0 and "exactly right, %" in again.stdout, again.stderr
+    assert figures(out)["right"] == figures(done[0])["right"]

@@ -9,8 +9,13 @@ import pytest
 import torch
 from conftest import ROOT, run
 
+import autoencoder
+import bert
 import common
+import flamingo
 import gpt
+import lora
+import mae
 import simclr
 
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -151,3 +156,17 @@ def test_what_is_missing_is_skipped(own):
 def test_without_a_gpu():
     done = run(script="experiments/gpu.py")
     assert done.returncode == 2 and "--quick" in done.stderr and "Traceback" not in done.stderr
+
+
+SMALL = {"simclr": lambda: simclr.SimCLR(10, 8, 8), "autoencoder": lambda: autoencoder.Autoencoder(16, 8, 8),
+         "bert": lambda: bert.BERT(40, 12, 16, 2, 2), "mae": lambda: mae.MAE(16, 4, 16, 1, 2, 16, 1, 2),
+         "gpt": lambda: gpt.GPT(257, 12, 16, 2, 2), "lora": lambda: lora.GPT(257, 12, 16, 2, 2),
+         "flamingo": lambda: flamingo.Flamingo(flamingo.GPT(54, 41, 16, 2, 2), flamingo.ViT(16, 4, 16, 1, 2), 4, 1)}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_example_of_every_script(name):
+    """What phase a differentiates can be computed for each of them, and has a gradient."""
+    torch.manual_seed(0)
+    (value,), grads = gpu.gradients(name, SMALL[name](), "cpu", "float64")
+    assert value.isfinite() and any(g.any() for g in grads)

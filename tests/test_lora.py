@@ -456,7 +456,7 @@ def test_adapters_on_one_base_are_switched(base):
         with pytest.raises(ValueError, match="another method, rank or targets"):
             lora.load_adapter(other, adapters["two"])
     model.blocks[1].mlp.fc1.merge()
-    with pytest.raises(ValueError, match="is merged: load before merging"):
+    with pytest.raises(ValueError, match="is merged: load the new one before"):
         lora.load_adapter(model, adapters["one"])
 
 
@@ -744,6 +744,7 @@ def test_bad_flags(flags, words, capsys):
     (["--old", "nowhere.txt"], ["no text 'nowhere.txt'", "--old takes"]),
     (["--context", "9999"], ["the last tenth of --old", "a context of 9999 needs"]),
     (["--base", "nowhere"], ["--base nowhere holds no weights. Fetch config.json", "or give the folder of a run"]),
+    (["--prompt", "x" * 39], ["--prompt has 39 tokens", "holds 38: shorten it"]),
     (["--resume"], ["there is no", "leave out --resume"])])
 def test_bad_input_before_anything_is_trained(flags, words, lora_py, tmp_path):
     process = lora_py(*flags, how=call)
@@ -754,7 +755,7 @@ def test_bad_input_before_anything_is_trained(flags, words, lora_py, tmp_path):
 def test_what_does_not_fit_a_base_that_is_there(done, lora_py):
     refused(lora_py("--base", done[0], "--rank", 17, how=call), 1, "rank 17 of a 48 x 16 matrix", script="lora.py")
     refused(lora_py("--base", done[0], "--example", 40, how=call), 1, "41 tokens are more than the context of 40", script="lora.py")
-    refused(lora_py("--base", done[0], "--prompt", "x" * 60, how=call), 1, "62 tokens are more than the context of 40", script="lora.py")
+    refused(lora_py("--base", done[0], "--prompt", "x" * 60, how=call), 1, "--prompt has 60 tokens", script="lora.py")
 
 
 def test_foreign_and_broken_files(done, lora_py, tmp_path):
@@ -788,3 +789,10 @@ def test_dropout_is_there_in_training_alone(done, lora_py, texts, tmp_path, monk
         seen.clear()
         model.train(train)(torch.zeros(1, 3, dtype=torch.int64))
         assert {p for p, training in seen if training and p} == ({.25} if train else set())
+
+
+def test_a_folder_is_summarised_once(done, lora_py, tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/a.txt").write_text("the cat and the dog\n" * 300)
+    made = lora_py("--data", tmp_path / "new", out="folder")
+    assert made.returncode == 0 and made.stdout.replace("\n", "").count("1 documents") == 1, made.stderr

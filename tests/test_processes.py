@@ -214,3 +214,11 @@ def test_one_ends_with_the_other_and_one_process_goes_on(how, tiny, tmp_path):
     step = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"]
     done = run("--resume", "--out", tmp_path / "run", "--steps", step + 2)
     assert done.returncode == 0 and f"Continuing from step {step}" in done.stdout, done.stderr
+
+
+def test_broken_data_is_said_once(tmp_path):
+    (tmp_path / "data/mnist").mkdir(parents=True)
+    for name in common.IDX:
+        (tmp_path / "data/mnist" / name).write_bytes(b"x")
+    ended = two("mae.py", "--data", "mnist", "--data-dir", tmp_path / "data", "--out", tmp_path / "run", cwd=tmp_path)
+    assert ended.returncode and ended.stderr.count("truncated or broken") == 1 and "Traceback" not in ended.stderr

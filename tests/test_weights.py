@@ -575,3 +575,13 @@ def test_a_resnet_loads_by_torchvisions_names(tiny, tmp_path, monkeypatch):
     untrained = encoders[0]["untrained ResNet"]
     assert untrained.conv1.weight.shape == model.encoder.conv1.weight.shape and not untrained.training
     assert not any(torch.equal(a, b) for a, b in zip(untrained.parameters(), model.encoder.parameters()) if a.ndim > 1)
+
+
+def test_the_base_of_a_run_on_gpt2_is_gpt2(gpt2, tmp_path):
+    (tmp_path / "x.txt").write_text("in the queue abc 12\n" * 99)
+    flags = ["--data", tmp_path / "x.txt", "--old", tmp_path / "x.txt", "--k", 2, "--example", 8, "--epochs", 1, "--device", "cpu"]
+    for name, base in ("one", gpt2[1]), ("two", tmp_path / "one"):
+        made = run(*flags, "--base", base, "--out", tmp_path / name, script="lora.py")
+        assert made.returncode == 0, made.stderr
+    a, b = (json.loads((tmp_path / name / "result.json").read_text())["figures"] for name in ("one", "two"))
+    assert a["fingerprint"] == b["fingerprint"] and a["rows"]["the base"] == b["rows"]["the base"]
