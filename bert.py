@@ -142,7 +142,7 @@ class BERT(nn.Module):
         return self.blocks[-1](x, positions, attention_mask)
 
     def pool(self, tokens, attention_mask=None, segments=None):
-        """Texts (B, T) -> vectors (B, C) for a classifier: a layer on the output at [CLS]."""
+        """Texts (B, T), [CLS] first -> vectors (B, C) for a classifier: a layer on its output."""
         positions = torch.zeros_like(tokens[:, :1])                                 # [CLS] is at 0
         x = self.encode(tokens, positions, attention_mask, segments)                # (B, 1, C)
         return self.pooler(x[:, 0]).tanh()

@@ -226,7 +226,7 @@ def mask(x, bos):
 @torch.inference_mode()
 def sample(model, prompt, n, temperature=1., top_k=0, top_p=1.):
     """Samples n tokens after each prompt (B, T): (B, n). Call model.eval() first. T + n is at most
-    the context plus one, because the last token is not fed back."""
+    the context plus one, because the last token is not fed back (sample_text goes on)."""
     cache, x, tokens = model.new_cache(len(prompt)), prompt, []
     for _ in range(n):
         logits = model(x, cache)[:, -1]              # (B, V); x: the prompt, then the last token
@@ -260,9 +260,11 @@ def distribution(logits, temperature=1., top_k=0, top_p=1.):
 
 
 def sample_text(model, prompt, n, bos, stop=None, **how):
-    """Samples n tokens after one prompt (T,), beyond the context if need be: (n,), or fewer if the
-    token `stop` comes up first. **how: arguments of sample. Raises ValueError if BOS and the prompt
-    do not fit into the context."""
+    """Samples n tokens after one prompt (T,), without BOS, which this adds; beyond the context if
+    need be: (n,), or fewer if the token `stop` comes up first. **how: arguments of sample. Raises
+    ValueError if the prompt is no (T,), or if BOS and the prompt do not fit into the context."""
+    if prompt.ndim != 1:
+        raise ValueError(f"sample_text takes one prompt (T,), not {tuple(prompt.shape)}")
     context, window = len(model.pos_embed.weight), F.pad(prompt, (1, 0), value=bos)
     if len(window) > context:
         raise ValueError(f"{len(window)} tokens are more than the context of {context}")

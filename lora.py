@@ -217,9 +217,10 @@ class IA3(nn.Module):
 
 def adapt(model, method, targets=("qkv", "proj", "fc1", "fc2"), rank=3, alpha=None, dropout=0.):
     """Freezes a model in place, except for what the method trains: these are the only tensors that
-    require gradients afterwards. Returns the model; its outputs do not change. alpha None: alpha =
-    rank. ia3, first, middle and last need a GPT of this file; the others take any model. Raises
-    ValueError, and changes nothing, if method, targets or rank do not fit."""
+    require gradients afterwards (a new head is frozen, too: head.requires_grad_(True) trains it).
+    Returns the model; its outputs do not change. alpha None: alpha = rank. ia3, first, middle and
+    last need a GPT of this file; the others take any model. Raises ValueError, and changes nothing,
+    if method, targets or rank do not fit."""
     if method not in ("lora", "ia3", "bitfit", "first", "middle", "last", "full"):
         raise ValueError(f"there is no method {method!r}")
     if method in ("ia3", "first", "middle", "last") and not hasattr(model, "blocks"):
@@ -259,7 +260,8 @@ def target_layers(model, targets):
     names = dict.fromkeys(path.split(".")[-1] for path in layers)     # in order, each once
     for name in targets:
         if name not in names:
-            raise ValueError(f"no matrix {name!r} in this model: it has {', '.join(names)}")
+            raise ValueError(f"no matrix {name!r} in this model: it has "
+                             + (", ".join(filter(None, names)) or "no nn.Linear inside"))
     return {path: layer for path, layer in layers.items() if path.split(".")[-1] in targets}
 
 
@@ -271,8 +273,8 @@ def adapter_state(model):
 
 @torch.no_grad()
 def load_adapter(model, state):
-    """Copies an adapter_state into a model that was adapted in the same way. Raises ValueError if
-    it does not fit, or if the adapter in the model is merged."""
+    """Copies an adapter_state into a model that was adapted in the same way. Returns the model.
+    Raises ValueError if it does not fit, or if the adapter in the model is merged."""
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if {name: p.shape for name, p in own.items()} != {name: p.shape for name, p in state.items()}:
         raise ValueError("this adapter is of another model, or of another method, rank or targets")
@@ -280,11 +282,12 @@ def load_adapter(model, state):
         raise ValueError("the adapter in this model is merged: load the new one before")
     for name, p in own.items():
         p.copy_(state[name])
+    return model
 
 
 def merge_and_unload(model):
     """Merges all LoRA and (IA)^3 layers and replaces them by plain layers, in place. Returns the
-    model, which is then as large and as fast as the base."""
+    model, which is then as large and as fast as the base, and still frozen."""
     for path, layer in list(model.named_modules()):
         if isinstance(layer, (LoRA, IA3)):
             layer.merge()

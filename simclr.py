@@ -197,7 +197,7 @@ def similarity(z1, z2, temperature=1.):
 
     Computed in float32 (TF32 on GPUs that have it) or better: bfloat16's 8 bits are not enough.
     """
-    if z1.shape != z2.shape or len(z1) < 2:
+    if z1.shape != z2.shape or z1.ndim != 2 or len(z1) < 2:
         raise ValueError("z1 and z2 should have one row for each of 2 or more images, and are "
                          f"{tuple(z1.shape)} and {tuple(z2.shape)}")
     z = torch.cat([z1, z2])
@@ -213,8 +213,8 @@ def augment(x, crop_scale=.08, jitter_strength=1., hue=.2, blurred=False):
     crop_scale: minimum area of a crop as a fraction (a crop wider than the image is cut);
     jitter_strength: of brightness, contrast and saturation; hue: its maximum change, where 1 is a
     full circle; blurred: blur half of the views. The defaults, except for the blur, are the paper's
-    for ImageNet. Every image gets its own random numbers. To add a transform, add a line. Raises
-    ValueError for images of another shape or type.
+    for ImageNet. Every image gets its own random numbers. To add a transform, add a line. Values
+    outside [0, 1] are clipped. Raises ValueError for images of another shape or type.
     """
     if x.shape[1:] != (3, x.shape[-1], x.shape[-1]) or x.dtype != torch.float32:
         raise ValueError("augment takes images (B, 3, S, S) of float32 in [0, 1], not "

@@ -43,7 +43,7 @@ TRIALS = {   # a training step with what was pasted: it must give a finite loss 
             loss = loss + distance(model(*inputs), target)
         segments = (torch.arange(24) > 9).long().expand_as(x)
         loss = loss + model.pool(x, segments=segments).square().mean()
-        loss = loss + F.cross_entropy(nn.Sequential(Pooled(model), nn.Linear(16, 3))(x), torch.arange(3))
+        loss = loss + F.cross_entropy(nn.Sequential(Pooled(model), nn.Linear(16, 3))(add_special_tokens(x)), torch.arange(3))
     """,
     "gpt.py": """
         model = GPT(vocab=50, context=12, dim=16, depth=2, heads=2)
@@ -116,7 +116,7 @@ def test_the_model_and_the_method_need_torch_alone(scripts):
         assert not missing, (script, missing)
 
 
-IMPORTS = "import math, torch\nimport torch.nn.functional as F\nfrom torch import nn\n"
+IMPORTS = "import copy, math, torch\nimport torch.nn.functional as F\nfrom torch import nn\n"
 
 
 def recipes():
@@ -142,9 +142,10 @@ def test_the_recipes_of_the_readme_run(script):
     if script == "mae.py":
         assert len(losses) == 20 and losses[-1] < .7 * losses[0]
     elif script == "gpt.py":
-        assert pasted["new"].shape == (1, 20) and pasted["prompt"][0, 0] == 256
+        assert pasted["new"].shape == (1, 20) and pasted["prompt"][0, 0] == 256 and pasted["text"].shape == (200,)
     elif script == "lora.py":
         assert set(pasted["adapter"]) == {f"linear{i}.{name}" for i in (1, 2) for name in "AB"}
+        assert type(pasted["model"].linear1) is torch.nn.Linear
     if script not in ("mae.py", "lora.py"):
         pasted["loss"].backward()
 
