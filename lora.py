@@ -34,8 +34,7 @@ Expect   64 examples of pycode (beginnings of lines) lower the loss on other lin
 Differs  The paper writes W0 + B A and adapts only matrices of the attention; here every matrix of a
          block is adapted, and query, key and value share one B. alpha is the rank, so the factor is
          1 (the paper's GPT-2: 8); B starts Gaussian, as in the paper, with variance 1 / d2. (IA)^3
-         also scales the biases, and has one of T-Few's three losses. The learning rates were tuned
-         on the reported text.
+         also scales the biases, and has one of T-Few's three losses.
 
 Try      --method full, bitfit, ia3, last; --lr 0.01, ten times the usual: how much is forgotten?
          --rank 1, or --targets qkv --rank 12 (as many parameters as --rank 3): is that enough?
@@ -56,7 +55,8 @@ import common
 # -------------------------------------------------------------------------------------- settings
 
 Method = Literal["lora", "ia3", "bitfit", "first", "middle", "last", "full"]
-# The best of three or four learning rates, on average over k: experiments/adapt.py --search
+# The best of three or four learning rates, on average over k and on other lines than the reported
+# ones: experiments/adapt.py --search
 LR = dict(lora=1e-3, ia3=1e-2, bitfit=1e-3, first=1e-4, middle=1e-4, last=1e-4, full=5e-5)
 
 
