@@ -186,7 +186,7 @@ def media_mask(so_far, M, R, attend="last"):
     """Which of M images, with R latents each, every token attends to: the last image so far, or all
     so far; an <image> token attends to its own. so_far (B, T): the number of <image> tokens up to
     and including each token -> (B, 1, T, M R) bool. A token before the first image attends to none,
-    nor does one after an <image> token that has no image. Raises ValueError if so_far is bool."""
+    nor, with "last", one after an <image> token without an image. Raises ValueError for a bool."""
     if so_far.dtype == torch.bool:
         raise ValueError("so_far counts <image> tokens: (tokens == IMAGE).cumsum(1)")
     number = torch.arange(1, M + 1, device=so_far.device)                   # of the images

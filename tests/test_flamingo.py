@@ -1074,3 +1074,10 @@ def test_a_run_killed_before_its_evaluation_makes_it_on_resume(done, tmp_path):
     again = run("--resume", "--steps", 0, "--out", out, "--prompt", "<image> what colour is it ?", script="flamingo.py")
     assert again.returncode == 0 and "exactly right, %" in again.stdout, again.stderr
     assert figures(out)["right"] == figures(done[0])["right"]
+
+
+def test_what_is_easily_given_wrongly():
+    """A gate as an int is a number, too; a mask instead of counts is refused."""
+    assert flamingo.GatedCrossAttention(8, 8, 2, gate_start=1).mlp_gate.item() == 1.
+    with pytest.raises(ValueError, match="so_far counts <image> tokens"):
+        flamingo.media_mask(TEXT == IMAGE, 3, 4)

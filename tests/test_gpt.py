@@ -504,3 +504,8 @@ def test_bytes_that_are_not_utf8_work(tmp_path):
     (tmp_path / "x.txt").write_bytes(bytes(range(256)) * 4)
     done = run("--data", tmp_path / "x.txt", "--out", tmp_path / "run", "--steps", 2, *SMALL, "--prompt", "\\", script="gpt.py")
     assert done.returncode == 0, done.stderr
+
+
+def test_sample_text_takes_one_prompt():
+    with pytest.raises(ValueError, match=r"takes one prompt \(T,\), not \(1, 3\)"):
+        gpt.sample_text(gpt.GPT(257, 12, 8, 1, 2).eval(), torch.zeros(1, 3, dtype=torch.int64), 4, bos=256)

@@ -449,8 +449,7 @@ def test_adapters_on_one_base_are_switched(base):
         moved(model)
     assert not torch.equal(outputs["one"], outputs["two"])
     for name in "two", "none", "one", "two":
-        lora.load_adapter(model, adapters[name])
-        assert torch.equal(model(x), outputs[name]), name
+        assert lora.load_adapter(model, adapters[name]) is model and torch.equal(model(x), outputs[name]), name
     for other in lora.adapt(new_base(), "lora", TARGETS, rank=3), lora.adapt(new_base(), "lora", ["qkv"], rank=2), \
             lora.adapt(new_base(), "ia3"), new_base():
         with pytest.raises(ValueError, match="another method, rank or targets"):
