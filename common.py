@@ -2445,7 +2445,7 @@ def join_qkv(state):
 def fill_in(model, state, path, config={}, missing=(), hint=""):
     """Loads tensors into a model by name, and the eps of config, if any, into its LayerNorms. Those
     whose names begin with one of `missing`, and batch counts of BatchNorms, may be missing; they
-    keep their values. Raises UserError with the name of the first tensor that does not fit."""
+    keep their values. Raises UserError with the first tensor that does not fit, and the hint."""
     here, there = ({name: tuple(x.shape) for name, x in tensors.items()}
                    for tensors in (model.state_dict(), state))
     for name in {**there, **here}:

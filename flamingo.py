@@ -207,9 +207,9 @@ class GatedCrossAttention(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.attn = CrossAttention(dim, source_dim, heads)
         self.mlp = FeedForward(dim)
-        gate, trained = torch.tensor([float(gate_start)]), math.isfinite(gate_start)
-        self.attn_gate = nn.Parameter(gate.clone(), requires_grad=trained)
-        self.mlp_gate = nn.Parameter(gate, requires_grad=trained)      # tanh(inf) = 1: no gates
+        start, trained = float(gate_start), math.isfinite(gate_start)     # tanh(inf) = 1: no gates
+        self.attn_gate = nn.Parameter(torch.tensor([start]), requires_grad=trained)
+        self.mlp_gate = nn.Parameter(torch.tensor([start]), requires_grad=trained)
 
     def forward(self, x, keys_values, visible):
         # While the gates are 0, x is unchanged, and only the gates have a gradient. Once they have
@@ -694,11 +694,13 @@ def train_vit(args, tokenizer, scenes, images):
     optimizer = common.optimizer(vit_args, model.named_parameters())
     run = common.Run(vit_args, model, optimizer, uniform=math.log(vit_args.batch),
                      about=dict(mean=(.2, .2, .2), std=(.2, .2, .2)))
+    # Three steps of four have hard negatives: scenes of 1, 2 or 3 figures, sorted by colour, so
+    # that those of a batch differ only in shapes, sizes and places.
     for step in run:
         if step % 4 == 0:
             i = run.batch(torch.arange(len(images), device=args.device))
-        else:        # hard negatives: scenes of 1, 2 or 3 figures, sorted by colour, so that those
-            own = alike[step % 4 - 1]        # of a batch differ only in shapes, sizes and places
+        else:
+            own = alike[step % 4 - 1]
             start = torch.randint(max(1, len(own) - vit_args.batch + 1), (1,)).item()
             i = own[start:start + vit_args.batch].to(args.device)
         with run.autocast():

@@ -495,7 +495,7 @@ def pretrain(args):
     adapt_base(args, copy.deepcopy(model))                # fail early if something does not fit
     common.require(args.example < args.context, f"--example {args.example} does not fit in "
                    f"--context {args.context}, with the newline before it")
-    prompt_tokens(args, args.context)
+    prompt_tokens(args, args.context)                     # fails early, too
     common.say(f"First the base: training a GPT on {base_args.data}. "
                f"It is kept in {base_args.out}.")
     optimizer = common.optimizer(base_args, model.to(args.device).named_parameters())

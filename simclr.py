@@ -193,7 +193,8 @@ def triplet(z1, z2, margin=.5, square=True):
 
 def similarity(z1, z2, temperature=1.):
     """Similarity matrix (2 N, 2 N): the cosine of each pair of the 2 N rows of z1 and z2 (N, dim),
-    divided by the temperature. Raises ValueError if N is below 2 (there are no negatives then).
+    divided by the temperature. Raises ValueError for other shapes, or if N is below 2 (without
+    negatives).
 
     Computed in float32 (TF32 on GPUs that have it) or better: bfloat16's 8 bits are not enough.
     """
